@@ -1,1 +1,3 @@
-//! holdfast-node
+//! The daemon: composes store, replicas, catalog, sessions and frontends, and serves the admin API.
+
+pub mod admin;

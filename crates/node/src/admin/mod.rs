@@ -1,0 +1,9 @@
+//! The admin API: generated types, and errors on its wire.
+
+pub mod error;
+
+/// Generated from `proto/holdfast/admin.proto`.
+#[allow(missing_docs, clippy::all, clippy::disallowed_types, clippy::unwrap_used)]
+pub mod pb {
+    tonic::include_proto!("holdfast.admin.v1");
+}
