@@ -14,9 +14,10 @@ mod driver;
 pub mod net;
 pub mod real;
 pub mod runtime;
+mod watch;
 
 pub use driver::{
-    Driver, Elapsed, Instant, JoinHandle, Sleep, install, random_u64, random_u128, sleep, sleep_until, spawn, timeout,
+    Driver, Elapsed, Instant, JoinError, JoinHandle, Sleep, install, random_u64, random_u128, sleep, sleep_until, spawn, timeout,
     yield_now,
 };
 pub use runtime::Runtime;

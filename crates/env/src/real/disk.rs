@@ -1,0 +1,365 @@
+//! Files of a real directory: direct I/O where the file system allows it, blocking calls on a few threads.
+//!
+//! A failed write or flush is reported as it is and never repeated here: what it covered is unknown.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use tokio::sync::oneshot;
+
+use crate::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, FileSize, OpenMode, Space};
+
+/// Threads that carry blocking calls of one directory.
+const THREADS: usize = 4;
+/// Largest single read or write, in bytes; longer ones are several.
+const CALL_BYTES_MAX: usize = 16 << 20;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A few threads for blocking calls.
+struct Pool(mpsc::Sender<Job>);
+
+impl Pool {
+    fn new() -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel::<Job>();
+        let receiver = Arc::new(Mutex::new(receiver));
+        for number in 0..THREADS {
+            let receiver = receiver.clone();
+            thread::Builder::new().name(format!("disk-{number}")).spawn(move || {
+                loop {
+                    let job = receiver.lock().map(|jobs| jobs.recv());
+                    match job {
+                        Ok(Ok(job)) => job(),
+                        _ => return,
+                    }
+                }
+            })?;
+        }
+        Ok(Self(sender))
+    }
+
+    fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> LocalBoxFuture<'static, io::Result<T>> {
+        let (sender, receiver) = oneshot::channel();
+        let job: Job = Box::new(move || {
+            // Nobody waits any more: the caller was dropped, and the work is done all the same.
+            let _ = sender.send(work());
+        });
+        let sent = self.0.send(job);
+        async move {
+            sent.map_err(|_| io::Error::other("the disk's threads have ended"))?;
+            receiver.await.map_err(|_| io::Error::other("a disk thread has panicked"))?
+        }
+        .boxed_local()
+    }
+}
+
+/// A directory of the file system, held exclusively.
+pub struct RealDirectory {
+    root: PathBuf,
+    pool: Rc<Pool>,
+    _lock: OwnedFd,
+}
+
+/// Why a directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process holds it.
+    #[error("{} is in use by another process: two daemons must not share a data directory", .0.display())]
+    InUse(PathBuf),
+    /// The file system refuses.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RealDirectory {
+    /// Opens a directory, made if it does not exist, and takes its lock until dropped.
+    pub fn open(path: &Path) -> Result<Rc<Self>, OpenError> {
+        let wrap = |source: io::Error| OpenError::Io { path: path.to_owned(), source };
+        fs::create_dir_all(path).map_err(wrap)?;
+        let lock = rustix::fs::open(path.join("lock"), OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from(0o600))
+            .map_err(|e| wrap(e.into()))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(OpenError::InUse(path.to_owned())),
+            Err(error) => return Err(wrap(error.into())),
+        }
+        let pool = Rc::new(Pool::new().map_err(wrap)?);
+        Ok(Rc::new(Self { root: path.to_owned(), pool, _lock: lock }))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    fn at(&self, name: &str) -> io::Result<PathBuf> {
+        let relative = Path::new(name);
+        let plain = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !plain || name.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("'{name}' is not a plain file name")));
+        }
+        Ok(self.root.join(relative))
+    }
+}
+
+fn open_file(path: &Path, mode: OpenMode) -> io::Result<OwnedFd> {
+    let base = OFlags::RDWR | OFlags::CLOEXEC;
+    let flags = match mode {
+        OpenMode::Existing => base,
+        OpenMode::CreateNew => {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            base | OFlags::CREATE | OFlags::EXCL
+        }
+    };
+    match rustix::fs::open(path, flags | OFlags::DIRECT, Mode::from(0o600)) {
+        Ok(file) => Ok(file),
+        // tmpfs and some others have no direct I/O; durability rests on RWF_DSYNC and fdatasync either way. The
+        // failed call may have created the file.
+        Err(Errno::INVAL) => Ok(rustix::fs::open(path, base, Mode::from(0o600))?),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn sync_directories(root: &Path) -> io::Result<()> {
+    let mut pending = vec![root.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                pending.push(entry.path());
+            }
+        }
+        fs::File::open(&directory)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn list_files(root: &Path, prefix: &str) -> io::Result<Vec<String>> {
+    let mut out = Vec::new();
+    let mut pending = vec![root.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let path = entry.path();
+            if entry.file_type()?.is_dir() {
+                pending.push(path);
+                continue;
+            }
+            let relative = path.strip_prefix(root).map_err(io::Error::other)?;
+            let name = relative.to_str().ok_or_else(|| io::Error::other("a file name is not UTF-8"))?;
+            if name.starts_with(prefix) {
+                out.push(name.to_owned());
+            }
+        }
+    }
+    out.sort();
+    Ok(out)
+}
+
+impl Directory for RealDirectory {
+    fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>> {
+        let (path, pool) = (self.at(name), self.pool.clone());
+        async move {
+            let path = path?;
+            let file = pool.run(move || open_file(&path, mode)).await?;
+            let file: Rc<dyn File> = Rc::new(RealFile { file: Arc::new(file), pool });
+            Ok(file)
+        }
+        .boxed_local()
+    }
+
+    fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
+        let (root, prefix) = (self.root.clone(), prefix.to_owned());
+        self.pool.run(move || list_files(&root, &prefix))
+    }
+
+    fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
+        let path = self.at(name);
+        self.pool.run(move || match fs::remove_file(path?) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        })
+    }
+
+    fn rename(&self, from: &str, to: &str) -> LocalBoxFuture<'static, io::Result<()>> {
+        let (from, to) = (self.at(from), self.at(to));
+        self.pool.run(move || fs::rename(from?, to?))
+    }
+
+    fn sync(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        let root = self.root.clone();
+        self.pool.run(move || sync_directories(&root))
+    }
+
+    fn space(&self) -> LocalBoxFuture<'static, io::Result<Space>> {
+        let root = self.root.clone();
+        self.pool.run(move || {
+            let found = rustix::fs::statvfs(&root)?;
+            Ok(Space { total: found.f_blocks * found.f_frsize, available: found.f_bavail * found.f_frsize })
+        })
+    }
+}
+
+struct RealFile {
+    file: Arc<OwnedFd>,
+    pool: Rc<Pool>,
+}
+
+/// Repeats a call that a signal interrupted before it did anything.
+fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+fn write_all(file: &OwnedFd, offset: u64, bytes: &[u8], durability: Durability) -> io::Result<()> {
+    use rustix::io::ReadWriteFlags;
+    let mut flags = match durability {
+        Durability::Volatile => ReadWriteFlags::empty(),
+        Durability::Durable => ReadWriteFlags::DSYNC,
+    };
+    let mut needs_flush = false;
+    let mut done = 0;
+    while done < bytes.len() {
+        let part = &bytes[done..bytes.len().min(done + CALL_BYTES_MAX)];
+        let written = rustix::io::pwritev2(file, &[io::IoSlice::new(part)], offset + done as u64, flags);
+        match written {
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP) if !flags.is_empty() => {
+                (flags, needs_flush) = (ReadWriteFlags::empty(), true);
+            }
+            Err(error) => return Err(error.into()),
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => done += count,
+        }
+    }
+    if needs_flush { rustix::fs::fdatasync(file).map_err(io::Error::from) } else { Ok(()) }
+}
+
+fn read_all(file: &OwnedFd, offset: u64, length: usize) -> io::Result<AlignedBuffer> {
+    let mut buffer = AlignedBuffer::zeroed(length);
+    let mut done = 0;
+    while done < length {
+        let end = length.min(done + CALL_BYTES_MAX);
+        let part = &mut buffer.as_mut_slice()[done..end];
+        let count = retry(|| rustix::io::pread(file, &mut *part, offset + done as u64))?;
+        if count == 0 {
+            break; // beyond the end: zeros
+        }
+        done += count;
+        if !done.is_multiple_of(ALIGNMENT) {
+            break; // the end of the file is within this block
+        }
+    }
+    Ok(buffer)
+}
+
+impl File for RealFile {
+    fn write_at(
+        &self,
+        offset: u64,
+        buffer: AlignedBuffer,
+        durability: Durability,
+    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        let file = self.file.clone();
+        self.pool.run(move || {
+            write_all(&file, offset, buffer.as_slice(), durability)?;
+            Ok(buffer)
+        })
+    }
+
+    fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        let file = self.file.clone();
+        self.pool.run(move || read_all(&file, offset, length))
+    }
+
+    fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        let file = self.file.clone();
+        // Never repeated: the kernel marks pages clean after a failed flush.
+        self.pool.run(move || rustix::fs::fdatasync(&*file).map_err(io::Error::from))
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+        let file = self.file.clone();
+        self.pool.run(move || match rustix::fs::fallocate(&*file, FallocateFlags::empty(), offset, length) {
+            // Only a hint against fragmentation: without it the write itself allocates.
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            other => other.map_err(io::Error::from),
+        })
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+        let file = self.file.clone();
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.pool.run(move || rustix::fs::fallocate(&*file, flags, offset, length).map_err(io::Error::from))
+    }
+
+    fn set_length(&self, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+        let file = self.file.clone();
+        self.pool.run(move || rustix::fs::ftruncate(&*file, length).map_err(io::Error::from))
+    }
+
+    fn size(&self) -> LocalBoxFuture<'static, io::Result<FileSize>> {
+        let file = self.file.clone();
+        self.pool.run(move || {
+            let found = rustix::fs::fstat(file.as_fd())?;
+            Ok(FileSize { length: found.st_size as u64, allocated: found.st_blocks as u64 * 512 })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_and_a_second_owner_is_refused() {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        crate::real::run(async {
+            let directory = RealDirectory::open(place.path()).expect("opens");
+            assert!(matches!(RealDirectory::open(place.path()), Err(OpenError::InUse(_))));
+            let file = directory.open("a/b", OpenMode::CreateNew).await.expect("creates");
+            assert!(directory.open("a/b", OpenMode::CreateNew).await.is_err());
+            assert!(directory.open("../x", OpenMode::CreateNew).await.is_err());
+            let data = AlignedBuffer::copy_of(&[7; 5000]);
+            file.write_at(8192, data, Durability::Durable).await.expect("writes");
+            file.flush().await.expect("flushes");
+            let back = file.read_at(4096, 16384).await.expect("reads");
+            assert_eq!(&back.as_slice()[..4096], &[0; 4096]);
+            assert_eq!(&back.as_slice()[4096..9096], &[7; 5000]);
+            assert_eq!(&back.as_slice()[9096..], &vec![0; 16384 - 9096]);
+            file.punch(8192, 4096).await.expect("punches");
+            let back = file.read_at(8192, 4096).await.expect("reads");
+            assert_eq!(back.as_slice(), &[0; 4096]);
+            directory.rename("a/b", "a/c").await.expect("renames");
+            directory.sync().await.expect("syncs");
+            assert_eq!(directory.list("a/").await.expect("lists"), ["a/c"]);
+            directory.remove("a/c").await.expect("removes");
+            directory.remove("a/c").await.expect("removing twice is fine");
+            assert!(directory.space().await.expect("space").total > 0);
+        });
+    }
+}
