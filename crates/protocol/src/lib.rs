@@ -1,1 +1,13 @@
-//! holdfast-protocol
+//! The rules that make split-brain impossible, as pure state machines: input in, effects out. No I/O, no clock, no
+//! async, no threads; time is an argument.
+//!
+//! [`command`] is what a volume's log holds, [`volume`] what applying it does (fencing, exactly-once), [`lease`] the
+//! arithmetic of leases. A reader who wants to know whether two writers are possible reads this crate and nothing
+//! else. The invariants are listed in `docs/INVARIANTS.md`.
+
+pub mod command;
+pub mod lease;
+pub mod planted;
+pub mod refusal;
+pub mod volume;
+mod window;

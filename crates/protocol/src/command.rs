@@ -1,0 +1,322 @@
+//! The commands of a volume's log.
+//!
+//! Every encoding begins with the feature level that it needs: a replica that meets a higher one than its own stops,
+//! and never skips. Block data of `Write` travels and is stored beside the encoded command.
+
+use bytes::Bytes;
+use holdfast_types::{
+    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, NodeName, OnQuorumLoss, ReadPolicy, Reader,
+    Seq, SessionId, StoreId, Writer, limits,
+};
+
+use crate::refusal::Refusal;
+
+/// The newest feature level that this version knows.
+pub const FEATURE_LEVEL: u16 = 1;
+
+/// Who sends a data command, and which one it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tag {
+    /// The epoch under which it is sent.
+    pub epoch: Epoch,
+    /// The session.
+    pub session: SessionId,
+    /// Its number within the attachment, from 1.
+    pub seq: Seq,
+    /// The lowest number that the session still waits for.
+    pub oldest: Seq,
+}
+
+/// What an attachment may do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AttachMode {
+    /// Read and write, alone.
+    Exclusive,
+    /// Read, alone.
+    ReadOnly,
+}
+
+/// A command.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VolumeCommand {
+    /// Write blocks. Their data travels beside.
+    Write {
+        /// Sender and number.
+        tag: Tag,
+        /// Where.
+        range: BlockRange,
+        /// One `block_checksum` per block.
+        checksums: Vec<u32>,
+    },
+    /// Give blocks back; they read as zeros.
+    Trim {
+        /// Sender and number.
+        tag: Tag,
+        /// Where.
+        range: BlockRange,
+    },
+    /// Make blocks zero.
+    Zero {
+        /// Sender and number.
+        tag: Tag,
+        /// Where.
+        range: BlockRange,
+    },
+    /// Take the next epoch: compare-and-set.
+    Attach {
+        /// The epoch that the sender believes current.
+        expected: Epoch,
+        /// The node that attaches.
+        node: NodeName,
+        /// The shard where the session runs, to reach it.
+        store: StoreId,
+        /// The session.
+        session: SessionId,
+        /// The id of the attachment if a new one begins.
+        attachment: AttachmentId,
+        /// What it may do.
+        mode: AttachMode,
+        /// Take it from a living holder.
+        force: bool,
+        /// The holder before has confirmed its end, or there is none. Only the leader may say so.
+        confirmed: bool,
+    },
+    /// End the attachment of an epoch.
+    Detach {
+        /// The epoch.
+        epoch: Epoch,
+        /// Not by the holder itself.
+        force: bool,
+        /// The holder has confirmed its end.
+        confirmed: bool,
+    },
+    /// Every holder before this epoch has ended.
+    Settled {
+        /// The epoch that was unsettled.
+        epoch: Epoch,
+    },
+    /// Grow the volume.
+    Resize {
+        /// The new size.
+        size: ByteSize,
+    },
+    /// Change the policy.
+    SetPolicy {
+        /// What I/O does without a quorum.
+        on_quorum_loss: OnQuorumLoss,
+        /// Which replica serves reads.
+        read_policy: ReadPolicy,
+    },
+}
+
+const WRITE: u8 = 1;
+const TRIM: u8 = 2;
+const ZERO: u8 = 3;
+const ATTACH: u8 = 4;
+const DETACH: u8 = 5;
+const SETTLED: u8 = 6;
+const RESIZE: u8 = 7;
+const SET_POLICY: u8 = 8;
+
+impl Tag {
+    fn encode(&self, out: &mut Writer) {
+        self.epoch.encode(out);
+        self.session.encode(out);
+        self.seq.encode(out);
+        self.oldest.encode(out);
+    }
+    fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            epoch: Epoch::decode(input)?,
+            session: SessionId::decode(input)?,
+            seq: Seq::decode(input)?,
+            oldest: Seq::decode(input)?,
+        })
+    }
+}
+
+pub(crate) fn put_mode(out: &mut Writer, mode: AttachMode) {
+    out.u8(match mode {
+        AttachMode::Exclusive => 1,
+        AttachMode::ReadOnly => 2,
+    });
+}
+
+pub(crate) fn get_mode(input: &mut Reader<'_>) -> Result<AttachMode, DecodeError> {
+    match input.u8()? {
+        1 => Ok(AttachMode::Exclusive),
+        2 => Ok(AttachMode::ReadOnly),
+        other => Err(DecodeError::Unknown { what: "attach mode", value: other.into() }),
+    }
+}
+
+pub(crate) fn put_policy(out: &mut Writer, on_quorum_loss: OnQuorumLoss, read_policy: ReadPolicy) {
+    match on_quorum_loss {
+        OnQuorumLoss::Suspend => out.u32(0),
+        OnQuorumLoss::Error { after_seconds } => out.u32(after_seconds.max(1)),
+    }
+    out.bool(read_policy == ReadPolicy::Leader);
+}
+
+pub(crate) fn get_policy(input: &mut Reader<'_>) -> Result<(OnQuorumLoss, ReadPolicy), DecodeError> {
+    let on_quorum_loss = match input.u32()? {
+        0 => OnQuorumLoss::Suspend,
+        after_seconds => OnQuorumLoss::Error { after_seconds },
+    };
+    Ok((on_quorum_loss, if input.bool()? { ReadPolicy::Leader } else { ReadPolicy::Nearest }))
+}
+
+impl VolumeCommand {
+    /// The tag of a data command.
+    pub fn tag(&self) -> Option<&Tag> {
+        match self {
+            Self::Write { tag, .. } | Self::Trim { tag, .. } | Self::Zero { tag, .. } => Some(tag),
+            _ => None,
+        }
+    }
+
+    /// The blocks that a data command touches.
+    pub fn range(&self) -> Option<BlockRange> {
+        match self {
+            Self::Write { range, .. } | Self::Trim { range, .. } | Self::Zero { range, .. } => Some(*range),
+            _ => None,
+        }
+    }
+
+    /// Refuses what is wrong whatever the volume's state: counts, bounds, and the length of the data beside.
+    pub fn validate(&self, payload_bytes: usize) -> Result<(), Refusal> {
+        let malformed = |why: String| Err(Refusal::Malformed(why));
+        let expected = match self {
+            Self::Write { range, .. } => range.count as usize * BLOCK_BYTES,
+            _ => 0,
+        };
+        if payload_bytes != expected {
+            return malformed(format!("{payload_bytes} bytes of data, {expected} expected"));
+        }
+        if let Some(tag) = self.tag() {
+            if tag.seq == Seq::ZERO || tag.oldest > tag.seq {
+                return malformed(format!("number {} with oldest {}", tag.seq, tag.oldest));
+            }
+        }
+        let (range, max) = match self {
+            Self::Write { range, checksums, .. } => {
+                if checksums.len() != range.count as usize {
+                    return malformed(format!("{} checksums for {} blocks", checksums.len(), range.count));
+                }
+                (range, limits::REQUEST_BLOCKS_MAX)
+            }
+            Self::Trim { range, .. } | Self::Zero { range, .. } => (range, limits::TRIM_BLOCKS_MAX),
+            Self::Resize { size } => {
+                let whole = size.0.is_multiple_of(BLOCK_BYTES as u64) && size.0 > 0;
+                return if whole && size.0 <= limits::VOLUME_BYTES_MAX {
+                    Ok(())
+                } else {
+                    malformed(format!("{size} is no size of a volume"))
+                };
+            }
+            _ => return Ok(()),
+        };
+        if range.count == 0 || range.count > max {
+            return malformed(format!("{} blocks, between 1 and {max} allowed", range.count));
+        }
+        Ok(())
+    }
+
+    /// The command as bytes; see docs/FORMAT.md.
+    pub fn encode(&self) -> Bytes {
+        let mut out = Writer::with_capacity(96);
+        out.u16(FEATURE_LEVEL);
+        match self {
+            Self::Write { tag, range, checksums } => {
+                out.u8(WRITE);
+                tag.encode(&mut out);
+                range.encode(&mut out);
+                out.u32(checksums.len() as u32);
+                checksums.iter().for_each(|sum| out.u32(*sum));
+            }
+            Self::Trim { tag, range } => {
+                out.u8(TRIM);
+                tag.encode(&mut out);
+                range.encode(&mut out);
+            }
+            Self::Zero { tag, range } => {
+                out.u8(ZERO);
+                tag.encode(&mut out);
+                range.encode(&mut out);
+            }
+            Self::Attach { expected, node, store, session, attachment, mode, force, confirmed } => {
+                out.u8(ATTACH);
+                expected.encode(&mut out);
+                node.encode(&mut out);
+                store.encode(&mut out);
+                session.encode(&mut out);
+                attachment.encode(&mut out);
+                put_mode(&mut out, *mode);
+                out.bool(*force);
+                out.bool(*confirmed);
+            }
+            Self::Detach { epoch, force, confirmed } => {
+                out.u8(DETACH);
+                epoch.encode(&mut out);
+                out.bool(*force);
+                out.bool(*confirmed);
+            }
+            Self::Settled { epoch } => {
+                out.u8(SETTLED);
+                epoch.encode(&mut out);
+            }
+            Self::Resize { size } => {
+                out.u8(RESIZE);
+                out.u64(size.0);
+            }
+            Self::SetPolicy { on_quorum_loss, read_policy } => {
+                out.u8(SET_POLICY);
+                put_policy(&mut out, *on_quorum_loss, *read_policy);
+            }
+        }
+        out.finish()
+    }
+
+    /// Reads what [`Self::encode`] wrote. A command above this version's feature level is an error: the replica that
+    /// meets it must be upgraded, and must not skip it.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(bytes);
+        let input = &mut reader;
+        let level = input.u16()?;
+        if level > FEATURE_LEVEL {
+            return Err(DecodeError::Unknown { what: "feature level (upgrade this node)", value: level.into() });
+        }
+        let command = match input.u8()? {
+            WRITE => {
+                let tag = Tag::decode(input)?;
+                let range = BlockRange::decode(input)?;
+                let count = input.count("checksums", limits::REQUEST_BLOCKS_MAX as usize)?;
+                Self::Write { tag, range, checksums: (0..count).map(|_| input.u32()).collect::<Result<_, _>>()? }
+            }
+            TRIM => Self::Trim { tag: Tag::decode(input)?, range: BlockRange::decode(input)? },
+            ZERO => Self::Zero { tag: Tag::decode(input)?, range: BlockRange::decode(input)? },
+            ATTACH => Self::Attach {
+                expected: Epoch::decode(input)?,
+                node: NodeName::decode(input)?,
+                store: StoreId::decode(input)?,
+                session: SessionId::decode(input)?,
+                attachment: AttachmentId::decode(input)?,
+                mode: get_mode(input)?,
+                force: input.bool()?,
+                confirmed: input.bool()?,
+            },
+            DETACH => {
+                Self::Detach { epoch: Epoch::decode(input)?, force: input.bool()?, confirmed: input.bool()? }
+            }
+            SETTLED => Self::Settled { epoch: Epoch::decode(input)? },
+            RESIZE => Self::Resize { size: ByteSize(input.u64()?) },
+            SET_POLICY => {
+                let (on_quorum_loss, read_policy) = get_policy(input)?;
+                Self::SetPolicy { on_quorum_loss, read_policy }
+            }
+            other => return Err(DecodeError::Unknown { what: "volume command", value: other.into() }),
+        };
+        reader.end()?;
+        Ok(command)
+    }
+}

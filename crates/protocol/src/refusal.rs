@@ -1,0 +1,129 @@
+//! Why a command was refused. A refusal is an answer of the state machine, equal on every replica.
+
+use holdfast_types::{DecodeError, Epoch, NodeName, Reader, Seq, Writer, limits};
+
+/// The reason.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The command's epoch is over.
+    #[error("the epoch is over: the volume is at epoch {current}")]
+    OldEpoch {
+        /// The volume's epoch.
+        current: Epoch,
+    },
+    /// Nobody holds the volume.
+    #[error("nobody holds the volume: attach it first")]
+    NotAttached,
+    /// Another session holds the epoch.
+    #[error("another session holds the volume's current epoch")]
+    NotHolder,
+    /// The holder attached to read only.
+    #[error("the volume is attached read-only")]
+    ReadOnly,
+    /// The former holder's lease has not ended yet. Ask again.
+    #[error("the former holder's lease has not ended yet: ask again")]
+    Unsettled,
+    /// The number is below what the session still waits for: it must not land any more.
+    #[error("the request was given up: the session waits for nothing below {oldest}")]
+    TooOld {
+        /// The lowest number still waited for.
+        oldest: Seq,
+    },
+    /// The number is too far ahead.
+    #[error("the request's number is beyond the window of {} requests", limits::WINDOW_SEQS_MAX)]
+    BeyondWindow,
+    /// The range is beyond the volume.
+    #[error("the range is beyond the volume's {blocks} blocks")]
+    OutOfRange {
+        /// Blocks of the volume.
+        blocks: u64,
+    },
+    /// An attach that expected another epoch.
+    #[error("the volume is at epoch {current}, not the expected one: ask again with it")]
+    EpochMismatch {
+        /// The volume's epoch.
+        current: Epoch,
+    },
+    /// Another node holds the volume and is alive.
+    #[error("the volume is attached to node {node} at epoch {epoch}: detach it there first, or use --force")]
+    HeldBy {
+        /// The holder's node.
+        node: NodeName,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// A volume cannot shrink.
+    #[error("a volume cannot shrink: it has {blocks} blocks")]
+    CannotShrink {
+        /// Blocks of the volume.
+        blocks: u64,
+    },
+    /// The command is wrong by itself.
+    #[error("the command is malformed: {0}")]
+    Malformed(String),
+}
+
+impl Refusal {
+    /// Whether asking again later may succeed.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Unsettled | Self::BeyondWindow)
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        match self {
+            Self::OldEpoch { current } => {
+                out.u8(1);
+                current.encode(out);
+            }
+            Self::NotAttached => out.u8(2),
+            Self::NotHolder => out.u8(3),
+            Self::ReadOnly => out.u8(4),
+            Self::Unsettled => out.u8(5),
+            Self::TooOld { oldest } => {
+                out.u8(6);
+                oldest.encode(out);
+            }
+            Self::BeyondWindow => out.u8(7),
+            Self::OutOfRange { blocks } => {
+                out.u8(8);
+                out.u64(*blocks);
+            }
+            Self::EpochMismatch { current } => {
+                out.u8(9);
+                current.encode(out);
+            }
+            Self::HeldBy { node, epoch } => {
+                out.u8(10);
+                node.encode(out);
+                epoch.encode(out);
+            }
+            Self::CannotShrink { blocks } => {
+                out.u8(11);
+                out.u64(*blocks);
+            }
+            Self::Malformed(why) => {
+                out.u8(12);
+                let end = (0..=why.len().min(limits::TEXT_LENGTH_MAX)).rev().find(|n| why.is_char_boundary(*n));
+                out.text(&why[..end.unwrap_or(0)]);
+            }
+        }
+    }
+
+    pub(crate) fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(match input.u8()? {
+            1 => Self::OldEpoch { current: Epoch::decode(input)? },
+            2 => Self::NotAttached,
+            3 => Self::NotHolder,
+            4 => Self::ReadOnly,
+            5 => Self::Unsettled,
+            6 => Self::TooOld { oldest: Seq::decode(input)? },
+            7 => Self::BeyondWindow,
+            8 => Self::OutOfRange { blocks: input.u64()? },
+            9 => Self::EpochMismatch { current: Epoch::decode(input)? },
+            10 => Self::HeldBy { node: NodeName::decode(input)?, epoch: Epoch::decode(input)? },
+            11 => Self::CannotShrink { blocks: input.u64()? },
+            12 => Self::Malformed(input.text(limits::TEXT_LENGTH_MAX)?),
+            other => return Err(DecodeError::Unknown { what: "refusal", value: other.into() }),
+        })
+    }
+}
