@@ -1,1 +1,27 @@
-//! holdfast-replica
+//! One volume's Raft group on one store: openraft's log storage and state machine over `holdfast_store`, its network
+//! over `holdfast_wire`.
+//!
+//! [`host::Host`] holds the replicas of a store, [`volume::Volume`] is one of them, [`group::Group`] the Raft part
+//! that it shares with the catalog. Everything is single-threaded and belongs to the store's shard.
+//!
+//! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside `codec`,
+//! `config`, `log`, `machine`, `network` and `group` names an openraft type.
+
+pub mod administration;
+mod cleaner;
+mod codec;
+pub mod config;
+pub mod group;
+pub mod host;
+mod log;
+pub mod machine;
+pub mod messages;
+mod network;
+pub mod rebuild;
+pub mod volume;
+
+pub use config::{AppData, AppReply, Timers};
+pub use group::{Group, GroupEnvironment, GroupError};
+pub use host::{Faulty, Host, NewReplica};
+pub use machine::{ApplyError, Position, Staged, StateMachine};
+pub use volume::Volume;

@@ -1,1 +1,12 @@
-//! holdfast-store
+//! One disk: the journal that all groups of a store share, and the blocks of each replica. Knows nothing of Raft or
+//! of the network. Byte layouts and their argument are in `docs/FORMAT.md`.
+
+mod entry;
+mod error;
+pub mod journal;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod volume;
+
+pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
+pub use error::StoreError;

@@ -1,0 +1,354 @@
+//! Calls of the catalog's reconciler to a shard: create and destroy replicas, change memberships, tell how the store
+//! is. Every call is idempotent: the reconciler repeats what it has no answer for.
+
+use std::rc::{Rc, Weak};
+
+use bytes::Bytes;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_store::ReplicaIdentity;
+use holdfast_types::{
+    ByteSize, DecodeError, ErrorCode, GroupId, Reader, ReplicaId, StoreId, UserError, VolumeId, Writer, limits,
+};
+use holdfast_wire::rpc::{Handler, Responder, Service};
+
+use crate::group::GroupError;
+use crate::host::{Host, NewReplica, Voters};
+
+/// Calls of the reconciler to a shard.
+pub const ADMINISTRATION: Service = Service(6);
+
+const MEMBERS_MAX: usize = 64;
+
+/// What a shard is told to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShardRequest {
+    /// Make a replica.
+    Create {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica.
+        id: ReplicaIdentity,
+        /// The volume's size.
+        size: ByteSize,
+        /// The volume's specification as JSON.
+        spec_json: Bytes,
+    },
+    /// Begin the group with these voters.
+    Bootstrap {
+        /// The group.
+        group: GroupId,
+        /// Its voters.
+        voters: Voters,
+    },
+    /// Remove a replica for good.
+    Destroy {
+        /// The replica.
+        id: ReplicaIdentity,
+    },
+    /// As leader: add a learner.
+    AddLearner {
+        /// The group.
+        group: GroupId,
+        /// The learner.
+        replica: ReplicaId,
+        /// Its store.
+        store: StoreId,
+    },
+    /// As leader: change the voters.
+    ChangeVoters {
+        /// The group.
+        group: GroupId,
+        /// The voters afterwards.
+        voters: Vec<ReplicaId>,
+    },
+    /// As leader: give the leadership to a voter.
+    Transfer {
+        /// The group.
+        group: GroupId,
+        /// The voter.
+        to: ReplicaId,
+    },
+    /// How the store is.
+    Report,
+}
+
+/// How a store is, and what stands on it.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct StoreReport {
+    /// Bytes of the medium.
+    pub total_bytes: u64,
+    /// Bytes free on it.
+    pub available_bytes: u64,
+    /// Bytes of the journal.
+    pub journal_bytes: u64,
+    /// Why the store has fail-stopped; empty while healthy.
+    pub failed: String,
+    /// Replicas on it: volume, identity, and why one does not run (empty if it does).
+    pub replicas: Vec<(VolumeId, ReplicaIdentity, String)>,
+}
+
+const CREATE: u8 = 1;
+const BOOTSTRAP: u8 = 2;
+const DESTROY: u8 = 3;
+const ADD_LEARNER: u8 = 4;
+const CHANGE_VOTERS: u8 = 5;
+const TRANSFER: u8 = 6;
+const REPORT: u8 = 7;
+const REPLICAS_MAX: usize = 100_000;
+
+fn put_id(out: &mut Writer, id: &ReplicaIdentity) {
+    id.group.encode(out);
+    id.replica.encode(out);
+}
+
+fn get_id(input: &mut Reader<'_>) -> Result<ReplicaIdentity, DecodeError> {
+    Ok(ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? })
+}
+
+impl ShardRequest {
+    /// The request as a frame's head.
+    pub fn encode(&self) -> Bytes {
+        let mut out = Writer::new();
+        match self {
+            Self::Create { volume, id, size, spec_json } => {
+                out.u8(CREATE);
+                volume.encode(&mut out);
+                put_id(&mut out, id);
+                out.u64(size.0);
+                out.bytes(spec_json);
+            }
+            Self::Bootstrap { group, voters } => {
+                out.u8(BOOTSTRAP);
+                group.encode(&mut out);
+                out.u32(voters.len() as u32);
+                for (replica, store) in voters {
+                    replica.encode(&mut out);
+                    store.encode(&mut out);
+                }
+            }
+            Self::Destroy { id } => {
+                out.u8(DESTROY);
+                put_id(&mut out, id);
+            }
+            Self::AddLearner { group, replica, store } => {
+                out.u8(ADD_LEARNER);
+                group.encode(&mut out);
+                replica.encode(&mut out);
+                store.encode(&mut out);
+            }
+            Self::ChangeVoters { group, voters } => {
+                out.u8(CHANGE_VOTERS);
+                group.encode(&mut out);
+                out.u32(voters.len() as u32);
+                voters.iter().for_each(|voter| voter.encode(&mut out));
+            }
+            Self::Transfer { group, to } => {
+                out.u8(TRANSFER);
+                group.encode(&mut out);
+                to.encode(&mut out);
+            }
+            Self::Report => out.u8(REPORT),
+        }
+        out.finish()
+    }
+
+    /// Reads what [`Self::encode`] wrote.
+    pub fn decode(head: &[u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(head);
+        let input = &mut reader;
+        let request = match input.u8()? {
+            CREATE => Self::Create {
+                volume: VolumeId::decode(input)?,
+                id: get_id(input)?,
+                size: ByteSize(input.u64()?),
+                spec_json: Bytes::copy_from_slice(input.bytes(limits::TEXT_LENGTH_MAX)?),
+            },
+            BOOTSTRAP => {
+                let group = GroupId::decode(input)?;
+                let count = input.count("voters", MEMBERS_MAX)?;
+                let voters = (0..count)
+                    .map(|_| Ok((ReplicaId::decode(input)?, StoreId::decode(input)?)))
+                    .collect::<Result<_, DecodeError>>()?;
+                Self::Bootstrap { group, voters }
+            }
+            DESTROY => Self::Destroy { id: get_id(input)? },
+            ADD_LEARNER => Self::AddLearner {
+                group: GroupId::decode(input)?,
+                replica: ReplicaId::decode(input)?,
+                store: StoreId::decode(input)?,
+            },
+            CHANGE_VOTERS => {
+                let group = GroupId::decode(input)?;
+                let count = input.count("voters", MEMBERS_MAX)?;
+                let voters = (0..count).map(|_| ReplicaId::decode(input)).collect::<Result<_, _>>()?;
+                Self::ChangeVoters { group, voters }
+            }
+            TRANSFER => Self::Transfer { group: GroupId::decode(input)?, to: ReplicaId::decode(input)? },
+            REPORT => Self::Report,
+            other => return Err(DecodeError::Unknown { what: "shard request", value: other.into() }),
+        };
+        reader.end()?;
+        Ok(request)
+    }
+}
+
+impl StoreReport {
+    fn encode(&self, out: &mut Writer) {
+        for number in [self.total_bytes, self.available_bytes, self.journal_bytes] {
+            out.u64(number);
+        }
+        out.text(&self.failed);
+        out.u32(self.replicas.len() as u32);
+        for (volume, id, fault) in &self.replicas {
+            volume.encode(out);
+            put_id(out, id);
+            out.text(fault);
+        }
+    }
+
+    fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let (total_bytes, available_bytes, journal_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+        let failed = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
+        let count = input.count("replicas", REPLICAS_MAX)?;
+        let replicas = (0..count)
+            .map(|_| Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?)))
+            .collect::<Result<_, DecodeError>>()?;
+        Ok(Self { total_bytes, available_bytes, journal_bytes, failed, replicas })
+    }
+}
+
+/// The answer: `Ok` with a report where one was asked for, or why not.
+pub type ShardReply = Result<Option<StoreReport>, UserError>;
+
+/// A reply as a frame's head.
+pub fn encode_reply(reply: &ShardReply) -> Bytes {
+    let mut out = Writer::new();
+    match reply {
+        Ok(report) => {
+            out.u8(0);
+            out.bool(report.is_some());
+            if let Some(report) = report {
+                report.encode(&mut out);
+            }
+        }
+        Err(error) => {
+            out.u8(1);
+            out.u8(code_number(error.code));
+            out.text(&error.message);
+            out.text(&error.hint);
+        }
+    }
+    out.finish()
+}
+
+/// Reads what [`encode_reply`] wrote.
+pub fn decode_reply(head: &[u8]) -> Result<ShardReply, DecodeError> {
+    let mut input = Reader::new(head);
+    if input.u8()? == 0 {
+        let report = if input.bool()? { Some(StoreReport::decode(&mut input)?) } else { None };
+        return Ok(Ok(report));
+    }
+    let code = number_code(input.u8()?);
+    let message = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
+    let hint = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
+    Ok(Err(UserError::new(code, message).hint(hint)))
+}
+
+const CODES: [ErrorCode; 10] = [
+    ErrorCode::Internal,
+    ErrorCode::InvalidArgument,
+    ErrorCode::OutOfRange,
+    ErrorCode::NotFound,
+    ErrorCode::AlreadyExists,
+    ErrorCode::Refused,
+    ErrorCode::ResourceExhausted,
+    ErrorCode::Unavailable,
+    ErrorCode::TimedOut,
+    ErrorCode::Unimplemented,
+];
+
+fn code_number(code: ErrorCode) -> u8 {
+    CODES.iter().position(|known| *known == code).unwrap_or(0) as u8
+}
+
+fn number_code(number: u8) -> ErrorCode {
+    CODES.get(usize::from(number)).copied().unwrap_or(ErrorCode::Internal)
+}
+
+/// A group's error for the reconciler and for users.
+pub fn user_error(error: &GroupError) -> UserError {
+    let code = match error {
+        GroupError::NotLeader { .. } => ErrorCode::Unavailable,
+        GroupError::TimedOut => ErrorCode::TimedOut,
+        GroupError::Stopped(_) => ErrorCode::Internal,
+        GroupError::Refused(_) => ErrorCode::Refused,
+    };
+    UserError::new(code, error.to_string())
+}
+
+struct Administration(Weak<Host>);
+
+/// Lets a shard answer the reconciler.
+pub fn serve(host: &Rc<Host>) {
+    host.environment().rpc.serve(ADMINISTRATION, Rc::new(Administration(Rc::downgrade(host))));
+}
+
+impl Handler for Administration {
+    fn handle(&self, _from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
+        let Some(host) = self.0.upgrade() else { return responder.refuse("the shard is stopping") };
+        let decoded = match ShardRequest::decode(&request.head) {
+            Ok(decoded) => decoded,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        holdfast_env::spawn("administration", async move {
+            let reply = carry_out(&host, decoded).await;
+            responder.reply(Frame::small(encode_reply(&reply)));
+        });
+    }
+}
+
+/// Does what a request says, on this shard.
+pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
+    let volume = |group| {
+        host.volume(group).ok_or_else(|| UserError::new(ErrorCode::NotFound, "no replica of that group runs here"))
+    };
+    match request {
+        ShardRequest::Create { volume, id, size, spec_json } => {
+            let new = NewReplica { volume, id, size, spec_json };
+            host.create(&new).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Bootstrap { group, voters } => {
+            volume(group)?.group().bootstrap(&voters).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Destroy { id } => host.destroy(id).await.map_err(|error| user_error(&error))?,
+        ShardRequest::AddLearner { group, replica, store } => {
+            let volume = volume(group)?;
+            volume.group().add_learner(replica, store).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::ChangeVoters { group, voters } => {
+            volume(group)?.group().change_voters(&voters).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Transfer { group, to } => {
+            volume(group)?.group().transfer_to(to).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Report => return Ok(Some(report(host).await?)),
+    }
+    Ok(None)
+}
+
+async fn report(host: &Host) -> Result<StoreReport, UserError> {
+    let space = host
+        .directory()
+        .space()
+        .await
+        .map_err(|error| UserError::new(ErrorCode::Internal, format!("the store's space is unknown: {error}")))?;
+    let running = host.volumes().into_iter().map(|(of, volume)| (of, volume.group().id(), String::new()));
+    let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
+    Ok(StoreReport {
+        total_bytes: space.total,
+        available_bytes: space.available,
+        journal_bytes: host.journal().usage().bytes_total,
+        failed: host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
+        replicas: running.chain(faulty).collect(),
+    })
+}

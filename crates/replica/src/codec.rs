@@ -1,0 +1,339 @@
+//! Raft's messages and log entries as bytes (layouts in docs/wire.md and docs/FORMAT.md), and the conversion between
+//! openraft's identities and the store's.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use holdfast_store::{EntryId, LogEntry};
+use holdfast_types::limits;
+use holdfast_types::{DecodeError, LogIndex, Reader, ReplicaId, StoreId, Term, Writer};
+use openraft::entry::RaftEntry;
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
+    VoteRequest, VoteResponse,
+};
+use openraft::{EntryPayload, Membership as RaftMembership};
+
+use crate::config::{AppData, Entry, LeaderId, LogId, Membership, Peer, StoredMembership, Types, Vote};
+
+const KIND_BLANK: u8 = 0;
+const KIND_COMMAND: u8 = 1;
+const KIND_MEMBERSHIP: u8 = 2;
+const ENTRIES_MAX: usize = 4096;
+/// Configurations in a joint membership; openraft uses one or two.
+const CONFIGS_MAX: usize = 4;
+const MEMBERS_MAX: usize = 64;
+
+pub(crate) fn entry_id(id: &LogId) -> EntryId {
+    EntryId {
+        term: Term(id.leader_id.term),
+        leader: ReplicaId(id.leader_id.node_id),
+        index: LogIndex(id.index),
+    }
+}
+
+pub(crate) fn log_id(id: EntryId) -> LogId {
+    LogId::new(LeaderId { term: id.term.0, node_id: id.leader.0 }, id.index.0)
+}
+
+fn put_log_id(out: &mut Writer, id: &Option<LogId>) {
+    out.bool(id.is_some());
+    if let Some(id) = id {
+        out.u64(id.leader_id.term);
+        out.u64(id.leader_id.node_id);
+        out.u64(id.index);
+    }
+}
+
+fn get_log_id(input: &mut Reader<'_>) -> Result<Option<LogId>, DecodeError> {
+    if !input.bool()? {
+        return Ok(None);
+    }
+    let leader = LeaderId { term: input.u64()?, node_id: input.u64()? };
+    Ok(Some(LogId::new(leader, input.u64()?)))
+}
+
+pub(crate) fn put_vote(out: &mut Writer, vote: &Vote) {
+    out.u64(vote.leader_id.term);
+    out.u64(vote.leader_id.node_id);
+    out.bool(vote.committed);
+}
+
+pub(crate) fn get_vote(input: &mut Reader<'_>) -> Result<Vote, DecodeError> {
+    let (term, node_id) = (input.u64()?, input.u64()?);
+    Ok(if input.bool()? { Vote::new_committed(term, node_id) } else { Vote::new(term, node_id) })
+}
+
+pub(crate) fn vote_bytes(vote: &Vote) -> Bytes {
+    let mut out = Writer::with_capacity(17);
+    put_vote(&mut out, vote);
+    out.finish()
+}
+
+pub(crate) fn vote_from(bytes: &[u8]) -> Result<Vote, DecodeError> {
+    let mut input = Reader::new(bytes);
+    let vote = get_vote(&mut input)?;
+    input.end()?;
+    Ok(vote)
+}
+
+fn put_membership(out: &mut Writer, membership: &Membership) {
+    let configs = membership.get_joint_config();
+    out.u32(configs.len() as u32);
+    for config in configs {
+        out.u32(config.len() as u32);
+        for id in config {
+            out.u64(*id);
+        }
+    }
+    let nodes: Vec<_> = membership.nodes().collect();
+    out.u32(nodes.len() as u32);
+    for (id, peer) in nodes {
+        out.u64(*id);
+        peer.store.encode(out);
+    }
+}
+
+fn get_membership(input: &mut Reader<'_>) -> Result<Membership, DecodeError> {
+    let mut configs = Vec::new();
+    for _ in 0..input.count("configurations", CONFIGS_MAX)? {
+        let mut config = BTreeSet::new();
+        for _ in 0..input.count("voters", MEMBERS_MAX)? {
+            config.insert(input.u64()?);
+        }
+        configs.push(config);
+    }
+    let mut nodes = BTreeMap::new();
+    for _ in 0..input.count("members", MEMBERS_MAX)? {
+        let id = input.u64()?;
+        nodes.insert(id, Peer { store: StoreId::decode(input)? });
+    }
+    RaftMembership::new(configs, nodes)
+        .map_err(|_| DecodeError::Unknown { what: "membership without its members", value: 0 })
+}
+
+/// The last membership with the entry that set it, for checkpoints.
+pub(crate) fn membership_bytes(stored: &StoredMembership) -> Bytes {
+    let mut out = Writer::new();
+    put_log_id(&mut out, stored.log_id());
+    put_membership(&mut out, stored.membership());
+    out.finish()
+}
+
+pub(crate) fn membership_from(bytes: &[u8]) -> Result<StoredMembership, DecodeError> {
+    if bytes.is_empty() {
+        return Ok(StoredMembership::default());
+    }
+    let mut input = Reader::new(bytes);
+    let id = get_log_id(&mut input)?;
+    let membership = get_membership(&mut input)?;
+    input.end()?;
+    Ok(StoredMembership::new(id, membership))
+}
+
+fn kind_and_head(entry: &Entry) -> (u8, Bytes, Bytes) {
+    match &entry.payload {
+        EntryPayload::Blank => (KIND_BLANK, Bytes::new(), Bytes::new()),
+        EntryPayload::Normal(data) => (KIND_COMMAND, data.head.clone(), data.payload.clone()),
+        EntryPayload::Membership(membership) => {
+            let mut out = Writer::new();
+            put_membership(&mut out, membership);
+            (KIND_MEMBERSHIP, out.finish(), Bytes::new())
+        }
+    }
+}
+
+fn payload_of(kind: u8, head: Bytes, payload: Bytes) -> Result<EntryPayload<AppData, u64, Peer>, DecodeError> {
+    match kind {
+        KIND_BLANK => Ok(EntryPayload::Blank),
+        KIND_COMMAND => Ok(EntryPayload::Normal(AppData { head, payload })),
+        KIND_MEMBERSHIP => {
+            let mut input = Reader::new(&head);
+            let membership = get_membership(&mut input)?;
+            input.end()?;
+            Ok(EntryPayload::Membership(membership))
+        }
+        other => Err(DecodeError::Unknown { what: "entry kind", value: other.into() }),
+    }
+}
+
+/// An entry as the journal keeps it.
+pub(crate) fn to_log_entry(entry: &Entry) -> LogEntry {
+    let (kind, head, payload) = kind_and_head(entry);
+    LogEntry { id: entry_id(&entry.log_id()), kind, head, payload }
+}
+
+/// An entry as openraft knows it.
+pub(crate) fn from_log_entry(entry: LogEntry) -> Result<Entry, DecodeError> {
+    let mut out = Entry::new_blank(log_id(entry.id));
+    out.payload = payload_of(entry.kind, entry.head, entry.payload)?;
+    Ok(out)
+}
+
+/// AppendEntries: the head has everything but block data, which follows in parts, uncopied.
+pub(crate) fn append_request(request: &AppendEntriesRequest<Types>, out: &mut Writer) -> Vec<Bytes> {
+    put_vote(out, &request.vote);
+    put_log_id(out, &request.prev_log_id);
+    put_log_id(out, &request.leader_commit);
+    out.u32(request.entries.len() as u32);
+    let mut parts = Vec::new();
+    for entry in &request.entries {
+        let (kind, head, payload) = kind_and_head(entry);
+        put_log_id(out, &Some(entry.log_id()));
+        out.u8(kind);
+        out.bytes(&head);
+        out.u32(payload.len() as u32);
+        if !payload.is_empty() {
+            parts.push(payload);
+        }
+    }
+    parts
+}
+
+pub(crate) fn append_request_from(
+    input: &mut Reader<'_>,
+    mut body: Bytes,
+) -> Result<AppendEntriesRequest<Types>, DecodeError> {
+    let vote = get_vote(input)?;
+    let prev_log_id = get_log_id(input)?;
+    let leader_commit = get_log_id(input)?;
+    let count = input.count("entries", ENTRIES_MAX)?;
+    let mut entries = Vec::with_capacity(count);
+    for _ in 0..count {
+        let id = get_log_id(input)?.ok_or(DecodeError::Unknown { what: "entry without identity", value: 0 })?;
+        let kind = input.u8()?;
+        let head = Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?);
+        let length = input.count("payload", limits::REQUEST_BYTES_MAX)?;
+        if body.len() < length {
+            return Err(DecodeError::Short { missing: length - body.len() });
+        }
+        let mut entry = Entry::new_blank(id);
+        entry.payload = payload_of(kind, head, body.split_to(length))?;
+        entries.push(entry);
+    }
+    if !body.is_empty() {
+        return Err(DecodeError::Trailing { extra: body.len() });
+    }
+    Ok(AppendEntriesRequest { vote, prev_log_id, entries, leader_commit })
+}
+
+const RESULT_OK: u8 = 0;
+const RESULT_CONFLICT: u8 = 1;
+const RESULT_HIGHER_VOTE: u8 = 2;
+const RESULT_PARTIAL: u8 = 3;
+
+pub(crate) fn stream_result(result: &StreamAppendResult<Types>) -> Bytes {
+    let mut out = Writer::with_capacity(32);
+    match result {
+        Ok(id) => {
+            out.u8(RESULT_OK);
+            put_log_id(&mut out, id);
+        }
+        Err(StreamAppendError::Conflict(id)) => {
+            out.u8(RESULT_CONFLICT);
+            put_log_id(&mut out, &Some(*id));
+        }
+        Err(StreamAppendError::HigherVote(vote)) => {
+            out.u8(RESULT_HIGHER_VOTE);
+            put_vote(&mut out, vote);
+        }
+    }
+    out.finish()
+}
+
+pub(crate) fn stream_result_from(bytes: &[u8]) -> Result<StreamAppendResult<Types>, DecodeError> {
+    let mut input = Reader::new(bytes);
+    let result = match input.u8()? {
+        RESULT_OK => Ok(get_log_id(&mut input)?),
+        RESULT_CONFLICT => Err(StreamAppendError::Conflict(
+            get_log_id(&mut input)?.ok_or(DecodeError::Unknown { what: "conflict without identity", value: 0 })?,
+        )),
+        RESULT_HIGHER_VOTE => Err(StreamAppendError::HigherVote(get_vote(&mut input)?)),
+        other => return Err(DecodeError::Unknown { what: "append result", value: other.into() }),
+    };
+    input.end()?;
+    Ok(result)
+}
+
+pub(crate) fn append_response(response: &AppendEntriesResponse<Types>) -> Bytes {
+    let mut out = Writer::with_capacity(32);
+    match response {
+        AppendEntriesResponse::Success => out.u8(RESULT_OK),
+        AppendEntriesResponse::PartialSuccess(id) => {
+            out.u8(RESULT_PARTIAL);
+            put_log_id(&mut out, id);
+        }
+        AppendEntriesResponse::Conflict => out.u8(RESULT_CONFLICT),
+        AppendEntriesResponse::HigherVote(vote) => {
+            out.u8(RESULT_HIGHER_VOTE);
+            put_vote(&mut out, vote);
+        }
+    }
+    out.finish()
+}
+
+pub(crate) fn append_response_from(bytes: &[u8]) -> Result<AppendEntriesResponse<Types>, DecodeError> {
+    let mut input = Reader::new(bytes);
+    let response = match input.u8()? {
+        RESULT_OK => AppendEntriesResponse::Success,
+        RESULT_PARTIAL => AppendEntriesResponse::PartialSuccess(get_log_id(&mut input)?),
+        RESULT_CONFLICT => AppendEntriesResponse::Conflict,
+        RESULT_HIGHER_VOTE => AppendEntriesResponse::HigherVote(get_vote(&mut input)?),
+        other => return Err(DecodeError::Unknown { what: "append response", value: other.into() }),
+    };
+    input.end()?;
+    Ok(response)
+}
+
+pub(crate) fn vote_request(request: &VoteRequest<Types>, out: &mut Writer) {
+    put_vote(out, &request.vote);
+    put_log_id(out, &request.last_log_id);
+    out.bool(request.leadership_transfer);
+}
+
+pub(crate) fn vote_request_from(input: &mut Reader<'_>) -> Result<VoteRequest<Types>, DecodeError> {
+    let mut request = VoteRequest::new(get_vote(input)?, get_log_id(input)?);
+    request.leadership_transfer = input.bool()?;
+    Ok(request)
+}
+
+pub(crate) fn vote_response(response: &VoteResponse<Types>) -> Bytes {
+    let mut out = Writer::with_capacity(48);
+    put_vote(&mut out, &response.vote);
+    put_log_id(&mut out, &response.last_log_id);
+    out.bool(response.vote_granted);
+    out.finish()
+}
+
+pub(crate) fn vote_response_from(bytes: &[u8]) -> Result<VoteResponse<Types>, DecodeError> {
+    let mut input = Reader::new(bytes);
+    let vote = get_vote(&mut input)?;
+    let last = get_log_id(&mut input)?;
+    let response = VoteResponse::new(vote, last, input.bool()?);
+    input.end()?;
+    Ok(response)
+}
+
+pub(crate) fn transfer_request(request: &TransferLeaderRequest<Types>, out: &mut Writer) {
+    put_vote(out, request.from_leader());
+    out.u64(*request.to_node_id());
+    put_log_id(out, &request.last_log_id().copied());
+}
+
+pub(crate) fn transfer_request_from(input: &mut Reader<'_>) -> Result<TransferLeaderRequest<Types>, DecodeError> {
+    Ok(TransferLeaderRequest::new(get_vote(input)?, input.u64()?, get_log_id(input)?))
+}
+
+/// The identity and membership of a snapshot.
+pub(crate) fn snapshot_meta(meta: &crate::config::SnapshotMeta, out: &mut Writer) {
+    put_log_id(out, &meta.last_log_id);
+    let membership = membership_bytes(&meta.last_membership);
+    out.bytes(&membership);
+}
+
+pub(crate) fn snapshot_meta_from(input: &mut Reader<'_>) -> Result<crate::config::SnapshotMeta, DecodeError> {
+    Ok(crate::config::SnapshotMeta {
+        last_log_id: get_log_id(input)?,
+        last_membership: membership_from(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?)?,
+    })
+}

@@ -1,0 +1,539 @@
+//! One replica of one Raft group: openraft over the journal and the peer network, whatever its state machine is.
+//!
+//! Owns the start-up silence (a restarted voter neither grants nor campaigns until every lease that it may have
+//! granted before has ended) and the ordering of incoming appends. INV-TERM: leader restore is off
+//! ([`crate::config::raft_config`]).
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use holdfast_env::Instant;
+use holdfast_env::net::Frame;
+use holdfast_store::journal::GroupLog;
+use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
+use holdfast_types::{LogIndex, Reader, ReplicaId, StoreId, Term};
+use holdfast_wire::rpc::{Responder, Rpc};
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft::raft::AppendEntriesRequest;
+use openraft::{ChangeMembers, ReadPolicy, ServerState};
+use tokio::sync::{Notify, mpsc};
+
+use crate::codec;
+use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
+use crate::log::Log;
+use crate::machine::{Machine, Position, SnapshotData, StateMachine};
+use crate::messages::{Method, RaftHead};
+use crate::network::Networks;
+
+/// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
+const STREAM_QUEUE_MAX: usize = 64;
+/// How long a proposal may take before its outcome is called unknown.
+pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What every group of a shard shares.
+#[derive(Clone)]
+pub struct GroupEnvironment {
+    /// The shard's calls.
+    pub rpc: Rpc,
+    /// The group's timers.
+    pub timers: Timers,
+    /// Until when this daemon's voters are silent.
+    pub silent_until: Instant,
+}
+
+/// Why a group could not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GroupError {
+    /// Another replica leads, or nobody. The outcome of a proposal is unknown: repeat it under the same tag.
+    #[error("this replica does not lead the group")]
+    NotLeader {
+        /// Where the leader stands, if known.
+        leader: Option<StoreId>,
+    },
+    /// No answer in time; the outcome is unknown.
+    #[error("no quorum answered in time")]
+    TimedOut,
+    /// The replica has stopped for good: its store failed, or an entry could not be applied.
+    #[error("the replica has stopped: {0}")]
+    Stopped(String),
+    /// The request is wrong for the group's state.
+    #[error("{0}")]
+    Refused(String),
+}
+
+struct AppendStream {
+    id: u64,
+    requests: mpsc::Sender<(AppendEntriesRequest<Types>, Responder)>,
+}
+
+/// A running replica.
+pub struct Group {
+    id: ReplicaIdentity,
+    raft: Raft,
+    log: GroupLog,
+    machine: Machine,
+    timers: Timers,
+    silent_until: Cell<Instant>,
+    streams: RefCell<BTreeMap<ReplicaId, AppendStream>>,
+    leading_since: Cell<Option<(Term, Instant)>>,
+    leadership: Notify,
+    transferring: Cell<bool>,
+}
+
+fn stopped(error: impl std::fmt::Display) -> GroupError {
+    GroupError::Stopped(error.to_string())
+}
+
+impl Group {
+    /// Starts the replica from what its journal and checkpoint hold. A `fresh` replica (created in this run of the
+    /// daemon) owes no start-up silence.
+    pub async fn start(
+        environment: &GroupEnvironment,
+        id: ReplicaIdentity,
+        log: GroupLog,
+        machine: Rc<dyn StateMachine>,
+        position: Rc<Position>,
+        fresh: bool,
+    ) -> Result<Rc<Self>, GroupError> {
+        let config = raft_config(&environment.timers, &id.group.to_string());
+        let networks = Networks { rpc: environment.rpc.clone(), group: id.group, local: id.replica };
+        let machine = Machine { inner: machine, position: position.clone() };
+        let storage = Log::new(log.clone(), position);
+        let raft =
+            Raft::new(id.replica.0, config, networks, storage, machine.clone()).await.map_err(stopped)?;
+        let silent_until = if fresh { Instant::now() } else { environment.silent_until };
+        let group = Rc::new(Self {
+            id,
+            raft,
+            log,
+            machine,
+            timers: environment.timers,
+            silent_until: Cell::new(silent_until),
+            streams: RefCell::default(),
+            leading_since: Cell::new(None),
+            leadership: Notify::new(),
+            transferring: Cell::new(false),
+        });
+        holdfast_env::spawn("group-silence", Self::end_silence(Rc::downgrade(&group), silent_until));
+        holdfast_env::spawn("group-leadership", Self::watch_leadership(Rc::downgrade(&group)));
+        Ok(group)
+    }
+
+    async fn end_silence(group: std::rc::Weak<Self>, until: Instant) {
+        holdfast_env::sleep_until(until).await;
+        if let Some(group) = group.upgrade() {
+            group.raft.runtime_config().elect(true);
+        }
+    }
+
+    /// Notes when this replica began to lead, which leases and settling count from.
+    async fn watch_leadership(group: std::rc::Weak<Self>) {
+        let Some(mut metrics) = group.upgrade().map(|group| group.raft.server_metrics()) else { return };
+        loop {
+            {
+                let Some(group) = group.upgrade() else { return };
+                let leading = {
+                    let now = metrics.borrow_watched();
+                    (now.state == ServerState::Leader).then_some(Term(now.vote.leader_id.term))
+                };
+                let before = group.leading_since.get().map(|(term, _)| term);
+                if leading != before {
+                    group.leading_since.set(leading.map(|term| (term, Instant::now())));
+                    group.transferring.set(false);
+                    group.leadership.notify_waiters();
+                }
+            }
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Who it is.
+    pub fn id(&self) -> ReplicaIdentity {
+        self.id
+    }
+    /// The group's timers.
+    pub fn timers(&self) -> &Timers {
+        &self.timers
+    }
+    /// How far it has applied.
+    pub fn position(&self) -> &Position {
+        &self.machine.position
+    }
+    /// Its part of the journal.
+    pub fn log(&self) -> &GroupLog {
+        &self.log
+    }
+    /// Since when it leads, and in which term.
+    pub fn leading_since(&self) -> Option<(Term, Instant)> {
+        self.leading_since.get()
+    }
+    /// Ends at the next change of leadership of this replica.
+    pub fn leadership_changed(&self) -> impl Future<Output = ()> + '_ {
+        self.leadership.notified()
+    }
+    /// Whether it is giving its leadership away: then it renews no lease.
+    pub fn is_transferring(&self) -> bool {
+        self.transferring.get()
+    }
+
+    /// Begins a new group with these voters. Called once, on one replica of it; a repeat is refused by Raft and that
+    /// is fine.
+    pub async fn bootstrap(&self, voters: &BTreeMap<ReplicaId, StoreId>) -> Result<(), GroupError> {
+        let members: BTreeMap<u64, Peer> =
+            voters.iter().map(|(id, store)| (id.0, Peer { store: *store })).collect();
+        match self.raft.initialize(members).await {
+            Ok(()) => Ok(()),
+            Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
+            Err(RaftError::APIError(error)) => Err(GroupError::Refused(error.to_string())),
+            Err(RaftError::Fatal(error)) => Err(stopped(error)),
+        }
+    }
+
+    /// Puts a command into the log and waits until it is applied here.
+    pub async fn propose(&self, data: AppData) -> Result<(EntryId, AppReply), GroupError> {
+        self.machine.inner.check(&data).map_err(GroupError::Refused)?;
+        if self.transferring.get() {
+            return Err(GroupError::NotLeader { leader: None });
+        }
+        let write = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.client_write(data)).await;
+        match write {
+            Err(_) => Err(GroupError::TimedOut),
+            Ok(Ok(done)) => Ok((codec::entry_id(&done.log_id), done.data)),
+            Ok(Err(error)) => Err(self.write_error(error)),
+        }
+    }
+
+    fn write_error(&self, error: RaftError<Types, ClientWriteError<Types>>) -> GroupError {
+        match error {
+            RaftError::APIError(ClientWriteError::ForwardToLeader(elsewhere)) => {
+                GroupError::NotLeader { leader: elsewhere.leader_node.map(|peer| peer.store) }
+            }
+            RaftError::APIError(other) => GroupError::Refused(other.to_string()),
+            RaftError::Fatal(error) => stopped(error),
+        }
+    }
+
+    /// Confirms with a quorum that this replica still leads; the index that a linearizable read must have applied.
+    pub async fn confirm_leadership(&self) -> Result<LogIndex, GroupError> {
+        let deadline = self.timers.election_max;
+        let confirmed = holdfast_env::timeout(deadline, self.raft.get_read_log_id(ReadPolicy::ReadIndex)).await;
+        match confirmed {
+            Err(_) => Err(GroupError::TimedOut),
+            Ok(Ok((read, _))) => Ok(LogIndex(read.log_id().index)),
+            Ok(Err(RaftError::Fatal(error))) => Err(stopped(error)),
+            Ok(Err(RaftError::APIError(_))) => Err(GroupError::NotLeader { leader: self.leader().map(|(_, s)| s) }),
+        }
+    }
+
+    /// The leader that this replica follows, and its store.
+    pub fn leader(&self) -> Option<(ReplicaId, StoreId)> {
+        let metrics = self.raft.server_metrics();
+        let now = metrics.borrow_watched();
+        let leader = now.current_leader?;
+        let peer = now.membership_config.membership().get_node(&leader)?;
+        Some((ReplicaId(leader), peer.store))
+    }
+
+    /// Whether it leads now, as far as it knows.
+    pub fn is_leader(&self) -> bool {
+        self.raft.server_metrics().borrow_watched().state == ServerState::Leader
+    }
+
+    /// Voters and learners with their stores, leader's view or own.
+    pub fn members(&self) -> Vec<(ReplicaId, StoreId)> {
+        let metrics = self.raft.server_metrics();
+        let now = metrics.borrow_watched();
+        now.membership_config.membership().nodes().map(|(id, peer)| (ReplicaId(*id), peer.store)).collect()
+    }
+
+    /// Adds a learner; returns when the change is committed, not when it has caught up.
+    pub async fn add_learner(&self, id: ReplicaId, store: StoreId) -> Result<(), GroupError> {
+        let added = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.add_learner(id.0, Peer { store }, false)).await;
+        match added {
+            Err(_) => Err(GroupError::TimedOut),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.write_error(error)),
+        }
+    }
+
+    /// Changes the voters by joint consensus; those left out are removed. INV-MEMBER: one change at a time, by
+    /// openraft's rule that a change waits for the one before it.
+    pub async fn change_voters(&self, voters: &[ReplicaId]) -> Result<(), GroupError> {
+        let ids = voters.iter().map(|id| id.0).collect();
+        let change = self.raft.change_membership(ChangeMembers::ReplaceAllVoters(ids), false);
+        match holdfast_env::timeout(PROPOSE_DEADLINE, change).await {
+            Err(_) => Err(GroupError::TimedOut),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.write_error(error)),
+        }
+    }
+
+    /// Gives leadership to `target`: proposals stop, the target catches up, the transfer is triggered; on failure
+    /// proposals go on here.
+    pub async fn transfer_to(&self, target: ReplicaId) -> Result<(), GroupError> {
+        if !self.is_leader() {
+            return Err(GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) });
+        }
+        if self.transferring.replace(true) {
+            return Err(GroupError::Refused("a transfer of leadership is already under way".into()));
+        }
+        let result = self.drain_and_transfer(target).await;
+        self.transferring.set(false);
+        result
+    }
+
+    async fn drain_and_transfer(&self, target: ReplicaId) -> Result<(), GroupError> {
+        let patience = self.timers.election_max;
+        let mut metrics = self.raft.metrics();
+        let matched = async {
+            loop {
+                {
+                    let now = metrics.borrow_watched();
+                    let target_at = now.replication.as_ref().and_then(|map| map.get(&target.0)).copied().flatten();
+                    if target_at.map(|id| id.index) >= now.last_log_index && now.last_log_index.is_some() {
+                        return Ok::<(), GroupError>(());
+                    }
+                }
+                metrics.changed().await.map_err(stopped)?;
+            }
+        };
+        match holdfast_env::timeout(patience, matched).await {
+            Err(_) => return Err(GroupError::Refused(format!("replica {target} did not catch up in {patience:?}"))),
+            Ok(result) => result?,
+        }
+        self.raft.trigger().transfer_leader(target.0).await.map_err(stopped)?;
+        let left = async {
+            while self.leading_since.get().is_some() {
+                self.leadership.notified().await;
+            }
+        };
+        holdfast_env::timeout(patience, left)
+            .await
+            .map_err(|_| GroupError::Refused(format!("replica {target} did not take the leadership")))
+    }
+
+    /// Shows openraft the last checkpoint, then lets it purge the log up to `upto` (never past the checkpoint).
+    pub async fn purge(&self, upto: LogIndex) -> Result<(), GroupError> {
+        let Some(checkpoint) = self.machine.inner.checkpoint() else { return Ok(()) };
+        if checkpoint.id.index == LogIndex::ZERO {
+            return Ok(());
+        }
+        self.raft.trigger().snapshot().await.map_err(stopped)?;
+        let mut metrics = self.raft.metrics();
+        let shown = async {
+            while metrics.borrow_watched().snapshot.map(|id| id.index) < Some(checkpoint.id.index.0) {
+                metrics.changed().await.map_err(stopped)?;
+            }
+            Ok::<(), GroupError>(())
+        };
+        holdfast_env::timeout(PROPOSE_DEADLINE, shown).await.map_err(|_| GroupError::TimedOut)??;
+        let upto = upto.min(checkpoint.id.index);
+        self.raft.trigger().purge_log(upto.0).await.map_err(stopped)
+    }
+
+    /// The state machine at exactly the last applied entry, for the cleaner.
+    pub fn machine(&self) -> &(impl holdfast_store::volume::CheckpointSource + Clone + use<>) {
+        &self.machine
+    }
+
+    /// What the replica knows of itself and, as leader, of the others.
+    pub fn report(&self) -> crate::messages::ReplicaReport {
+        let metrics = self.raft.metrics();
+        let now = metrics.borrow_watched();
+        let membership = now.membership_config.membership();
+        let index = |id: Option<u64>| LogIndex(id.unwrap_or(0));
+        let matched = now.replication.iter().flatten();
+        crate::messages::ReplicaReport {
+            replica: self.id.replica,
+            is_leader: now.state == ServerState::Leader,
+            has_quorum: now.last_quorum_acked.as_ref().is_some_and(|at| openraft::Instant::elapsed(&**at) <= self.timers.election_max),
+            leader: now.current_leader.map(ReplicaId),
+            voters: membership.voter_ids().map(ReplicaId).collect(),
+            learners: membership.learner_ids().map(ReplicaId).collect(),
+            settled_membership: membership.get_joint_config().len() == 1
+                && now.membership_config.log_id() == now.committed_membership_config.log_id(),
+            term: Term(now.current_term),
+            last_log: index(now.last_log_index),
+            committed: index(now.local_committed.map(|id| id.index)),
+            applied: self.machine.position.applied_index(),
+            purged: index(now.purged.map(|id| id.index)),
+            checkpoint: self.machine.inner.checkpoint().map_or(LogIndex::ZERO, |c| c.id.index),
+            matched: matched.map(|(id, at)| (ReplicaId(*id), index(at.map(|at| at.index)))).collect(),
+            fault: now.running_state.as_ref().err().map(ToString::to_string).unwrap_or_default(),
+            ..Default::default()
+        }
+    }
+
+    /// Stops the replica. What was acknowledged stays in the journal.
+    pub async fn stop(&self) {
+        self.streams.borrow_mut().clear();
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::warn!(group = %self.id.group, %error, "the replica's task ended badly");
+        }
+    }
+
+    /// Handles one of Raft's calls. Called in order of arrival; answers later.
+    pub(crate) fn handle(self: &Rc<Self>, head: &RaftHead, mut input: Reader<'_>, body: Bytes, responder: Responder) {
+        if let Err(why) = self.dispatch(head, &mut input, body, responder) {
+            tracing::warn!(group = %self.id.group, from = %head.from, %why, "a malformed call was refused");
+        }
+    }
+
+    fn dispatch(
+        self: &Rc<Self>,
+        head: &RaftHead,
+        input: &mut Reader<'_>,
+        body: Bytes,
+        responder: Responder,
+    ) -> Result<(), holdfast_types::DecodeError> {
+        match head.method {
+            Method::StreamAppend => {
+                let stream = input.u64()?;
+                let request = codec::append_request_from(input, body)?;
+                if self.check_entries(&request.entries) {
+                    self.stream_append(head.from, stream, request, responder);
+                }
+            }
+            Method::Append => {
+                let request = codec::append_request_from(input, body)?;
+                if self.check_entries(&request.entries) {
+                    self.answer(responder, |raft| async move {
+                        raft.append_entries(request).await.map(|r| codec::append_response(&r))
+                    });
+                }
+            }
+            Method::Vote | Method::PreVote if Instant::now() < self.silent_until.get() => {
+                // A lease that this voter granted before its restart may still live (INV-LEASE).
+                responder.refuse("the voter is in its start-up silence");
+            }
+            Method::Vote => {
+                let request = codec::vote_request_from(input)?;
+                self.answer(responder, |raft| async move { raft.vote(request).await.map(|r| codec::vote_response(&r)) });
+            }
+            Method::PreVote => {
+                let request = codec::vote_request_from(input)?;
+                self.answer(responder, |raft| async move {
+                    raft.pre_vote(request).await.map(|r| codec::vote_response(&r))
+                });
+            }
+            Method::TransferLeader => {
+                let request = codec::transfer_request_from(input)?;
+                self.answer(responder, |raft| async move {
+                    // A target that refuses is noticed by the leader, which goes on leading.
+                    let handled = raft.handle_transfer_leader(request).await;
+                    handled.map(|_rejected| Bytes::new())
+                });
+            }
+            Method::InstallSnapshot => responder.refuse("snapshots are taken by the shard"),
+        }
+        Ok(())
+    }
+
+    /// Refuses entries whose block data does not match its checksums: a flipped bit on the way must not be stored.
+    fn check_entries(&self, entries: &[Entry]) -> bool {
+        entries.iter().all(|entry| match &entry.payload {
+            openraft::EntryPayload::Normal(data) => match self.machine.inner.check(data) {
+                Ok(()) => true,
+                Err(why) => {
+                    tracing::error!(group = %self.id.group, %why, "an entry was damaged on the way and is refused");
+                    false
+                }
+            },
+            _ => true,
+        })
+    }
+
+    fn answer<F, E>(&self, responder: Responder, call: impl FnOnce(Raft) -> F)
+    where
+        F: Future<Output = Result<Bytes, E>> + 'static,
+        E: std::fmt::Display + 'static,
+    {
+        let work = call(self.raft.clone());
+        holdfast_env::spawn("raft-call", async move {
+            match work.await {
+                Ok(head) => responder.reply(Frame::small(head)),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
+    }
+
+    fn stream_append(
+        self: &Rc<Self>,
+        from: ReplicaId,
+        id: u64,
+        request: AppendEntriesRequest<Types>,
+        responder: Responder,
+    ) {
+        let mut streams = self.streams.borrow_mut();
+        let current = streams.get(&from).filter(|stream| stream.id == id && !stream.requests.is_closed());
+        let sender = match current {
+            Some(stream) => stream.requests.clone(),
+            None => {
+                let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
+                streams.insert(from, AppendStream { id, requests: sender.clone() });
+                holdfast_env::spawn("raft-stream", serve_stream(self.raft.clone(), receiver));
+                sender
+            }
+        };
+        drop(streams);
+        if let Err(error) = sender.try_send((request, responder)) {
+            let (_, responder) = error.into_inner();
+            responder.refuse("too many appends are waiting");
+        }
+    }
+
+    /// Installs a snapshot that a leader offers; the block content was staged before.
+    pub(crate) async fn install(
+        &self,
+        vote: crate::config::Vote,
+        meta: crate::config::SnapshotMeta,
+        data: SnapshotData,
+    ) -> Result<Bytes, GroupError> {
+        let snapshot = crate::config::Snapshot { meta, snapshot: data };
+        let response = self.raft.install_full_snapshot(vote, snapshot).await.map_err(stopped)?;
+        Ok(codec::vote_bytes(&response.vote))
+    }
+}
+
+/// Feeds one stream of appends to Raft and gives its answers to the responders, in order.
+async fn serve_stream(raft: Raft, receiver: mpsc::Receiver<(AppendEntriesRequest<Types>, Responder)>) {
+    let waiting: Rc<RefCell<std::collections::VecDeque<Responder>>> = Rc::default();
+    let queue = waiting.clone();
+    let requests = futures_util::stream::unfold(receiver, move |mut receiver| {
+        let queue = queue.clone();
+        async move {
+            let (request, responder) = receiver.recv().await?;
+            queue.borrow_mut().push_back(responder);
+            Some((request, receiver))
+        }
+    });
+    let mut answers = std::pin::pin!(raft.stream_append(requests));
+    while let Some(answer) = answers.next().await {
+        let Some(responder) = waiting.borrow_mut().pop_front() else { return };
+        match answer {
+            Ok(result) => responder.reply(Frame::small(codec::stream_result(&result))),
+            Err(fatal) => responder.refuse(fatal.to_string()),
+        }
+    }
+}
+
+impl holdfast_store::volume::CheckpointSource for Machine {
+    fn capture(&self) -> holdfast_store::volume::Checkpoint {
+        Machine::capture(self)
+    }
+}
+
+/// A store's failure as a group's.
+impl From<StoreError> for GroupError {
+    fn from(error: StoreError) -> Self {
+        Self::Stopped(error.to_string())
+    }
+}

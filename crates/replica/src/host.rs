@@ -1,0 +1,431 @@
+//! The replicas of one store, on its shard: loads what the disk holds, creates and destroys replicas, and hands
+//! incoming calls to them.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use holdfast_env::disk::Directory;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::volume::VolumeState;
+use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, Recovery, StoreOptions};
+use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
+use holdfast_store::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
+use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
+use holdfast_wire::rpc::{Handler, Responder};
+
+use crate::codec;
+use crate::group::{Group, GroupEnvironment, GroupError};
+use crate::machine::{Position, SnapshotData, StateMachine};
+use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
+use crate::rebuild::{self, PurgeHold, Receivers, RebuildError};
+use crate::volume::{Volume, VolumeMachine};
+use crate::{cleaner, config};
+
+/// What a new replica of a volume is.
+#[derive(Clone, Debug)]
+pub struct NewReplica {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Who the replica is.
+    pub id: ReplicaIdentity,
+    /// The volume's size.
+    pub size: ByteSize,
+    /// The volume's specification, for disks that must describe themselves.
+    pub spec_json: Bytes,
+}
+
+/// A replica that stands on the disk but does not run, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faulty {
+    /// Who it is.
+    pub id: ReplicaIdentity,
+    /// Its volume.
+    pub volume: VolumeId,
+    /// Why it does not run and what to do.
+    pub why: String,
+}
+
+struct HostedVolume {
+    volume: Rc<Volume>,
+    of: VolumeId,
+    hold: Rc<PurgeHold>,
+}
+
+/// The replicas of one store.
+pub struct Host {
+    environment: GroupEnvironment,
+    identity: StoreIdentity,
+    directory: Rc<dyn Directory>,
+    journal: Journal,
+    volumes: RefCell<BTreeMap<GroupId, HostedVolume>>,
+    groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
+    faulty: RefCell<BTreeMap<GroupId, Faulty>>,
+    receivers: Rc<Receivers>,
+    /// Logs that no manifest claims: the catalog's, until it is started.
+    unclaimed: RefCell<Vec<RecoveredGroup>>,
+    loaded: Cell<bool>,
+}
+
+impl Host {
+    /// Opens the store's journal and registers for the shard's calls. Replicas run after [`Self::load`].
+    pub async fn open(
+        environment: GroupEnvironment,
+        directory: Rc<dyn Directory>,
+        identity: StoreIdentity,
+        options: &StoreOptions,
+    ) -> Result<Rc<Self>, StoreError> {
+        let (journal, recovered) = Journal::open(directory.clone(), &identity, options).await?;
+        let host = Rc::new(Self {
+            identity,
+            directory,
+            journal,
+            volumes: RefCell::default(),
+            groups: RefCell::default(),
+            faulty: RefCell::default(),
+            receivers: Rc::default(),
+            unclaimed: RefCell::new(recovered),
+            loaded: Cell::new(false),
+            environment,
+        });
+        for service in [messages::RAFT, messages::DATA, messages::REBUILD] {
+            let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
+            host.environment.rpc.serve(service, handler);
+        }
+        Ok(host)
+    }
+
+    /// Starts every replica that the disk holds.
+    pub async fn load(self: &Rc<Self>) -> Result<(), StoreError> {
+        for manifest in VolumeData::list(self.directory.clone()).await? {
+            let id = manifest.identity.id;
+            let recovered = self.claim(id);
+            let outcome = match recovered {
+                Some(recovered) => self.load_one(&manifest, recovered).await,
+                None => Err("its log is not in the journal: the replica must be replaced".to_owned()),
+            };
+            if let Err(why) = outcome {
+                tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
+                let faulty = Faulty { id, volume: manifest.identity.volume, why };
+                self.faulty.borrow_mut().insert(id.group, faulty);
+            }
+        }
+        self.loaded.set(true);
+        Ok(())
+    }
+
+    /// The recovered log of a replica, taken out of what nobody has claimed yet.
+    pub fn claim(&self, id: ReplicaIdentity) -> Option<RecoveredGroup> {
+        let mut unclaimed = self.unclaimed.borrow_mut();
+        let at = unclaimed.iter().position(|recovered| recovered.id == id)?;
+        Some(unclaimed.remove(at))
+    }
+
+    /// The recovered log of a group of which this store holds one replica, whatever its id.
+    pub fn claim_group(&self, group: GroupId) -> Option<RecoveredGroup> {
+        let mut unclaimed = self.unclaimed.borrow_mut();
+        let at = unclaimed.iter().position(|recovered| recovered.id.group == group)?;
+        Some(unclaimed.remove(at))
+    }
+
+    async fn load_one(self: &Rc<Self>, manifest: &Manifest, recovered: RecoveredGroup) -> Result<(), String> {
+        usable(&recovered)?;
+        let payloads = Rc::new(recovered.log.clone());
+        let data = VolumeData::open(self.directory.clone(), &manifest.identity, payloads)
+            .await
+            .map_err(|error| error.to_string())?;
+        self.run(manifest.identity.volume, manifest.identity.id, recovered.log, data, false)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    async fn run(
+        self: &Rc<Self>,
+        of: VolumeId,
+        id: ReplicaIdentity,
+        log: GroupLog,
+        data: VolumeData,
+        fresh: bool,
+    ) -> Result<Rc<Volume>, GroupError> {
+        let checkpoint = data.checkpoint();
+        let state = VolumeState::decode(&checkpoint.state)
+            .map_err(|error| GroupError::Stopped(format!("the checkpoint's state is damaged: {error}")))?;
+        let position = Rc::new(Position::recovered(Some(&checkpoint), log.last())?);
+        let machine = VolumeMachine::new(state, data);
+        let inner: Rc<dyn StateMachine> = machine.clone();
+        let group = Group::start(&self.environment, id, log, inner, position, fresh).await?;
+        let volume = Volume::new(group, machine, self.environment.rpc.clone());
+        let hold = Rc::new(PurgeHold::default());
+        let cleaning = cleaner::run(Rc::downgrade(&volume), self.journal.clone(), hold.clone());
+        holdfast_env::spawn("cleaner", cleaning);
+        self.volumes.borrow_mut().insert(id.group, HostedVolume { volume: volume.clone(), of, hold });
+        Ok(volume)
+    }
+
+    /// The shard's calls.
+    pub fn environment(&self) -> &GroupEnvironment {
+        &self.environment
+    }
+    /// Who the store is.
+    pub fn identity(&self) -> &StoreIdentity {
+        &self.identity
+    }
+    /// The store's journal.
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+    /// The store's directory.
+    pub fn directory(&self) -> &Rc<dyn Directory> {
+        &self.directory
+    }
+    /// A running replica.
+    pub fn volume(&self, group: GroupId) -> Option<Rc<Volume>> {
+        self.volumes.borrow().get(&group).map(|hosted| hosted.volume.clone())
+    }
+    /// Every running replica with its volume.
+    pub fn volumes(&self) -> Vec<(VolumeId, Rc<Volume>)> {
+        self.volumes.borrow().values().map(|hosted| (hosted.of, hosted.volume.clone())).collect()
+    }
+    /// Replicas that do not run.
+    pub fn faulty(&self) -> Vec<Faulty> {
+        self.faulty.borrow().values().cloned().collect()
+    }
+    /// Lets a group that is no volume (the catalog's) get its calls.
+    pub fn register(&self, group: Rc<Group>) {
+        self.groups.borrow_mut().insert(group.id().group, group);
+    }
+
+    /// Creates a replica, durably. Creating it again gives the one that is there.
+    pub async fn create(self: &Rc<Self>, new: &NewReplica) -> Result<Rc<Volume>, GroupError> {
+        if let Some(volume) = self.volume(new.id.group) {
+            if volume.group().id() == new.id {
+                return Ok(volume);
+            }
+            let other = volume.group().id().replica;
+            return Err(GroupError::Refused(format!(
+                "this store holds replica {other} of the volume; remove it before another comes here"
+            )));
+        }
+        if let Some(faulty) = self.faulty.borrow().get(&new.id.group) {
+            return Err(GroupError::Refused(format!(
+                "this store holds replica {} of the volume, which does not run: {}",
+                faulty.id.replica, faulty.why
+            )));
+        }
+        let log = match self.claim(new.id) {
+            // A crash came between the two steps of an earlier creation.
+            Some(recovered) => recovered.log,
+            None => self.journal.create_group(new.id).await?,
+        };
+        let initial = Checkpoint {
+            id: EntryId::default(),
+            membership: Bytes::new(),
+            state: VolumeState::new(new.size).encode(),
+            serve_floor: LogIndex::ZERO,
+        };
+        let payloads = Rc::new(log.clone());
+        let identity = self.file_identity(new);
+        let data =
+            VolumeData::create(self.directory.clone(), identity, new.spec_json.clone(), initial, payloads).await?;
+        self.run(new.volume, new.id, log, data, true).await
+    }
+
+    fn file_identity(&self, new: &NewReplica) -> ReplicaFileIdentity {
+        ReplicaFileIdentity {
+            cluster: self.identity.cluster,
+            store: self.identity.store,
+            node: self.identity.node.clone(),
+            volume: new.volume,
+            id: new.id,
+            incarnation: 1,
+        }
+    }
+
+    /// Removes a replica and gives its space back. Removing it again is fine.
+    pub async fn destroy(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
+        let hosted = {
+            let mut volumes = self.volumes.borrow_mut();
+            let is_it = volumes.get(&id.group).is_some_and(|hosted| hosted.volume.group().id() == id);
+            if is_it { volumes.remove(&id.group) } else { None }
+        };
+        if let Some(hosted) = hosted {
+            hosted.volume.stop().await;
+        }
+        let was_faulty = self.faulty.borrow().get(&id.group).is_some_and(|faulty| faulty.id == id);
+        if was_faulty {
+            self.faulty.borrow_mut().remove(&id.group);
+        }
+        VolumeData::destroy(self.directory.clone(), id).await?;
+        drop(self.claim(id));
+        self.journal.drop_group(id).await?;
+        Ok(())
+    }
+
+    /// Stops every replica.
+    pub async fn stop(&self) {
+        let volumes: Vec<_> = self.volumes.borrow_mut().split_off(&GroupId::NIL).into_values().collect();
+        for hosted in volumes {
+            hosted.volume.stop().await;
+        }
+        let groups: Vec<_> = self.groups.borrow_mut().split_off(&GroupId::NIL).into_values().collect();
+        for group in groups {
+            group.stop().await;
+        }
+    }
+
+    fn on_raft(self: &Rc<Self>, from: StoreId, request: Frame, responder: Responder) {
+        let mut input = Reader::new(&request.head);
+        let head = match messages::raft_head_from(&mut input) {
+            Ok(head) => head,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        let rest = request.head.slice(request.head.len() - input.remaining()..);
+        let hosted = self.volumes.borrow().get(&head.group).map(|hosted| hosted.volume.clone());
+        let group = hosted
+            .as_ref()
+            .map(|volume| volume.group().clone())
+            .or_else(|| self.groups.borrow().get(&head.group).cloned());
+        let Some(group) = group else {
+            let why = if self.loaded.get() { "no replica of the group stands here" } else { "the store is loading" };
+            return responder.refuse(why);
+        };
+        if group.id().replica != head.to {
+            return responder.refuse(format!("replica {} stands here, not {}", group.id().replica, head.to));
+        }
+        let body = request.into_body();
+        if head.method == Method::InstallSnapshot {
+            self.on_snapshot(from, &head, hosted, group, &rest, body, responder);
+        } else {
+            group.handle(&head, Reader::new(&rest), body, responder);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the parts of one call, used once")]
+    fn on_snapshot(
+        self: &Rc<Self>,
+        from: StoreId,
+        head: &RaftHead,
+        volume: Option<Rc<Volume>>,
+        group: Rc<Group>,
+        rest: &Bytes,
+        state: Bytes,
+        responder: Responder,
+    ) {
+        let mut input = Reader::new(rest);
+        let parsed = codec::get_vote(&mut input).and_then(|vote| Ok((vote, codec::snapshot_meta_from(&mut input)?)));
+        let (vote, meta) = match parsed {
+            Ok(parsed) => parsed,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        let index = LogIndex(meta.last_log_id.map_or(0, |id| id.index));
+        let rpc = self.environment.rpc.clone();
+        self.receivers.poll(head.group, index, responder, || {
+            Box::pin(async move { receive(volume, group, rpc, from, vote, meta, state).await })
+        });
+    }
+
+    fn on_data(&self, request: Frame, responder: Responder) {
+        let decoded = match DataRequest::decode(&request.head) {
+            Ok(decoded) => decoded,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        let group = decoded.group();
+        if let Some(volume) = self.volume(group) {
+            return volume.handle(decoded, request.into_body(), responder);
+        }
+        let faulty = self.faulty.borrow().get(&group).cloned();
+        let reply = match (&decoded, faulty) {
+            (DataRequest::Report { .. }, Some(faulty)) => DataReply::Report(Box::new(messages::ReplicaReport {
+                replica: faulty.id.replica,
+                fault: faulty.why,
+                ..Default::default()
+            })),
+            (_, faulty) => {
+                let why = faulty.map_or("no replica of the volume runs here".to_owned(), |faulty| faulty.why);
+                DataReply::Elsewhere { leader: None, why }
+            }
+        };
+        responder.reply(Frame::small(reply.encode()));
+    }
+
+    fn on_rebuild(&self, request: Frame, responder: Responder) {
+        let mut input = Reader::new(&request.head);
+        let group = match GroupId::decode(&mut input) {
+            Ok(group) => group,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        let hosted = self.volumes.borrow().get(&group).map(|h| (h.volume.clone(), h.hold.clone()));
+        let Some((volume, hold)) = hosted else { return responder.refuse("no replica of the group stands here") };
+        let rest = request.head.slice(request.head.len() - input.remaining()..);
+        holdfast_env::spawn("rebuild-serve", async move {
+            match rebuild::serve(&volume, &hold, Reader::new(&rest)).await {
+                Ok(frame) => responder.reply(frame),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
+    }
+}
+
+/// Whether a recovered log may be run. INV-TERM, FAULTS §8: what may have been acknowledged and cannot be read is
+/// never cut; such a replica does not vote.
+pub fn usable(recovered: &RecoveredGroup) -> Result<(), String> {
+    if recovered.vote_lost {
+        return Err("its vote is lost: it may have voted for somebody it does not remember. \
+             Replace the replica; a new one comes under a new id"
+            .into());
+    }
+    match &recovered.state {
+        Recovery::Clean => Ok(()),
+        Recovery::Faulty(entries) => Err(format!(
+            "{} log entries are damaged, the first at index {}. Replace the replica; the others hold the data",
+            entries.len(),
+            entries.first().map_or(LogIndex::ZERO, |id| id.index)
+        )),
+        Recovery::Unknown(why) => Err(format!(
+            "part of its log is unreadable ({why}). Replace the replica; the others hold the data"
+        )),
+    }
+}
+
+async fn receive(
+    volume: Option<Rc<Volume>>,
+    group: Rc<Group>,
+    rpc: holdfast_wire::rpc::Rpc,
+    from: StoreId,
+    vote: config::Vote,
+    meta: config::SnapshotMeta,
+    state: Bytes,
+) -> Result<Bytes, RebuildError> {
+    let id = meta.last_log_id.map(|id| codec::entry_id(&id)).unwrap_or_default();
+    let mut data = SnapshotData { state: state.clone(), staged: None, serve_floor: id.index };
+    if let Some(volume) = &volume {
+        let membership = codec::membership_bytes(&meta.last_membership);
+        let target = Checkpoint { id, membership, state, serve_floor: id.index };
+        let received = rebuild::pull(volume, &rpc, from, &target).await?;
+        data.staged = Some(received.staged);
+        data.serve_floor = received.serve_floor;
+        *volume.healed.borrow_mut() = ("chunks".into(), received.bytes);
+    }
+    Ok(group.install(vote, meta, data).await?)
+}
+
+struct Service {
+    host: std::rc::Weak<Host>,
+    service: u8,
+}
+
+impl Handler for Service {
+    fn handle(&self, from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
+        let Some(host) = self.host.upgrade() else { return responder.refuse("the shard is stopping") };
+        match self.service {
+            service if service == messages::RAFT.0 => host.on_raft(from, request, responder),
+            service if service == messages::DATA.0 => host.on_data(request, responder),
+            _ => host.on_rebuild(request, responder),
+        }
+    }
+}
+
+/// A set of voters for [`Group::bootstrap`].
+pub type Voters = BTreeMap<ReplicaId, StoreId>;

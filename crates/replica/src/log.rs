@@ -1,0 +1,145 @@
+//! openraft's log storage over a group's part of the journal.
+//!
+//! Entries are readable when `append` returns and durable when its callback fires. `append` never blocks and never
+//! fails by itself: a store that has failed answers every callback with its error, which is fatal to the group.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::rc::Rc;
+
+use holdfast_store::StoreError;
+use holdfast_store::journal::GroupLog;
+use holdfast_types::{LogIndex, limits};
+use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
+use openraft::{OptionalSend, RaftLogReader};
+
+use crate::codec;
+use crate::config::{Entry, LogId, Types, Vote};
+use crate::machine::Position;
+
+/// One group's log.
+#[derive(Clone)]
+pub(crate) struct Log {
+    journal: GroupLog,
+    position: Rc<Position>,
+}
+
+/// A store's error as openraft takes it: any of them is fatal to the group.
+pub(crate) fn io_error(error: StoreError) -> io::Error {
+    io::Error::other(error)
+}
+
+fn broken(error: holdfast_types::DecodeError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+impl Log {
+    pub(crate) fn new(journal: GroupLog, position: Rc<Position>) -> Self {
+        Self { journal, position }
+    }
+
+    async fn read_some(&self, from: u64, to_exclusive: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let entries =
+            self.journal.read(LogIndex(from), LogIndex(to_exclusive), bytes_max).await.map_err(io_error)?;
+        entries.into_iter().map(|entry| codec::from_log_entry(entry).map_err(broken)).collect()
+    }
+
+    /// The part of `[from, to)` that the log holds.
+    fn clip(&self, from: u64, to_exclusive: u64) -> (u64, u64) {
+        let first = self.journal.purged().map_or(0, |id| id.index.0 + 1);
+        let end = self.journal.last().map_or(first, |id| id.index.0 + 1);
+        (from.max(first), to_exclusive.min(end))
+    }
+}
+
+impl RaftLogReader<Types> for Log {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        let from = match range.start_bound() {
+            Bound::Included(index) => *index,
+            Bound::Excluded(index) => index + 1,
+            Bound::Unbounded => 0,
+        };
+        let to_exclusive = match range.end_bound() {
+            Bound::Included(index) => index.saturating_add(1),
+            Bound::Excluded(index) => *index,
+            Bound::Unbounded => u64::MAX,
+        };
+        let (mut from, to_exclusive) = self.clip(from, to_exclusive);
+        let mut out = Vec::new();
+        while from < to_exclusive {
+            let part = self.read_some(from, to_exclusive, limits::LOG_TAIL_BYTES_MAX).await?;
+            if part.is_empty() {
+                return Err(io::Error::other(format!("the journal holds entry {from} but does not return it")));
+            }
+            from += part.len() as u64;
+            out.extend(part);
+        }
+        Ok(out)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        let (from, to_exclusive) = self.clip(start, end);
+        if from >= to_exclusive {
+            return Ok(Vec::new());
+        }
+        self.read_some(from, to_exclusive, limits::APPEND_BYTES_MAX).await
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        self.journal.vote().map(|bytes| codec::vote_from(&bytes).map_err(broken)).transpose()
+    }
+}
+
+impl RaftLogStorage<Types> for Log {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, io::Error> {
+        let purged = self.journal.purged().map(codec::log_id);
+        let last = self.journal.last().map(codec::log_id).or(purged);
+        Ok(LogState { last_purged_log_id: purged, last_log_id: last })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        self.journal.save_vote(codec::vote_bytes(vote)).await.map_err(io_error)
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        if let Some(id) = committed {
+            self.journal.note_committed(codec::entry_id(&id));
+        }
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.journal.committed().map(codec::log_id))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let entries = entries.into_iter().map(|entry| codec::to_log_entry(&entry)).collect();
+        self.journal.append(entries, Box::new(move |result| callback.io_completed(result.map_err(io_error))));
+        Ok(())
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        let keep = last.map(|id| LogIndex(id.index));
+        self.journal.truncate_after(keep).await.map_err(io_error)?;
+        self.position.truncated_after(keep.unwrap_or_default());
+        Ok(())
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        self.journal.purge(codec::entry_id(&upto)).await.map_err(io_error)
+    }
+}

@@ -1,0 +1,257 @@
+//! openraft's state machine over one of ours, and the position up to which a replica has applied.
+//!
+//! What is applied lives in memory and in the journal; it becomes durable by a checkpoint (`StateMachine::checkpoint`)
+//! and is repeated from the journal after a restart.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use futures_util::{Stream, TryStreamExt};
+use holdfast_store::volume::Checkpoint;
+use holdfast_store::{EntryId, StoreError};
+use holdfast_types::LogIndex;
+use openraft::entry::RaftEntry;
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use tokio::sync::Notify;
+
+use crate::codec;
+use crate::config::{AppData, AppReply, LogId, Snapshot, SnapshotMeta, StoredMembership, Types};
+
+/// Why an entry could not be applied. Fatal: a replica that skipped an entry would diverge, so it stops.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("entry {index} cannot be applied: {why}")]
+pub struct ApplyError {
+    /// The entry.
+    pub index: LogIndex,
+    /// What is wrong with it, and what to do.
+    pub why: String,
+}
+
+/// A replicated state machine. Single-threaded; `apply` does no I/O.
+pub trait StateMachine {
+    /// Refuses a command before it enters the log: malformed, or block data that does not match its checksums.
+    /// Called where a command is proposed and where a follower receives it.
+    fn check(&self, data: &AppData) -> Result<(), String>;
+    /// Applies a committed command. Deterministic.
+    fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError>;
+    /// The state as of the last applied entry.
+    fn encode_state(&self) -> Bytes;
+    /// The last durable checkpoint.
+    fn checkpoint(&self) -> Option<Checkpoint>;
+    /// Replaces everything by a checkpoint that came from the leader, durably, atomically.
+    fn install(
+        &self,
+        checkpoint: Checkpoint,
+        staged: Option<Rc<dyn Staged>>,
+    ) -> LocalBoxFuture<'static, Result<(), StoreError>>;
+    /// Every entry was applied up to `index`; for whoever watches the state.
+    fn after_apply(&self, _index: LogIndex) {}
+}
+
+/// Block content that a rebuild has staged for a checkpoint.
+pub trait Staged {
+    /// Switches the content in, atomically and durably, as of `checkpoint`.
+    fn commit(&self, checkpoint: Checkpoint) -> LocalBoxFuture<'static, Result<(), StoreError>>;
+}
+
+/// What travels as openraft's snapshot.
+pub struct SnapshotData {
+    /// The state machine's encoded state.
+    pub(crate) state: Bytes,
+    /// Block content, when this replica received the snapshot.
+    pub(crate) staged: Option<Rc<dyn Staged>>,
+    /// No read is served below this index after it is installed.
+    pub(crate) serve_floor: LogIndex,
+}
+
+/// How far a replica has applied, and when it may serve.
+#[derive(Default)]
+pub struct Position {
+    applied: Cell<Option<EntryId>>,
+    membership: RefCell<StoredMembership>,
+    /// INV-STAGE: the home file may hold blocks of entries up to here; below it nothing is served.
+    lasting_floor: Cell<LogIndex>,
+    /// As `lasting_floor`, for entries of the recovered log; truncation lowers it, since a truncated entry was
+    /// never applied.
+    recovered_floor: Cell<LogIndex>,
+    changed: Notify,
+}
+
+impl Position {
+    /// A replica that starts from `checkpoint`, with a recovered log that ends at `last`.
+    pub(crate) fn recovered(checkpoint: Option<&Checkpoint>, last: Option<EntryId>) -> Result<Self, StoreError> {
+        let position = Self::default();
+        if let Some(checkpoint) = checkpoint {
+            position.set_checkpoint(checkpoint)?;
+        }
+        position.recovered_floor.set(last.map_or(LogIndex::ZERO, |id| id.index));
+        Ok(position)
+    }
+
+    fn set_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
+        let membership = codec::membership_from(&checkpoint.membership)
+            .map_err(|error| StoreError::Failed(format!("the checkpoint's membership is damaged: {error}")))?;
+        self.applied.set((checkpoint.id.index > LogIndex::ZERO).then_some(checkpoint.id));
+        *self.membership.borrow_mut() = membership;
+        self.lasting_floor.set(checkpoint.serve_floor.max(checkpoint.id.index));
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// The last applied entry.
+    pub fn applied(&self) -> Option<EntryId> {
+        self.applied.get()
+    }
+    /// Its index, zero before the first.
+    pub fn applied_index(&self) -> LogIndex {
+        self.applied.get().map_or(LogIndex::ZERO, |id| id.index)
+    }
+    pub(crate) fn membership_bytes(&self) -> Bytes {
+        codec::membership_bytes(&self.membership.borrow())
+    }
+    /// The index that must be applied before anything is served.
+    pub fn serve_floor(&self) -> LogIndex {
+        self.lasting_floor.get().max(self.recovered_floor.get())
+    }
+    pub(crate) fn truncated_after(&self, index: LogIndex) {
+        self.recovered_floor.set(self.recovered_floor.get().min(index));
+        self.changed.notify_waiters();
+    }
+    fn advance(&self, id: EntryId) {
+        assert!(
+            id.index.0 == self.applied_index().0 + 1 || self.applied.get().is_none(),
+            "entries are applied in order, each once: {id:?} after {:?}",
+            self.applied.get()
+        );
+        self.applied.set(Some(id));
+    }
+    /// Ends when `index` is applied and the replica may serve.
+    pub async fn reached(&self, index: LogIndex) {
+        loop {
+            let changed = self.changed.notified();
+            if self.applied_index() >= index.max(self.serve_floor()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+    /// Whether `index` is applied and the replica may serve.
+    pub fn has_reached(&self, index: LogIndex) -> bool {
+        self.applied_index() >= index.max(self.serve_floor())
+    }
+}
+
+/// Adaptor to openraft.
+#[derive(Clone)]
+pub(crate) struct Machine {
+    pub(crate) inner: Rc<dyn StateMachine>,
+    pub(crate) position: Rc<Position>,
+}
+
+impl Machine {
+    /// The state at exactly the last applied entry.
+    pub(crate) fn capture(&self) -> Checkpoint {
+        Checkpoint {
+            id: self.position.applied().unwrap_or_default(),
+            membership: self.position.membership_bytes(),
+            state: self.inner.encode_state(),
+            serve_floor: self.position.serve_floor(),
+        }
+    }
+
+    fn snapshot(&self) -> Result<Option<Snapshot>, io::Error> {
+        let Some(checkpoint) = self.inner.checkpoint() else { return Ok(None) };
+        if checkpoint.id.index == LogIndex::ZERO {
+            return Ok(None);
+        }
+        let last_membership = codec::membership_from(&checkpoint.membership).map_err(io::Error::other)?;
+        let meta = SnapshotMeta { last_log_id: Some(codec::log_id(checkpoint.id)), last_membership };
+        let data =
+            SnapshotData { state: checkpoint.state, staged: None, serve_floor: checkpoint.serve_floor };
+        Ok(Some(Snapshot { meta, snapshot: data }))
+    }
+
+    fn apply_one(&self, id: EntryId, payload: &EntryPayload<AppData, u64, crate::config::Peer>) -> io::Result<AppReply> {
+        let reply = match payload {
+            EntryPayload::Blank => AppReply::Nothing,
+            EntryPayload::Membership(membership) => {
+                let stored = StoredMembership::new(Some(codec::log_id(id)), membership.clone());
+                *self.position.membership.borrow_mut() = stored;
+                AppReply::Nothing
+            }
+            EntryPayload::Normal(data) => self.inner.apply(id, data).map_err(io::Error::other)?,
+        };
+        self.position.advance(id);
+        Ok(reply)
+    }
+}
+
+impl RaftSnapshotBuilder<Types> for Machine {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        self.snapshot()?.ok_or_else(|| io::Error::other("there is no checkpoint yet; ask again after one was made"))
+    }
+}
+
+impl RaftStateMachine<Types> for Machine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let applied = self.position.applied().map(codec::log_id);
+        Ok((applied, self.position.membership.borrow().clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let reply = self.apply_one(codec::entry_id(&entry.log_id()), &entry.payload)?;
+            if let Some(responder) = responder {
+                responder.send(reply);
+            }
+        }
+        self.position.changed.notify_waiters();
+        self.inner.after_apply(self.position.applied_index());
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self> {
+        (force || self.inner.checkpoint().is_some_and(|c| c.id.index > LogIndex::ZERO)).then(|| self.clone())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), io::Error> {
+        let Some(last) = meta.last_log_id else { return Ok(()) };
+        let id = codec::entry_id(&last);
+        if id.index <= self.position.applied_index() {
+            // At start openraft offers the replica its own checkpoint again.
+            return Ok(());
+        }
+        let checkpoint = Checkpoint {
+            id,
+            membership: codec::membership_bytes(&meta.last_membership),
+            state: data.state,
+            serve_floor: data.serve_floor,
+        };
+        // INV-STAGE: from here on nothing is served until everything that is being switched in is applied.
+        self.position.lasting_floor.set(checkpoint.serve_floor.max(id.index));
+        self.inner.install(checkpoint.clone(), data.staged).await.map_err(crate::log::io_error)?;
+        self.position.set_checkpoint(&checkpoint).map_err(crate::log::io_error)?;
+        self.inner.after_apply(self.position.applied_index());
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        self.snapshot()
+    }
+}

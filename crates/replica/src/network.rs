@@ -1,0 +1,271 @@
+//! openraft's network over [`Rpc`]: votes and heartbeats on the control lane, appends on the bulk lane, pipelined.
+//!
+//! Every call has a deadline: the network swallows silently. Nothing is dialled before the first request of a
+//! stream was pulled (openraft backs off only inside it), and a stream that met an error waits before the next.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::LocalBoxStream;
+use futures_util::{Stream, StreamExt};
+use holdfast_env::net::{Frame, Lane};
+use holdfast_types::{GroupId, ReplicaId, StoreId, Writer};
+use holdfast_wire::rpc::{CallError, Pending, Rpc};
+use openraft::OptionalSend;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{Backoff, RPCOption, RaftNetworkFactory, v2::RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+
+use crate::codec;
+use crate::config::{Peer, Snapshot, Types, Vote};
+use crate::machine::SnapshotData;
+use crate::messages::{self, Method};
+
+/// Appends of one stream that are under way at once. Two keep the link and the disk busy; more only queue.
+const STREAM_IN_FLIGHT_MAX: usize = 4;
+/// How long an append may stay unanswered (the follower answers after its flush).
+const APPEND_DEADLINE: Duration = Duration::from_secs(5);
+/// Wait after a failed stream before openraft tries again.
+const BACKOFF: Duration = Duration::from_millis(50);
+
+/// Makes clients of one replica's peers.
+#[derive(Clone)]
+pub(crate) struct Networks {
+    pub(crate) rpc: Rpc,
+    pub(crate) group: GroupId,
+    pub(crate) local: ReplicaId,
+}
+
+/// A client of one peer.
+pub(crate) struct Client {
+    rpc: Rpc,
+    group: GroupId,
+    local: ReplicaId,
+    target: ReplicaId,
+    store: StoreId,
+    lane: Lane,
+}
+
+impl Networks {
+    fn client(&self, target: u64, peer: &Peer, lane: Lane) -> Client {
+        Client {
+            rpc: self.rpc.clone(),
+            group: self.group,
+            local: self.local,
+            target: ReplicaId(target),
+            store: peer.store,
+            lane,
+        }
+    }
+}
+
+impl RaftNetworkFactory<Types> for Networks {
+    type Network = Client;
+
+    async fn new_client(&mut self, target: u64, peer: &Peer) -> Client {
+        self.client(target, peer, Lane::Bulk)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, peer: &Peer) -> Client {
+        self.client(target, peer, Lane::Control)
+    }
+}
+
+fn unreachable(error: &CallError) -> RPCError<Types> {
+    match error {
+        CallError::Send(_) => RPCError::Unreachable(Unreachable::new(error)),
+        _ => RPCError::Network(NetworkError::new(error)),
+    }
+}
+
+fn malformed(error: holdfast_types::DecodeError) -> RPCError<Types> {
+    RPCError::Network(NetworkError::new(&error))
+}
+
+impl Client {
+    fn head(&self, method: Method) -> Writer {
+        messages::raft_head(self.group, self.local, self.target, method)
+    }
+
+    async fn call(
+        &self,
+        lane: Lane,
+        head: Writer,
+        body: Vec<Bytes>,
+        deadline: Duration,
+    ) -> Result<Bytes, RPCError<Types>> {
+        let frame = Frame { head: head.finish(), body };
+        let answer = self.rpc.call(self.store, lane, messages::RAFT, frame, deadline).await;
+        answer.map(|frame| frame.head).map_err(|error| unreachable(&error))
+    }
+
+    fn start_append(&self, stream: u64, request: &AppendEntriesRequest<Types>) -> Pending {
+        let mut head = self.head(Method::StreamAppend);
+        head.u64(stream);
+        let body = codec::append_request(request, &mut head);
+        let frame = Frame { head: head.finish(), body };
+        self.rpc.start(self.store, self.lane, messages::RAFT, frame, APPEND_DEADLINE)
+    }
+}
+
+impl RaftNetworkV2<Types> for Client {
+    type SnapshotData = SnapshotData;
+
+    async fn append_entries(
+        &mut self,
+        request: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
+        let mut head = self.head(Method::Append);
+        let body = codec::append_request(&request, &mut head);
+        let answer = self.call(self.lane, head, body, option.hard_ttl()).await?;
+        codec::append_response_from(&answer).map_err(malformed)
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> futures_util::future::LocalBoxFuture<
+        's,
+        Result<LocalBoxStream<'s, Result<StreamAppendResult<Types>, RPCError<Types>>>, RPCError<Types>>,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let pipeline = Pipeline {
+                client: self,
+                stream: holdfast_env::random_u64(),
+                input: Some(input),
+                in_flight: VecDeque::new(),
+                ended: false,
+            };
+            Ok(futures_util::stream::unfold(pipeline, Pipeline::next).boxed_local())
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        request: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        let mut head = self.head(Method::Vote);
+        codec::vote_request(&request, &mut head);
+        let answer = self.call(Lane::Control, head, Vec::new(), option.hard_ttl()).await?;
+        codec::vote_response_from(&answer).map_err(malformed)
+    }
+
+    async fn pre_vote(
+        &mut self,
+        request: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        let mut head = self.head(Method::PreVote);
+        codec::vote_request(&request, &mut head);
+        let answer = self.call(Lane::Control, head, Vec::new(), option.hard_ttl()).await?;
+        codec::vote_response_from(&answer).map_err(malformed)
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let mut head = self.head(Method::InstallSnapshot);
+        codec::put_vote(&mut head, &vote);
+        codec::snapshot_meta(&snapshot.meta, &mut head);
+        let body = vec![snapshot.snapshot.state.clone()];
+        let frame = Frame { head: head.finish(), body };
+        let work = crate::rebuild::offer(&self.rpc, self.store, frame);
+        let answer = futures_util::future::select(Box::pin(work), Box::pin(cancel)).await;
+        match answer {
+            futures_util::future::Either::Left((Ok(bytes), _)) => {
+                let vote = codec::vote_from(&bytes).map_err(|e| StreamingError::Network(NetworkError::new(&e)))?;
+                Ok(SnapshotResponse::new(vote))
+            }
+            futures_util::future::Either::Left((Err(error), _)) => {
+                Err(StreamingError::Unreachable(Unreachable::new(&error)))
+            }
+            futures_util::future::Either::Right((closed, _)) => Err(StreamingError::Closed(closed)),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
+        let mut head = self.head(Method::TransferLeader);
+        codec::transfer_request(&request, &mut head);
+        self.call(Lane::Control, head, Vec::new(), option.hard_ttl()).await?;
+        Ok(Ok(()))
+    }
+
+    fn backoff(&self) -> Option<Backoff> {
+        Some(Backoff::new(std::iter::repeat(BACKOFF)))
+    }
+}
+
+/// One `stream_append`: requests leave in order, answers are given back in order, and the first error ends it.
+struct Pipeline<'c, S> {
+    client: &'c mut Client,
+    stream: u64,
+    input: Option<S>,
+    in_flight: VecDeque<Pending>,
+    ended: bool,
+}
+
+type StreamItem = Result<StreamAppendResult<Types>, RPCError<Types>>;
+
+impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
+    async fn next(mut self) -> Option<(StreamItem, Self)> {
+        if self.ended {
+            return None;
+        }
+        let answer = self.answer().await?;
+        let item = match answer {
+            Ok(frame) => codec::stream_result_from(&frame.head).map_err(malformed),
+            Err(error) => Err(unreachable(&error)),
+        };
+        self.ended = !matches!(item, Ok(Ok(_)));
+        Some((item, self))
+    }
+
+    /// The answer to the oldest request in flight, sending new ones meanwhile. `None` when input and answers ended.
+    async fn answer(&mut self) -> Option<Result<Frame, CallError>> {
+        std::future::poll_fn(|context| {
+            use std::pin::Pin;
+            use std::task::Poll;
+            while self.in_flight.len() < STREAM_IN_FLIGHT_MAX {
+                let Some(input) = &mut self.input else { break };
+                match Pin::new(input).poll_next(context) {
+                    Poll::Ready(Some(request)) => {
+                        let pending = self.client.start_append(self.stream, &request);
+                        self.in_flight.push_back(pending);
+                    }
+                    Poll::Ready(None) => self.input = None,
+                    Poll::Pending => break,
+                }
+            }
+            let Some(first) = self.in_flight.front_mut() else {
+                return if self.input.is_none() { Poll::Ready(None) } else { Poll::Pending };
+            };
+            match Pin::new(first).poll(context) {
+                Poll::Ready(answer) => {
+                    self.in_flight.pop_front();
+                    Poll::Ready(Some(answer))
+                }
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+}

@@ -1,0 +1,405 @@
+//! Healing by chunks: a replica whose log has been purged past it compares with the leader and takes what differs.
+//!
+//! The leader offers its checkpoint ([`offer`]); the receiver pulls: change marks per chunk, then block checksums of
+//! the chunks whose marks differ, then the blocks that differ, into a staging layer that is switched in atomically
+//! (INV-STAGE). The leader's content moves on meanwhile, so what is staged is the checkpoint or newer, all of it
+//! committed; the receiver serves nothing until it has applied the log up to the leader's applied index at the end,
+//! after which it is exact. The leader holds its purge while somebody pulls.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use holdfast_env::Instant;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_store::StoreError;
+use holdfast_store::volume::{BlockSum, Checkpoint, ChunkSummary, StagingLayer};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, StoreId,
+    Writer, block_checksum,
+};
+use holdfast_wire::rpc::{CallError, Responder, Rpc};
+use tokio::sync::Notify;
+
+use crate::group::GroupError;
+use crate::machine::Staged;
+use crate::messages;
+use crate::volume::Volume;
+
+/// A receiver answers an offer at least this often, done or not.
+const POLL: Duration = Duration::from_secs(1);
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a leader keeps its log for a receiver that has gone silent.
+const HOLD: Duration = Duration::from_secs(30);
+/// Change marks per call.
+const SUMMARIES_MAX: u32 = 4096;
+/// Chunks whose checksums are asked for at once.
+const CHECKSUM_CHUNKS_MAX: usize = 64;
+
+const IN_PROGRESS: u8 = 0;
+const DONE: u8 = 1;
+const FAILED: u8 = 2;
+
+const SUMMARIES: u8 = 1;
+const CHECKSUMS: u8 = 2;
+const BLOCKS: u8 = 3;
+const POSITION: u8 = 4;
+
+/// Why a rebuild did not end well.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RebuildError {
+    /// The peer did not answer.
+    #[error("the peer does not answer: {0}")]
+    Call(#[from] CallError),
+    /// The peer's message is not understood.
+    #[error("the peer's answer is not understood: {0}")]
+    Malformed(#[from] DecodeError),
+    /// A store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The receiver says why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The leader's side of a snapshot: offers it again and again until the receiver has it.
+pub(crate) async fn offer(rpc: &Rpc, to: StoreId, frame: Frame) -> Result<Bytes, RebuildError> {
+    loop {
+        let answer = rpc.call(to, Lane::Bulk, messages::RAFT, frame.clone(), CALL_DEADLINE).await?;
+        let mut input = Reader::new(&answer.head);
+        match input.u8()? {
+            IN_PROGRESS => {}
+            DONE => return Ok(answer.head.slice(1..)),
+            _ => return Err(RebuildError::Failed(String::from_utf8_lossy(&answer.head[1..]).into_owned())),
+        }
+    }
+}
+
+/// One rebuild of this replica that is under way.
+pub(crate) struct Receiving {
+    outcome: RefCell<Option<Result<Bytes, String>>>,
+    ended: Notify,
+}
+
+/// Rebuilds under way on a shard, by group and the checkpoint that is received.
+#[derive(Default)]
+pub(crate) struct Receivers {
+    running: RefCell<BTreeMap<(GroupId, LogIndex), Rc<Receiving>>>,
+}
+
+impl Receivers {
+    /// Answers one offer: starts `work` if it is the first, waits a moment, and tells how it stands.
+    pub(crate) fn poll(
+        self: &Rc<Self>,
+        group: GroupId,
+        index: LogIndex,
+        responder: Responder,
+        work: impl FnOnce() -> LocalBoxFuture<'static, Result<Bytes, RebuildError>>,
+    ) {
+        let key = (group, index);
+        let existing = self.running.borrow().get(&key).cloned();
+        let receiving = existing.unwrap_or_else(|| {
+            let receiving = Rc::new(Receiving { outcome: RefCell::new(None), ended: Notify::new() });
+            self.running.borrow_mut().insert(key, receiving.clone());
+            let (task, note) = (work(), receiving.clone());
+            holdfast_env::spawn("rebuild", async move {
+                let outcome = task.await.map_err(|error| error.to_string());
+                *note.outcome.borrow_mut() = Some(outcome);
+                note.ended.notify_waiters();
+            });
+            receiving
+        });
+        let receivers = self.clone();
+        holdfast_env::spawn("rebuild-poll", async move {
+            let ended = receiving.ended.notified();
+            if receiving.outcome.borrow().is_none() {
+                // Not ended in time is what is answered.
+                let _in_progress = holdfast_env::timeout(POLL, ended).await;
+            }
+            let outcome = receiving.outcome.borrow().clone();
+            let mut out = Writer::new();
+            match outcome {
+                None => out.u8(IN_PROGRESS),
+                Some(Ok(bytes)) => {
+                    out.u8(DONE);
+                    out.raw(&bytes);
+                    receivers.running.borrow_mut().remove(&key);
+                }
+                Some(Err(why)) => {
+                    out.u8(FAILED);
+                    out.raw(why.as_bytes());
+                    receivers.running.borrow_mut().remove(&key);
+                }
+            }
+            responder.reply(Frame::small(out.finish()));
+        });
+    }
+}
+
+/// Purging waits while somebody pulls from this replica.
+#[derive(Default)]
+pub(crate) struct PurgeHold(Cell<Option<(LogIndex, Instant)>>);
+
+impl PurgeHold {
+    fn renew(&self, index: LogIndex) {
+        self.0.set(Some((index, Instant::now() + HOLD)));
+    }
+    /// The index that must stay in the log, if any.
+    pub(crate) fn index(&self) -> Option<LogIndex> {
+        self.0.get().filter(|(_, until)| Instant::now() < *until).map(|(index, _)| index)
+    }
+}
+
+fn put_summary(out: &mut Writer, summary: &ChunkSummary) {
+    out.u64(summary.chunk.0);
+    out.u64(summary.incarnation);
+    summary.last_index.encode(out);
+    out.bool(summary.present);
+}
+
+fn get_summary(input: &mut Reader<'_>) -> Result<ChunkSummary, DecodeError> {
+    Ok(ChunkSummary {
+        chunk: ChunkIndex(input.u64()?),
+        incarnation: input.u64()?,
+        last_index: LogIndex::decode(input)?,
+        present: input.bool()?,
+    })
+}
+
+fn put_sum(out: &mut Writer, sum: &BlockSum) {
+    match sum {
+        BlockSum::Absent => out.u8(0),
+        BlockSum::Zero => out.u8(1),
+        BlockSum::Data(crc) => {
+            out.u8(2);
+            out.u32(*crc);
+        }
+    }
+}
+
+fn get_sum(input: &mut Reader<'_>) -> Result<BlockSum, DecodeError> {
+    Ok(match input.u8()? {
+        0 => BlockSum::Absent,
+        1 => BlockSum::Zero,
+        2 => BlockSum::Data(input.u32()?),
+        other => return Err(DecodeError::Unknown { what: "block sum", value: other.into() }),
+    })
+}
+
+/// Serves a receiver's pulls from this replica.
+pub(crate) async fn serve(volume: &Volume, hold: &PurgeHold, mut input: Reader<'_>) -> Result<Frame, RebuildError> {
+    let kind = input.u8()?;
+    hold.renew(LogIndex::decode(&mut input)?);
+    let mut out = Writer::new();
+    let mut body = Vec::new();
+    match kind {
+        SUMMARIES => {
+            let from = ChunkIndex(input.u64()?);
+            let count = input.count("chunks", SUMMARIES_MAX as usize)?;
+            let summaries = volume.data().chunk_summaries(from, count as u32).await?;
+            out.u32(summaries.len() as u32);
+            summaries.iter().for_each(|summary| put_summary(&mut out, summary));
+        }
+        CHECKSUMS => {
+            let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
+            out.u32(count as u32);
+            for _ in 0..count {
+                let sums = volume.data().chunk_checksums(ChunkIndex(input.u64()?)).await?;
+                sums.iter().for_each(|sum| put_sum(&mut out, sum));
+            }
+        }
+        BLOCKS => {
+            let range = BlockRange::decode(&mut input)?;
+            let data = volume.data().read(range).await;
+            body.push(data.map_err(|error| RebuildError::Failed(error.to_string()))?);
+        }
+        POSITION => volume.group().position().applied_index().encode(&mut out),
+        other => return Err(DecodeError::Unknown { what: "rebuild call", value: other.into() }.into()),
+    }
+    Ok(Frame { head: out.finish(), body })
+}
+
+/// The receiver's side: pulls from one source.
+struct Source {
+    rpc: Rpc,
+    store: StoreId,
+    group: GroupId,
+    hold_from: LogIndex,
+    received: Cell<u64>,
+}
+
+impl Source {
+    async fn call(&self, kind: u8, arguments: impl FnOnce(&mut Writer)) -> Result<Frame, RebuildError> {
+        let mut head = Writer::new();
+        self.group.encode(&mut head);
+        head.u8(kind);
+        self.hold_from.encode(&mut head);
+        arguments(&mut head);
+        let frame = Frame::small(head.finish());
+        let answer = self.rpc.call(self.store, Lane::Bulk, messages::REBUILD, frame, CALL_DEADLINE).await?;
+        self.received.set(self.received.get() + answer.bytes() as u64);
+        Ok(answer)
+    }
+
+    async fn summaries(&self, from: ChunkIndex, count: u32) -> Result<Vec<ChunkSummary>, RebuildError> {
+        let answer = self
+            .call(SUMMARIES, |head| {
+                head.u64(from.0);
+                head.u32(count);
+            })
+            .await?;
+        let mut input = Reader::new(&answer.head);
+        let count = input.count("chunks", SUMMARIES_MAX as usize)?;
+        Ok((0..count).map(|_| get_summary(&mut input)).collect::<Result<_, _>>()?)
+    }
+
+    async fn checksums(&self, chunks: &[ChunkIndex]) -> Result<Vec<Vec<BlockSum>>, RebuildError> {
+        let answer = self
+            .call(CHECKSUMS, |head| {
+                head.u32(chunks.len() as u32);
+                chunks.iter().for_each(|chunk| head.u64(chunk.0));
+            })
+            .await?;
+        let mut input = Reader::new(&answer.head);
+        let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
+        let mut out = Vec::new();
+        for _ in 0..count {
+            out.push((0..CHUNK_BLOCKS).map(|_| get_sum(&mut input)).collect::<Result<Vec<_>, _>>()?);
+        }
+        Ok(out)
+    }
+
+    async fn blocks(&self, range: BlockRange) -> Result<Bytes, RebuildError> {
+        let body = self.call(BLOCKS, |head| range.encode(head)).await?.into_body();
+        if body.len() as u64 != range.bytes() {
+            return Err(RebuildError::Failed(format!("{} bytes came for {} blocks", body.len(), range.count)));
+        }
+        Ok(body)
+    }
+
+    async fn position(&self) -> Result<LogIndex, RebuildError> {
+        let answer = self.call(POSITION, |_| {}).await?;
+        Ok(LogIndex::decode(&mut Reader::new(&answer.head))?)
+    }
+}
+
+/// What a rebuild took.
+pub(crate) struct Received {
+    /// Content to switch in.
+    pub(crate) staged: Rc<dyn Staged>,
+    /// Below this index nothing may be served after the switch.
+    pub(crate) serve_floor: LogIndex,
+    /// Bytes that crossed the network for it.
+    pub(crate) bytes: u64,
+}
+
+/// Compares this replica's content with the source's and stages what differs.
+pub(crate) async fn pull(
+    volume: &Volume,
+    rpc: &Rpc,
+    store: StoreId,
+    target: &Checkpoint,
+) -> Result<Received, RebuildError> {
+    let group = volume.group().id().group;
+    let source = Source { rpc: rpc.clone(), store, group, hold_from: target.id.index, received: Cell::new(0) };
+    source.position().await?;
+    let state = holdfast_protocol::volume::VolumeState::decode(&target.state)?;
+    let chunks = state.size().chunks();
+    // The comparison below speaks of home only; what the map holds is of a log that is about to go.
+    volume.data().clean(volume.group().machine()).await?;
+    let staging = volume.data().begin_staging(target.clone(), state.size()).await?;
+    let mut next = 0;
+    while next < chunks {
+        let count = SUMMARIES_MAX.min(u32::try_from(chunks - next).unwrap_or(u32::MAX));
+        let theirs = source.summaries(ChunkIndex(next), count).await?;
+        let ours = volume.data().chunk_summaries(ChunkIndex(next), count).await?;
+        let differing = differing_chunks(&ours, &theirs);
+        for some in differing.chunks(CHECKSUM_CHUNKS_MAX) {
+            let sums = source.checksums(some).await?;
+            for (chunk, theirs) in some.iter().zip(&sums) {
+                stage_chunk(volume, &source, &staging, *chunk, theirs, state.size().blocks()).await?;
+            }
+        }
+        next += u64::from(count);
+    }
+    let serve_floor = source.position().await?;
+    let bytes = source.received.get();
+    Ok(Received { staged: Rc::new(StagedContent(staging)), serve_floor, bytes })
+}
+
+/// Chunks whose change marks differ. Equal marks of one incarnation mean equal content: both replicas hold what the
+/// same prefix of the same log made of the chunk.
+fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<ChunkIndex> {
+    let mine: BTreeMap<ChunkIndex, &ChunkSummary> = ours.iter().map(|summary| (summary.chunk, summary)).collect();
+    let mut out: Vec<ChunkIndex> = Vec::new();
+    for theirs in theirs {
+        let same = mine.get(&theirs.chunk).is_some_and(|ours| {
+            (ours.incarnation, ours.last_index) == (theirs.incarnation, theirs.last_index)
+        });
+        let both_empty = !theirs.present && mine.get(&theirs.chunk).is_none_or(|ours| !ours.present);
+        if !same && !both_empty {
+            out.push(theirs.chunk);
+        }
+    }
+    let known: std::collections::BTreeSet<ChunkIndex> = theirs.iter().map(|summary| summary.chunk).collect();
+    out.extend(ours.iter().filter(|ours| ours.present && !known.contains(&ours.chunk)).map(|ours| ours.chunk));
+    out.sort();
+    out
+}
+
+async fn stage_chunk(
+    volume: &Volume,
+    source: &Source,
+    staging: &StagingLayer,
+    chunk: ChunkIndex,
+    theirs: &[BlockSum],
+    blocks: u64,
+) -> Result<(), RebuildError> {
+    let ours = volume.data().chunk_checksums(chunk).await?;
+    let first = chunk.first_block();
+    let count = CHUNK_BLOCKS.min(blocks.saturating_sub(first.0)) as usize;
+    let mut at = 0;
+    while at < count {
+        if ours[at] == theirs[at] {
+            at += 1;
+            continue;
+        }
+        let is_data = matches!(theirs[at], BlockSum::Data(_));
+        let mut end = at + 1;
+        while end < count && ours[end] != theirs[end] && matches!(theirs[end], BlockSum::Data(_)) == is_data {
+            end += 1;
+        }
+        let range = BlockRange::new(BlockIndex(first.0 + at as u64), (end - at) as u32);
+        if is_data {
+            let data = source.blocks(range).await?;
+            let sums: Vec<u32> = range
+                .blocks()
+                .zip(data.chunks_exact(BLOCK_BYTES))
+                .map(|(block, data)| block_checksum(block, data))
+                .collect();
+            staging.put(range, data, &sums).await?;
+        } else {
+            staging.clear(range).await?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+struct StagedContent(StagingLayer);
+
+impl Staged for StagedContent {
+    fn commit(&self, checkpoint: Checkpoint) -> LocalBoxFuture<'static, Result<(), StoreError>> {
+        let staging = self.0.clone();
+        Box::pin(async move { staging.commit(checkpoint).await })
+    }
+}
+
+impl From<GroupError> for RebuildError {
+    fn from(error: GroupError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}

@@ -1,0 +1,557 @@
+//! One replica of one volume: its fencing state and its blocks, and the calls of sessions to it.
+//!
+//! INV-FENCE and INV-ONCE are decided by `holdfast_protocol` at apply; here the leader's courtesies are added (the
+//! watch over the holder's lease, INV-LEASE; the wait until a change of holder has settled, INV-SETTLE), and reads
+//! are admitted (at or above the reader's floor, at or above the replica's serve floor: INV-STAGE).
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use holdfast_env::Instant;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::command::VolumeCommand;
+use holdfast_protocol::lease::{AttachDecision, HolderWatch, LeaseTerms, decide_attach};
+use holdfast_protocol::volume::{Refusal, VolumeReply, VolumeState};
+use holdfast_store::journal::GroupLog;
+use holdfast_store::volume::{BlockKind, Checkpoint, Clear, ReadError, VolumeData};
+use holdfast_store::{EntryId, StoreError};
+use holdfast_types::{BlockIndex, BlockRange, Epoch, LogIndex, SessionId, block_checksum, BLOCK_BYTES};
+use holdfast_wire::rpc::{Responder, Rpc};
+use tokio::sync::Notify;
+
+use crate::config::{AppData, AppReply, Timers};
+use crate::group::{Group, GroupError};
+use crate::machine::{ApplyError, Staged, StateMachine};
+use crate::messages::{self, DataReply, DataRequest, SessionRequest};
+
+/// How long a read waits for its floor before it is sent elsewhere: a follower learns of a commit with the next
+/// append, and a caller that waited longer had better ask the leader.
+const FLOOR_PATIENCE: Duration = Duration::from_millis(20);
+/// How long a command of a newer epoch waits for the older one to settle before its sender is asked to repeat it.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The replicated state machine of a volume.
+pub(crate) struct VolumeMachine {
+    state: RefCell<VolumeState>,
+    data: VolumeData,
+    /// Woken after every run of applied entries.
+    changed: Notify,
+    /// Woken when the cleaner may have work.
+    pub(crate) dirtied: Notify,
+}
+
+impl VolumeMachine {
+    pub(crate) fn new(state: VolumeState, data: VolumeData) -> Rc<Self> {
+        data.set_size(state.size());
+        Rc::new(Self {
+            state: RefCell::new(state),
+            data,
+            changed: Notify::new(),
+            dirtied: Notify::new(),
+        })
+    }
+
+    fn effect(&self, index: LogIndex, command: &VolumeCommand) {
+        match command {
+            VolumeCommand::Write { range, checksums, .. } => self.data.apply_write(index, *range, checksums),
+            VolumeCommand::Trim { range, .. } => self.data.apply_clear(index, *range, Clear::Trim),
+            VolumeCommand::Zero { range, .. } => self.data.apply_clear(index, *range, Clear::Zero),
+            VolumeCommand::Resize { size } => self.data.set_size(*size),
+            _ => {}
+        }
+    }
+}
+
+impl StateMachine for VolumeMachine {
+    fn check(&self, data: &AppData) -> Result<(), String> {
+        let command = VolumeCommand::decode(&data.head).map_err(|error| error.to_string())?;
+        command.validate(data.payload.len()).map_err(|refusal| refusal.to_string())?;
+        if let VolumeCommand::Write { range, checksums, .. } = &command {
+            check_payload(*range, checksums, &data.payload)?;
+        }
+        Ok(())
+    }
+
+    fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
+        let command = VolumeCommand::decode(&data.head)
+            .map_err(|error| ApplyError { index: id.index, why: error.to_string() })?;
+        let reply = self.state.borrow_mut().apply(id.index, &command);
+        if matches!(reply, VolumeReply::Done { fresh: true }) {
+            self.effect(id.index, &command);
+        }
+        Ok(AppReply::Volume(reply))
+    }
+
+    fn encode_state(&self) -> Bytes {
+        self.state.borrow().encode()
+    }
+
+    fn checkpoint(&self) -> Option<Checkpoint> {
+        Some(self.data.checkpoint())
+    }
+
+    fn install(
+        &self,
+        checkpoint: Checkpoint,
+        staged: Option<Rc<dyn Staged>>,
+    ) -> LocalBoxFuture<'static, Result<(), StoreError>> {
+        let state = VolumeState::decode(&checkpoint.state);
+        if let Ok(state) = &state {
+            // Nothing is served between here and the switch: the position still shows the old applied index, and
+            // openraft applies nothing while it installs.
+            self.data.set_size(state.size());
+            *self.state.borrow_mut() = state.clone();
+        }
+        Box::pin(async move {
+            state.map_err(|error| StoreError::Failed(format!("the leader's checkpoint is damaged: {error}")))?;
+            let staged = staged
+                .ok_or_else(|| StoreError::Failed("a volume's snapshot came without its block content".into()))?;
+            staged.commit(checkpoint).await
+        })
+    }
+
+    fn after_apply(&self, _index: LogIndex) {
+        self.changed.notify_waiters();
+        self.dirtied.notify_one();
+    }
+}
+
+fn check_payload(range: BlockRange, checksums: &[u32], payload: &[u8]) -> Result<(), String> {
+    for ((block, expected), data) in range.blocks().zip(checksums).zip(payload.chunks_exact(BLOCK_BYTES)) {
+        if block_checksum(block, data) != *expected {
+            return Err(format!("block {} does not match its checksum", block.0));
+        }
+    }
+    Ok(())
+}
+
+/// A running replica of a volume.
+pub struct Volume {
+    group: Rc<Group>,
+    machine: Rc<VolumeMachine>,
+    rpc: Rpc,
+    watch: RefCell<HolderWatch>,
+    /// What the watch counts for: the term in which this replica leads.
+    watch_term: Cell<u64>,
+    /// How the replica last caught up, and what that took.
+    pub(crate) healed: RefCell<(String, u64)>,
+    /// Old holders that have confirmed their end: (epoch that replaced them).
+    confirmed: Cell<Option<Epoch>>,
+    stopped: Notify,
+}
+
+impl Volume {
+    pub(crate) fn new(group: Rc<Group>, machine: Rc<VolumeMachine>, rpc: Rpc) -> Rc<Self> {
+        let terms = lease_terms(group.timers());
+        let volume = Rc::new(Self {
+            group,
+            machine,
+            rpc,
+            watch: RefCell::new(HolderWatch::new(terms)),
+            watch_term: Cell::new(0),
+            healed: RefCell::default(),
+            confirmed: Cell::new(None),
+            stopped: Notify::new(),
+        });
+        holdfast_env::spawn("volume-settle", Self::settle_loop(Rc::downgrade(&volume)));
+        volume
+    }
+
+    /// Its group.
+    pub fn group(&self) -> &Rc<Group> {
+        &self.group
+    }
+    /// Its blocks.
+    pub fn data(&self) -> &VolumeData {
+        &self.machine.data
+    }
+    pub(crate) fn machine(&self) -> &Rc<VolumeMachine> {
+        &self.machine
+    }
+    /// Its part of the journal.
+    pub fn log(&self) -> &GroupLog {
+        self.group.log()
+    }
+    /// The fencing state as applied here.
+    pub fn state(&self) -> VolumeState {
+        self.machine.state.borrow().clone()
+    }
+
+    /// Stops its tasks and its group.
+    pub async fn stop(&self) {
+        self.stopped.notify_waiters();
+        self.group.stop().await;
+    }
+
+    fn now(&self) -> u64 {
+        Instant::now().0
+    }
+
+    /// The leader's watch over the holder; begins anew with every term in which this replica leads.
+    fn with_watch<T>(&self, use_watch: impl FnOnce(&mut HolderWatch) -> T) -> T {
+        let mut watch = self.watch.borrow_mut();
+        if let Some((term, since)) = self.group.leading_since() {
+            if self.watch_term.replace(term.0) != term.0 {
+                *watch = HolderWatch::new(lease_terms(self.group.timers()));
+                watch.began_leading(since.0);
+            }
+        }
+        use_watch(&mut watch)
+    }
+
+    /// Handles a call of a session. Called in order of arrival; answers later.
+    pub(crate) fn handle(self: &Rc<Self>, request: DataRequest, body: Bytes, responder: Responder) {
+        let volume = self.clone();
+        holdfast_env::spawn("volume-call", async move {
+            let (reply, body) = volume.answer(request, body).await;
+            responder.reply(Frame { head: reply.encode(), body });
+        });
+    }
+
+    /// Answers a call: the reply and the block data that goes with it.
+    pub async fn answer(&self, request: DataRequest, body: Bytes) -> (DataReply, Vec<Bytes>) {
+        match request {
+            DataRequest::Propose { command, .. } => (self.propose(command, body).await, Vec::new()),
+            DataRequest::Read { range, epoch, session, floor, .. } => self.read(range, epoch, session, floor).await,
+            DataRequest::BlockStatus { range, epoch, session, floor, .. } => {
+                (self.block_status(range, epoch, session, floor).await, Vec::new())
+            }
+            DataRequest::Renew { epoch, session, .. } => (self.renew(epoch, session).await, Vec::new()),
+            DataRequest::Control { command, .. } => (self.control(command).await, Vec::new()),
+            DataRequest::Report { .. } => (self.report().await, Vec::new()),
+            DataRequest::Digest { index, .. } => (self.digest(index).await, Vec::new()),
+        }
+    }
+
+    fn elsewhere(&self, why: impl Into<String>) -> DataReply {
+        DataReply::Elsewhere { leader: self.group.leader().map(|(_, store)| store), why: why.into() }
+    }
+
+    fn from_group_error(&self, error: GroupError) -> DataReply {
+        match error {
+            GroupError::NotLeader { leader } => {
+                DataReply::Elsewhere { leader, why: "this replica does not lead the volume's group".into() }
+            }
+            GroupError::TimedOut => self.elsewhere("no quorum answered in time"),
+            GroupError::Stopped(why) => self.elsewhere(format!("the replica has stopped: {why}")),
+            GroupError::Refused(why) => DataReply::Failed(why),
+        }
+    }
+
+    /// Waits until no older holder is unsettled before an epoch's command; true if it is settled.
+    async fn settled(&self, epoch: Epoch) -> bool {
+        let wait = async {
+            loop {
+                let changed = self.machine.changed.notified();
+                let blocked = {
+                    let state = self.machine.state.borrow();
+                    state.unsettled().is_some() && epoch >= state.epoch()
+                };
+                if !blocked {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        holdfast_env::timeout(SETTLE_PATIENCE, wait).await.is_ok()
+    }
+
+    async fn propose(&self, command: Bytes, payload: Bytes) -> DataReply {
+        let decoded = match VolumeCommand::decode(&command) {
+            Ok(decoded) => decoded,
+            Err(error) => return DataReply::Failed(error.to_string()),
+        };
+        let Some(tag) = decoded.tag() else {
+            return DataReply::Failed("only data commands are proposed this way".into());
+        };
+        if !self.group.is_leader() {
+            return self.elsewhere("this replica does not lead the volume's group");
+        }
+        if !self.settled(tag.epoch).await {
+            return self.elsewhere("the volume waits for its former holder's lease to end");
+        }
+        self.propose_command(AppData { head: command, payload }).await
+    }
+
+    async fn propose_command(&self, data: AppData) -> DataReply {
+        match self.group.propose(data).await {
+            Ok((id, AppReply::Volume(reply))) => DataReply::Applied { index: id.index, reply },
+            Ok((id, other)) => DataReply::Failed(format!("entry {} answered {other}", id.index)),
+            Err(error) => self.from_group_error(error),
+        }
+    }
+
+    /// Whether a reader of this epoch and floor may be served now; otherwise what to answer.
+    async fn admit_read(&self, epoch: Epoch, session: SessionId, floor: LogIndex) -> Result<(), DataReply> {
+        let reached = holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(floor)).await;
+        if reached.is_err() {
+            return Err(self.elsewhere("this replica has not applied far enough yet"));
+        }
+        let state = self.machine.state.borrow();
+        if epoch < state.epoch() {
+            let why = format!("epoch {epoch} is over: the volume is at epoch {}", state.epoch());
+            return Err(DataReply::Fenced { current: state.epoch(), why });
+        }
+        if state.unsettled().is_some() {
+            drop(state);
+            return Err(self.elsewhere("the volume waits for its former holder's lease to end"));
+        }
+        if epoch > state.epoch() {
+            drop(state);
+            return Err(self.elsewhere("this replica does not know that epoch yet"));
+        }
+        match state.holder() {
+            Some(holder) if holder.session == session => Ok(()),
+            _ => Err(DataReply::Fenced { current: state.epoch(), why: "another session holds the volume".into() }),
+        }
+    }
+
+    async fn read(
+        &self,
+        range: BlockRange,
+        epoch: Epoch,
+        session: SessionId,
+        floor: LogIndex,
+    ) -> (DataReply, Vec<Bytes>) {
+        if let Err(reply) = self.admit_read(epoch, session, floor).await {
+            return (reply, Vec::new());
+        }
+        match self.data().read(range).await {
+            Ok(bytes) => {
+                let checksums = checksums_of(range, &bytes);
+                // Taken after the read: whatever the blocks show was applied by now, so the reader's floor covers it.
+                let applied = self.group.position().applied_index();
+                (DataReply::Blocks { applied, checksums }, vec![bytes])
+            }
+            Err(error) => (self.read_failed(&error), Vec::new()),
+        }
+    }
+
+    fn read_failed(&self, error: &ReadError) -> DataReply {
+        match error {
+            ReadError::OutOfRange { .. } => DataReply::Failed(error.to_string()),
+            _ => {
+                tracing::error!(group = %self.group.id().group, %error, "a read is sent to another replica");
+                self.elsewhere(error.to_string())
+            }
+        }
+    }
+
+    async fn block_status(&self, range: BlockRange, epoch: Epoch, session: SessionId, floor: LogIndex) -> DataReply {
+        if let Err(reply) = self.admit_read(epoch, session, floor).await {
+            return reply;
+        }
+        match self.data().block_status(range).await {
+            Ok(runs) => {
+                let kind = |kind| match kind {
+                    BlockKind::Data => 0,
+                    BlockKind::Zero => 1,
+                    BlockKind::Absent => 2,
+                };
+                let runs = runs.into_iter().map(|(count, k)| (count, kind(k))).collect();
+                DataReply::Status { applied: self.group.position().applied_index(), runs }
+            }
+            Err(error) => self.from_group_error(error.into()),
+        }
+    }
+
+    async fn renew(&self, epoch: Epoch, session: SessionId) -> DataReply {
+        if self.group.is_transferring() {
+            return self.elsewhere("the leadership is being transferred");
+        }
+        // INV-LEASE: confirmed after the request arrived, so after the session sent it; whatever a later leader
+        // commits comes after, and waits a full lease from its own election.
+        let index = match self.group.confirm_leadership().await {
+            Ok(index) => index,
+            Err(error) => return self.from_group_error(error),
+        };
+        if holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(index)).await.is_err() {
+            return self.elsewhere("the leader has not applied far enough yet");
+        }
+        let state = self.machine.state.borrow();
+        let is_holder = state.holder().is_some_and(|holder| holder.session == session);
+        if epoch != state.epoch() || !is_holder {
+            let why = format!("epoch {epoch} is over: the volume is at epoch {}", state.epoch());
+            return DataReply::Fenced { current: state.epoch(), why };
+        }
+        if self.group.is_transferring() {
+            return self.elsewhere("the leadership is being transferred");
+        }
+        let now = self.now();
+        self.with_watch(|watch| watch.granted(now));
+        DataReply::Renewed {
+            epoch: state.epoch(),
+            members: self.group.members(),
+            leader: self.group.id().replica,
+            size: state.size().0,
+            error_after_seconds: match state.on_quorum_loss() {
+                holdfast_types::OnQuorumLoss::Suspend => 0,
+                holdfast_types::OnQuorumLoss::Error { after_seconds } => after_seconds.max(1),
+            },
+        }
+    }
+
+    /// Attach, detach, resize, policy.
+    async fn control(&self, command: Bytes) -> DataReply {
+        let mut decoded = match VolumeCommand::decode(&command) {
+            Ok(decoded) if decoded.tag().is_none() => decoded,
+            Ok(_) => return DataReply::Failed("a data command is not a control command".into()),
+            Err(error) => return DataReply::Failed(error.to_string()),
+        };
+        let index = match self.group.confirm_leadership().await {
+            Ok(index) => index,
+            Err(error) => return self.from_group_error(error),
+        };
+        if holdfast_env::timeout(SETTLE_PATIENCE, self.group.position().reached(index)).await.is_err() {
+            return self.elsewhere("the leader has not applied far enough yet");
+        }
+        if let VolumeCommand::Attach { confirmed, .. } = &mut decoded {
+            // Only the leader knows; what the caller wrote there counts for nothing.
+            *confirmed = false;
+        }
+        if let VolumeCommand::Attach { .. } = &decoded {
+            let now = self.now();
+            let decision = {
+                let state = self.machine.state.borrow();
+                self.with_watch(|watch| decide_attach(&state, watch, &decoded, now))
+            };
+            match decision {
+                AttachDecision::Refuse(refusal) => {
+                    return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
+                }
+                AttachDecision::Propose { confirmed: known } => {
+                    if let VolumeCommand::Attach { confirmed, .. } = &mut decoded {
+                        *confirmed = known;
+                    }
+                }
+            }
+        }
+        let reply = self.propose_command(AppData { head: decoded.encode(), payload: Bytes::new() }).await;
+        if let DataReply::Applied { reply: VolumeReply::Attached { .. }, .. } = &reply {
+            let now = self.now();
+            self.with_watch(|watch| watch.granted(now));
+        }
+        reply
+    }
+
+    async fn report(&self) -> DataReply {
+        let mut report = self.group.report();
+        {
+            let state = self.machine.state.borrow();
+            report.epoch = state.epoch();
+            report.holder = state.holder().map(|holder| holder.node.to_string()).unwrap_or_default();
+            report.size = state.size().0;
+        }
+        let healed = self.healed.borrow().clone();
+        (report.healed_by, report.healed_bytes) = healed;
+        match self.data().space().await {
+            Ok(space) => report.used_bytes = space.allocated,
+            Err(error) => report.fault = error.to_string(),
+        }
+        DataReply::Report(Box::new(report))
+    }
+
+    /// The digest of the whole content, read from disk, at the first moment when `index` is applied.
+    async fn digest(&self, index: LogIndex) -> DataReply {
+        let index = if index == LogIndex::ZERO {
+            match self.group.confirm_leadership().await {
+                Ok(index) => index,
+                Err(error) => return self.from_group_error(error),
+            }
+        } else {
+            index
+        };
+        let deadline = Duration::from_secs(10);
+        if holdfast_env::timeout(deadline, self.group.position().reached(index)).await.is_err() {
+            return self.elsewhere(format!("entry {index} is not applied here within {deadline:?}"));
+        }
+        match self.data().digest().await {
+            Ok(digest) => DataReply::Digest {
+                index: self.group.position().applied_index(),
+                digest: digest.to_string(),
+                bad_blocks: digest.bad_blocks,
+            },
+            Err(error) => self.elsewhere(error.to_string()),
+        }
+    }
+
+    /// While it leads: once every older holder has confirmed its end, or one full lease has passed, `Settled` is
+    /// proposed, and commands of the newer epoch are admitted (INV-SETTLE).
+    async fn settle_loop(volume: Weak<Self>) {
+        loop {
+            let Some(this) = volume.upgrade() else { return };
+            let changed = this.machine.changed.notified();
+            let leadership = this.group.leadership_changed();
+            let unsettled = this.machine.state.borrow().unsettled().cloned();
+            let leading = this.group.leading_since();
+            if let (Some(unsettled), Some((term, since))) = (unsettled, leading) {
+                drop(changed);
+                drop(leadership);
+                this.settle(unsettled.epoch, unsettled.holders, term.0, since).await;
+                continue;
+            }
+            let stopped = this.stopped.notified();
+            futures_util::pin_mut!(changed, leadership, stopped);
+            let woken = futures_util::future::select(changed, leadership);
+            if let futures_util::future::Either::Right(_) = futures_util::future::select(woken, stopped).await {
+                return;
+            }
+        }
+    }
+
+    async fn settle(
+        &self,
+        epoch: Epoch,
+        holders: Vec<holdfast_protocol::volume::Holder>,
+        term: u64,
+        leading_since: Instant,
+    ) {
+        let lease = HolderWatch::lease_with_drift(&lease_terms(self.group.timers()));
+        // One full lease after the commit, as this leader sees it: it saw the commit now or before, and a leader
+        // elected later counts from its own election.
+        let until = Instant::now().max(leading_since) + lease;
+        let confirm = async {
+            for holder in &holders {
+                let request = SessionRequest::Fence { group: self.group.id().group, session: holder.session, epoch };
+                let frame = Frame::small(request.encode());
+                let call = self.rpc.call(holder.store, Lane::Control, messages::SESSION, frame, lease);
+                if let Err(error) = call.await {
+                    tracing::info!(node = %holder.node, %error, "the former holder has not confirmed its end");
+                    return holdfast_env::sleep_until(until).await;
+                }
+            }
+        };
+        // Whatever the former holders say, the wait ends with the lease.
+        let _ended_by_confirmation = holdfast_env::timeout(until.since(Instant::now()), confirm).await;
+        let still = self.group.leading_since().is_some_and(|(now, _)| now.0 == term);
+        let needed = self.machine.state.borrow().unsettled().is_some_and(|u| u.epoch == epoch);
+        if !still || !needed {
+            return;
+        }
+        let command = VolumeCommand::Settled { epoch }.encode();
+        if let DataReply::Applied { reply: VolumeReply::Refused(Refusal::OldEpoch { .. }), .. } =
+            self.propose_command(AppData { head: command, payload: Bytes::new() }).await
+        {
+            tracing::debug!(%epoch, "a newer change of holder came first");
+        }
+    }
+}
+
+impl From<ReadError> for GroupError {
+    fn from(error: ReadError) -> Self {
+        Self::Refused(error.to_string())
+    }
+}
+
+/// The lease of sessions of a group.
+pub fn lease_terms(timers: &Timers) -> LeaseTerms {
+    LeaseTerms { lease: timers.session_lease, drift_permille: 10 }
+}
+
+fn checksums_of(range: BlockRange, bytes: &[u8]) -> Vec<u32> {
+    let blocks = bytes.chunks_exact(BLOCK_BYTES).enumerate();
+    blocks.map(|(n, data)| block_checksum(BlockIndex(range.start.0 + n as u64), data)).collect()
+}

@@ -1,0 +1,55 @@
+//! What goes wrong in a store.
+
+use std::io;
+
+use holdfast_types::DecodeError;
+
+/// An error of a store. Cloneable, since one failure answers many waiters.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The medium or the file system refuses. After a failed write or flush the store has stopped for good: restart
+    /// the daemon, and replace the disk if it happens again.
+    #[error("{what}: {cause}")]
+    Io {
+        /// What was tried, with the file's name.
+        what: String,
+        /// The cause.
+        cause: String,
+        /// Whether the medium is full.
+        full: bool,
+    },
+    /// What is on the disk belongs to somebody else.
+    #[error("this directory belongs to {found}, not to {expected}: is the right disk mounted here?")]
+    Identity {
+        /// Who was expected.
+        expected: String,
+        /// Whose it is.
+        found: String,
+    },
+    /// There is no store here, or its making was interrupted.
+    #[error("there is no finished store here: {0}")]
+    NotFormatted(String),
+    /// Something on the disk is damaged.
+    #[error("{what} is damaged: {why}")]
+    Damaged {
+        /// What.
+        what: String,
+        /// How.
+        why: String,
+    },
+    /// The store or a part of it has stopped.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl StoreError {
+    /// Wraps an I/O error with what was tried.
+    pub fn io(what: impl Into<String>, error: &io::Error) -> Self {
+        let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        Self::Io { what: what.into(), cause: error.to_string(), full }
+    }
+    /// Something that does not decode.
+    pub fn damaged(what: impl Into<String>, error: &DecodeError) -> Self {
+        Self::Damaged { what: what.into(), why: error.to_string() }
+    }
+}

@@ -1,0 +1,359 @@
+//! A group's part of the journal: the index of its entries in memory, and the handle that others use.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use holdfast_types::{BLOCK_BYTES, LogIndex, limits};
+use tokio::sync::oneshot;
+
+use super::Journal;
+use super::format::{EntryRecord, GroupState, HEAD_BYTES_MAX, Record, VOTE_BYTES_MAX};
+use crate::{EntryId, LogEntry, ReplicaIdentity, StoreError};
+
+/// Called once when something is on stable storage, or with why it never will be.
+pub type Done = Box<dyn FnOnce(Result<(), StoreError>)>;
+
+/// Where an entry stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) segment: usize,
+    /// Byte offset of the payload in the segment.
+    pub(super) offset: u64,
+}
+
+/// An entry as the index knows it.
+#[derive(Clone, Debug)]
+pub(super) struct Meta {
+    pub(super) id: EntryId,
+    pub(super) kind: u8,
+    pub(super) head: Bytes,
+    pub(super) payload_bytes: u32,
+    pub(super) payload_crc: u32,
+    /// The payload, while it is in memory. Never evicted before it is durable.
+    pub(super) payload: Option<Bytes>,
+    /// Where its payload stands; `None` until it is handed to the disk.
+    pub(super) place: Option<Place>,
+    pub(super) durable: bool,
+}
+
+impl Meta {
+    pub(super) fn record(&self, committed: LogIndex, copy: bool) -> EntryRecord {
+        EntryRecord {
+            id: self.id,
+            kind: self.kind,
+            head: self.head.clone(),
+            payload_bytes: self.payload_bytes,
+            payload_crc: self.payload_crc,
+            committed,
+            copy,
+        }
+    }
+}
+
+/// The index of one group.
+#[derive(Default)]
+pub(super) struct Group {
+    pub(super) state: GroupState,
+    /// The segment with the newest record of the group's state.
+    pub(super) state_segment: Option<usize>,
+    /// Entries without gaps; the first one's index is `first`.
+    pub(super) entries: VecDeque<Meta>,
+    pub(super) first: u64,
+    pub(super) flushed: LogIndex,
+    pub(super) cached_bytes: usize,
+    /// Entries before this index have no payload in memory.
+    pub(super) evicted_below: u64,
+}
+
+impl Group {
+    pub(super) fn last(&self) -> Option<EntryId> {
+        self.entries.back().map(|meta| meta.id).or(self.state.purged)
+    }
+    pub(super) fn get(&self, index: LogIndex) -> Option<&Meta> {
+        let at = index.0.checked_sub(self.first)?;
+        self.entries.get(usize::try_from(at).ok()?)
+    }
+    pub(super) fn get_mut(&mut self, index: LogIndex) -> Option<&mut Meta> {
+        let at = index.0.checked_sub(self.first)?;
+        self.entries.get_mut(usize::try_from(at).ok()?)
+    }
+
+    pub(super) fn push(&mut self, meta: Meta) {
+        if self.entries.is_empty() {
+            self.first = meta.id.index.0;
+            self.evicted_below = self.evicted_below.max(self.first);
+        }
+        assert_eq!(meta.id.index.0, self.first + self.entries.len() as u64, "entries have no gaps");
+        self.cached_bytes += meta.payload.as_ref().map_or(0, Bytes::len);
+        self.entries.push_back(meta);
+    }
+
+    /// Drops payloads of the oldest durable entries while there are more than the bound.
+    pub(super) fn evict(&mut self) {
+        self.evicted_below = self.evicted_below.max(self.first);
+        while self.cached_bytes > limits::LOG_TAIL_BYTES_MAX {
+            let index = LogIndex(self.evicted_below);
+            let Some(meta) = self.get_mut(index) else { return };
+            if !meta.durable {
+                return;
+            }
+            let freed = meta.payload.take().map_or(0, |payload| payload.len());
+            self.cached_bytes -= freed;
+            self.evicted_below += 1;
+        }
+    }
+
+    /// Removes entries after `keep`; what was removed is given back for the accounting of segments.
+    pub(super) fn truncate_after(&mut self, keep: LogIndex) -> Vec<Meta> {
+        let keep_count = (keep.0 + 1).saturating_sub(self.first).min(self.entries.len() as u64) as usize;
+        let removed: Vec<Meta> = self.entries.drain(keep_count..).collect();
+        self.forget(&removed);
+        self.flushed = self.flushed.min(keep);
+        self.evicted_below = self.evicted_below.min(keep.0 + 1);
+        removed
+    }
+
+    /// Removes entries up to `upto`.
+    pub(super) fn purge(&mut self, upto: EntryId) -> Vec<Meta> {
+        let count = (upto.index.0 + 1).saturating_sub(self.first).min(self.entries.len() as u64) as usize;
+        let removed: Vec<Meta> = self.entries.drain(..count).collect();
+        self.forget(&removed);
+        self.first = upto.index.0 + 1;
+        self.state.purged = Some(self.state.purged.map_or(upto, |before| before.max(upto)));
+        self.flushed = self.flushed.max(upto.index);
+        removed
+    }
+
+    fn forget(&mut self, removed: &[Meta]) {
+        let bytes: usize = removed.iter().filter_map(|meta| meta.payload.as_ref()).map(Bytes::len).sum();
+        self.cached_bytes -= bytes;
+    }
+
+    /// Entries become durable in order.
+    pub(super) fn made_durable(&mut self, id: EntryId) {
+        if let Some(meta) = self.get_mut(id.index).filter(|meta| meta.id == id) {
+            meta.durable = true;
+        }
+        while self.get(self.flushed.next()).is_some_and(|meta| meta.durable) {
+            self.flushed = self.flushed.next();
+        }
+        self.evict();
+    }
+}
+
+/// Handle of one group's log. Cheap to clone.
+#[derive(Clone)]
+pub struct GroupLog {
+    pub(super) journal: Journal,
+    pub(super) who: ReplicaIdentity,
+    pub(super) group: Rc<RefCell<Group>>,
+}
+
+impl GroupLog {
+    /// Whose log it is.
+    pub fn id(&self) -> ReplicaIdentity {
+        self.who
+    }
+
+    /// Adds entries after the last one. They can be read at once; `done` is called when all of them are durable.
+    pub fn append(&self, entries: Vec<LogEntry>, done: Done) {
+        if let Some(error) = self.journal.failed() {
+            return done(Err(error));
+        }
+        let count = entries.len();
+        if count == 0 {
+            return done(Ok(()));
+        }
+        let mut done = Some(done);
+        for (n, entry) in entries.into_iter().enumerate() {
+            assert!(entry.head.len() <= HEAD_BYTES_MAX, "a command's head is bounded");
+            assert!(entry.payload.len().is_multiple_of(BLOCK_BYTES), "payloads are whole blocks");
+            let meta = Meta {
+                id: entry.id,
+                kind: entry.kind,
+                head: entry.head,
+                payload_bytes: entry.payload.len() as u32,
+                payload_crc: crc32fast::hash(&entry.payload),
+                payload: Some(entry.payload.clone()),
+                place: None,
+                durable: false,
+            };
+            let record = {
+                let mut group = self.group.borrow_mut();
+                let record = meta.record(group.state.committed, false);
+                group.push(meta);
+                record
+            };
+            let last = if n + 1 == count { done.take() } else { None };
+            self.journal.enqueue(Record::Entry(self.who, record), entry.payload, last);
+        }
+        self.group.borrow_mut().evict();
+        self.journal.kick();
+    }
+
+    /// Writes the group's state and waits until it is durable.
+    async fn write_state(&self, truncate_after: Option<LogIndex>, urgent: bool) -> Result<(), StoreError> {
+        if let Some(error) = self.journal.failed() {
+            return Err(error);
+        }
+        let state = GroupState { truncate_after, ..self.group.borrow().state.clone() };
+        let (sender, receiver) = oneshot::channel();
+        let done: Done = Box::new(move |result| {
+            // The waiter was dropped with its task; the state is written all the same.
+            let _ = sender.send(result);
+        });
+        let record = Record::State(self.who, state);
+        if urgent {
+            self.journal.enqueue_urgent(record, Some(done));
+        } else {
+            self.journal.enqueue(record, Bytes::new(), Some(done));
+        }
+        self.journal.kick();
+        receiver.await.unwrap_or_else(|_| Err(StoreError::Failed("the journal has stopped".into())))
+    }
+
+    pub(super) async fn create(&self) -> Result<(), StoreError> {
+        self.write_state(None, false).await
+    }
+
+    pub(super) async fn drop_all(&self) -> Result<(), StoreError> {
+        let removed = {
+            let mut group = self.group.borrow_mut();
+            group.state.dropped = true;
+            let removed = group.entries.drain(..).collect::<Vec<_>>();
+            group.cached_bytes = 0;
+            removed
+        };
+        let result = self.write_state(None, true).await;
+        self.journal.released(&removed);
+        result
+    }
+
+    /// Keeps a vote: durable when it returns.
+    pub async fn save_vote(&self, vote: Bytes) -> Result<(), StoreError> {
+        assert!(vote.len() <= VOTE_BYTES_MAX, "a vote is small");
+        self.group.borrow_mut().state.vote = Some(vote);
+        self.write_state(None, false).await
+    }
+
+    /// The last vote.
+    pub fn vote(&self) -> Option<Bytes> {
+        self.group.borrow().state.vote.clone()
+    }
+
+    /// Notes what is committed; it goes with the next entry and is a lower bound after a restart.
+    pub fn note_committed(&self, id: EntryId) {
+        let mut group = self.group.borrow_mut();
+        group.state.committed = group.state.committed.max(id.index);
+    }
+
+    /// The highest entry known to be committed, if the log still knows it.
+    pub fn committed(&self) -> Option<EntryId> {
+        let group = self.group.borrow();
+        let index = group.state.committed.min(group.last()?.index);
+        group.get(index).map(|meta| meta.id).or(group.state.purged)
+    }
+
+    /// Cuts off everything after `keep` (everything, if `None`); durable when it returns.
+    pub async fn truncate_after(&self, keep: Option<LogIndex>) -> Result<(), StoreError> {
+        let keep = keep.unwrap_or_default();
+        let removed = self.group.borrow_mut().truncate_after(keep);
+        let result = self.write_state(Some(keep), false).await;
+        self.journal.released(&removed);
+        result
+    }
+
+    /// Forgets entries up to `upto`; they never come back. Their segments may be reused.
+    pub async fn purge(&self, upto: EntryId) -> Result<(), StoreError> {
+        let removed = self.group.borrow_mut().purge(upto);
+        let result = self.write_state(None, true).await;
+        self.journal.released(&removed);
+        result
+    }
+
+    /// The last purged entry.
+    pub fn purged(&self) -> Option<EntryId> {
+        self.group.borrow().state.purged
+    }
+    /// The last entry, purged or not.
+    pub fn last(&self) -> Option<EntryId> {
+        self.group.borrow().last()
+    }
+    /// Identity of an entry that the log holds.
+    pub fn entry_id(&self, index: LogIndex) -> Option<EntryId> {
+        self.group.borrow().get(index).map(|meta| meta.id)
+    }
+    /// The highest index up to which everything is durable.
+    pub fn flushed(&self) -> LogIndex {
+        self.group.borrow().flushed
+    }
+
+    /// Entries of `[from, to)`, from memory or from disk and then verified: as many as fit into `bytes_max`, at least
+    /// one if there is one.
+    pub async fn read(&self, from: LogIndex, to: LogIndex, bytes_max: usize) -> Result<Vec<LogEntry>, StoreError> {
+        let mut out = Vec::new();
+        let mut bytes = 0;
+        for index in from.0..to.0 {
+            let found = self.group.borrow().get(LogIndex(index)).cloned();
+            let Some(meta) = found else { break };
+            bytes += meta.head.len() + meta.payload_bytes as usize;
+            if bytes > bytes_max && !out.is_empty() {
+                break;
+            }
+            let payload = match &meta.payload {
+                Some(payload) => payload.clone(),
+                None => self.verified_payload(&meta).await?,
+            };
+            out.push(LogEntry { id: meta.id, kind: meta.kind, head: meta.head, payload });
+        }
+        Ok(out)
+    }
+
+    async fn verified_payload(&self, meta: &Meta) -> Result<Bytes, StoreError> {
+        if meta.payload_bytes == 0 {
+            return Ok(Bytes::new());
+        }
+        let payload = self.journal.read_place(meta.place, 0, meta.payload_bytes as usize).await?;
+        if crc32fast::hash(&payload) != meta.payload_crc {
+            return Err(StoreError::Damaged {
+                what: format!("entry {} of group {}", meta.id.index, self.who.group),
+                why: "its checksum does not match; replace this replica, the others hold the data".into(),
+            });
+        }
+        Ok(payload)
+    }
+
+    /// Blocks of an entry's payload. Not verified here: the caller holds the block checksums.
+    pub async fn read_payload(&self, index: LogIndex, block: u32, blocks: u32) -> Result<Bytes, StoreError> {
+        let (start, length) = (block as usize * BLOCK_BYTES, blocks as usize * BLOCK_BYTES);
+        let found = self.group.borrow().get(index).cloned();
+        let meta = found.ok_or_else(|| StoreError::Failed(format!("entry {index} is not in the journal any more")))?;
+        if start + length > meta.payload_bytes as usize {
+            return Err(StoreError::Failed(format!("entry {index} has no block {}", block + blocks - 1)));
+        }
+        match &meta.payload {
+            Some(payload) => Ok(payload.slice(start..start + length)),
+            None => self.journal.read_place(meta.place, start as u64, length).await,
+        }
+    }
+}
+
+impl crate::volume::PayloadSource for GroupLog {
+    fn flushed(&self) -> LogIndex {
+        Self::flushed(self)
+    }
+    fn read_payload(
+        &self,
+        index: LogIndex,
+        block: u32,
+        blocks: u32,
+    ) -> futures_util::future::LocalBoxFuture<'static, Result<Bytes, StoreError>> {
+        let log = self.clone();
+        Box::pin(async move { Self::read_payload(&log, index, block, blocks).await })
+    }
+    fn evict_hint(&self) {
+        self.group.borrow_mut().evict();
+    }
+}

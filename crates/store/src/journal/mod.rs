@@ -1,0 +1,313 @@
+//! The journal of one store: the only place where an acknowledgement is earned.
+//!
+//! All groups of a store share its segments and its flushes. What gathers while a batch is being written goes into
+//! the next one; a batch is one durable write; batches complete in order. Segments are written once in full when the
+//! store is made and then reused in place, oldest first (an overwrite flushes twice as fast as a fresh extent).
+//!
+//! Invariants: nothing is reported durable before its batch and every batch before it is on stable storage (INV-ACK);
+//! a segment is not reused before a later batch that says so is durable; a failed write or flush stops the store for
+//! good; what recovery cannot prove never to have been durable is never cut (docs/FORMAT.md has the argument).
+
+mod format;
+mod group;
+mod recover;
+mod writer;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_types::{ClusterId, DecodeError, NodeName, Reader, StoreId, Writer};
+use tokio::sync::Notify;
+
+pub use group::{Done, GroupLog};
+use group::{Group, Meta, Place};
+use writer::State;
+
+use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
+
+const IDENTITY_FILE: &str = "journal/identity";
+const IDENTITY_MAGIC: u64 = 0x6873_6166_6964_3031;
+const IDENTITY_VERSION: u16 = 1;
+
+/// How a store is laid out; fixed when it is made.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Bytes of a segment; a multiple of 4096, at least 4 MiB.
+    pub segment_bytes: u64,
+    /// Number of segments, at least 4.
+    pub segments: u32,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { segment_bytes: 16 << 20, segments: 16 }
+    }
+}
+
+/// How full the journal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pressure {
+    /// Segments in use, in percent.
+    pub used_percent: u32,
+}
+
+/// Counters of a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct JournalUsage {
+    /// Bytes of all segments.
+    pub bytes_total: u64,
+    /// Bytes of segments that hold something needed.
+    pub bytes_used: u64,
+    /// Batches written, which is also the number of flushes.
+    pub flushes: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Log entries written.
+    pub entries_written: u64,
+}
+
+/// What recovery found out about a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// Everything that may have been acknowledged is there.
+    Clean,
+    /// These entries may have been acknowledged and cannot be read. They are never cut.
+    Faulty(Vec<EntryId>),
+    /// Part of the journal that may have been this group's cannot be read at all.
+    Unknown(String),
+}
+
+/// A group that the journal holds.
+pub struct RecoveredGroup {
+    /// Whose log it is.
+    pub id: ReplicaIdentity,
+    /// The log.
+    pub log: GroupLog,
+    /// What is left of it.
+    pub state: Recovery,
+    /// A vote may have been lost: the replica must not vote again under its id.
+    pub vote_lost: bool,
+}
+
+struct Inner {
+    identity: StoreIdentity,
+    options: StoreOptions,
+    salt: u64,
+    files: Vec<Rc<dyn File>>,
+    state: RefCell<State>,
+    groups: RefCell<BTreeMap<ReplicaIdentity, Rc<RefCell<Group>>>>,
+    failed: RefCell<Option<StoreError>>,
+    changed: Notify,
+    usage: Cell<JournalUsage>,
+}
+
+/// The journal of one store. Cheap to clone.
+#[derive(Clone)]
+pub struct Journal(Rc<Inner>);
+
+fn segment_name(number: u32) -> String {
+    format!("journal/{number:04}")
+}
+
+struct IdentityBlock {
+    identity: StoreIdentity,
+    options: StoreOptions,
+    salt: u64,
+}
+
+impl IdentityBlock {
+    fn encode(&self) -> AlignedBuffer {
+        let mut out = Writer::new();
+        out.u64(IDENTITY_MAGIC);
+        out.u16(IDENTITY_VERSION);
+        self.identity.cluster.encode(&mut out);
+        self.identity.store.encode(&mut out);
+        self.identity.node.encode(&mut out);
+        out.u64(self.options.segment_bytes);
+        out.u32(self.options.segments);
+        out.u64(self.salt);
+        let crc = crc32fast::hash(out.as_slice());
+        out.u32(crc);
+        let block = AlignedBuffer::copy_of(out.as_slice());
+        let mut both = AlignedBuffer::zeroed(2 * block.len());
+        both.as_mut_slice()[..block.len()].copy_from_slice(block.as_slice());
+        both.as_mut_slice()[block.len()..].copy_from_slice(block.as_slice());
+        both
+    }
+
+    fn decode(block: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(block);
+        let magic = input.u64()?;
+        if magic != IDENTITY_MAGIC {
+            return Err(DecodeError::Unknown { what: "store magic", value: magic });
+        }
+        let version = input.u16()?;
+        if version != IDENTITY_VERSION {
+            return Err(DecodeError::Unknown { what: "store format version", value: version.into() });
+        }
+        let cluster = ClusterId::decode(&mut input)?;
+        let store = StoreId::decode(&mut input)?;
+        let node = NodeName::decode(&mut input)?;
+        let options = StoreOptions { segment_bytes: input.u64()?, segments: input.u32()? };
+        let salt = input.u64()?;
+        let covered = block.len() - input.remaining();
+        let crc = input.u32()?;
+        if crc != crc32fast::hash(&block[..covered]) {
+            return Err(DecodeError::Unknown { what: "store checksum", value: crc.into() });
+        }
+        Ok(Self { identity: StoreIdentity { cluster, node, store }, options, salt })
+    }
+}
+
+async fn read_identity(directory: &Rc<dyn Directory>) -> Result<IdentityBlock, StoreError> {
+    let missing = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::NotFound => StoreError::NotFormatted("it has no journal/identity".into()),
+        _ => StoreError::io(IDENTITY_FILE, &error),
+    };
+    let file = directory.open(IDENTITY_FILE, OpenMode::Existing).await.map_err(missing)?;
+    let bytes = file.read_at(0, 8192).await.map_err(|error| StoreError::io(IDENTITY_FILE, &error))?;
+    let (first, second) = bytes.as_slice().split_at(4096);
+    IdentityBlock::decode(first)
+        .or_else(|_| IdentityBlock::decode(second))
+        .map_err(|error| StoreError::damaged("journal/identity (both copies)", &error))
+}
+
+impl Journal {
+    /// Makes a store: writes every segment in full, then its identity, so that a crash in between leaves no store.
+    pub async fn format(
+        directory: Rc<dyn Directory>,
+        identity: &StoreIdentity,
+        options: &StoreOptions,
+    ) -> Result<(), StoreError> {
+        assert!(options.segments >= 4 && options.segment_bytes >= 4 << 20, "a journal has room for its largest batch");
+        if read_identity(&directory).await.is_ok() {
+            return Err(StoreError::Failed("there is a store here already".into()));
+        }
+        for number in 0..options.segments {
+            let name = segment_name(number);
+            let wrap = |error: std::io::Error| StoreError::io(&name, &error);
+            directory.remove(&name).await.map_err(wrap)?;
+            let file = directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
+            file.allocate(0, options.segment_bytes).await.map_err(wrap)?;
+            let mut offset = 0;
+            while offset < options.segment_bytes {
+                let length = (4 << 20).min(options.segment_bytes - offset);
+                let zeros = AlignedBuffer::zeroed(length as usize);
+                file.write_at(offset, zeros, Durability::Volatile).await.map_err(wrap)?;
+                offset += length;
+            }
+            file.flush().await.map_err(wrap)?;
+        }
+        let wrap = |error: std::io::Error| StoreError::io(IDENTITY_FILE, &error);
+        directory.remove(IDENTITY_FILE).await.map_err(wrap)?;
+        let file = directory.open(IDENTITY_FILE, OpenMode::CreateNew).await.map_err(wrap)?;
+        let salt = holdfast_env::random_u64();
+        let block = IdentityBlock { identity: identity.clone(), options: options.clone(), salt };
+        file.write_at(0, block.encode(), Durability::Durable).await.map_err(wrap)?;
+        file.flush().await.map_err(wrap)?;
+        directory.sync().await.map_err(wrap)
+    }
+
+    /// The identity of the store in `directory`.
+    pub async fn identity_of(directory: &Rc<dyn Directory>) -> Result<StoreIdentity, StoreError> {
+        Ok(read_identity(directory).await?.identity)
+    }
+
+    /// Opens a store and recovers what its journal holds. `options` are those of the day it was made, if they differ.
+    pub async fn open(
+        directory: Rc<dyn Directory>,
+        expected: &StoreIdentity,
+        _options: &StoreOptions,
+    ) -> Result<(Self, Vec<RecoveredGroup>), StoreError> {
+        let block = read_identity(&directory).await?;
+        if block.identity != *expected {
+            let name = |id: &StoreIdentity| format!("store {} of node {} of cluster {}", id.store, id.node, id.cluster);
+            return Err(StoreError::Identity { expected: name(expected), found: name(&block.identity) });
+        }
+        let mut files = Vec::new();
+        for number in 0..block.options.segments {
+            let name = segment_name(number);
+            let file = directory.open(&name, OpenMode::Existing).await;
+            files.push(file.map_err(|error| StoreError::io(&name, &error))?);
+        }
+        recover::open(block.identity, block.options, block.salt, files).await
+    }
+
+    /// Makes a group's log; durable when it returns.
+    pub async fn create_group(&self, who: ReplicaIdentity) -> Result<GroupLog, StoreError> {
+        if self.group(who).is_some() {
+            return Err(StoreError::Failed(format!("replica {} of group {} has a log already", who.replica, who.group)));
+        }
+        let group = Rc::new(RefCell::new(Group { first: 1, ..Group::default() }));
+        self.0.groups.borrow_mut().insert(who, group.clone());
+        let log = GroupLog { journal: self.clone(), who, group };
+        log.create().await?;
+        Ok(log)
+    }
+
+    /// The log of a group.
+    pub fn group(&self, who: ReplicaIdentity) -> Option<GroupLog> {
+        let group = self.0.groups.borrow().get(&who)?.clone();
+        Some(GroupLog { journal: self.clone(), who, group })
+    }
+
+    /// Forgets a group for good; durable when it returns. Forgetting it again is fine.
+    pub async fn drop_group(&self, who: ReplicaIdentity) -> Result<(), StoreError> {
+        let Some(log) = self.group(who) else { return Ok(()) };
+        log.drop_all().await?;
+        self.0.groups.borrow_mut().remove(&who);
+        Ok(())
+    }
+
+    /// Why the store has stopped, if it has.
+    pub fn failed(&self) -> Option<StoreError> {
+        self.0.failed.borrow().clone()
+    }
+
+    /// How full the journal is.
+    pub fn pressure(&self) -> Pressure {
+        Pressure { used_percent: self.0.state.borrow().used_percent() }
+    }
+
+    /// Ends when the pressure has changed, or the store has failed.
+    pub async fn pressure_changed(&self) {
+        self.0.changed.notified().await;
+    }
+
+    /// Counters.
+    pub fn usage(&self) -> JournalUsage {
+        let total = u64::from(self.0.options.segments) * self.0.options.segment_bytes;
+        let used = self.0.state.borrow().used_segments() as u64 * self.0.options.segment_bytes;
+        JournalUsage { bytes_total: total, bytes_used: used, ..self.0.usage.get() }
+    }
+
+    async fn read_place(&self, place: Option<Place>, start: u64, length: usize) -> Result<Bytes, StoreError> {
+        let place = place.ok_or_else(|| StoreError::Failed("an entry's payload is neither in memory nor on disk".into()))?;
+        let file = self.0.files[place.segment].clone();
+        let read = file.read_at(place.offset + start, length).await;
+        let buffer = read.map_err(|error| StoreError::io(segment_name(place.segment as u32), &error))?;
+        Ok(Bytes::from_owner(buffer))
+    }
+
+    /// Entries are not needed any more.
+    fn released(&self, removed: &[Meta]) {
+        self.0.state.borrow_mut().release(removed);
+        self.reclaim();
+        self.kick();
+        self.0.changed.notify_waiters();
+    }
+}
+
+/// Whether a test has planted a fault; never, in a release.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn planted(name: &str) -> bool {
+    crate::testing::is_planted(name)
+}
+
+#[cfg(not(any(test, feature = "testing")))]
+pub(crate) const fn planted(_name: &str) -> bool {
+    false
+}

@@ -1,0 +1,481 @@
+//! Writing batches, and reusing segments.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::Bytes;
+use holdfast_env::disk::{ALIGNMENT, Durability};
+
+use super::format::{self, List, Record};
+use super::group::{Done, Meta, Place};
+use super::{Journal, segment_name};
+use crate::{EntryId, ReplicaIdentity, StoreError};
+
+/// Batches under way at once: one is written while the next gathers.
+const IN_FLIGHT_MAX: usize = 2;
+/// Largest batch, in bytes of payload.
+const BATCH_BYTES_MAX: usize = 2 << 20;
+/// Largest batch, in records.
+const BATCH_RECORDS_MAX: usize = 4096;
+/// Segments that only the journal's own records may take, so that a purge can always be written.
+const RESERVE: usize = 1;
+/// After so much idleness a closing mark says that the last batch was flushed.
+const CLOSING_MARK_AFTER: Duration = Duration::from_millis(100);
+
+pub(super) struct Queued {
+    record: Record,
+    payload: Bytes,
+    done: Option<Done>,
+}
+
+struct InFlight {
+    seq: u64,
+    ended: bool,
+    entries: Vec<(ReplicaIdentity, EntryId)>,
+    done: Vec<Done>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct FreeSegment {
+    number: usize,
+    /// It may be overwritten once this batch, which no longer counts on it, is durable.
+    after: u64,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Segment {
+    /// First batch in it.
+    first_seq: u64,
+    /// Entries with payload that are still needed.
+    live: u64,
+}
+
+/// Where the journal stands.
+pub(super) struct State {
+    queue: VecDeque<Queued>,
+    urgent: VecDeque<Queued>,
+    in_flight: VecDeque<InFlight>,
+    next_seq: u64,
+    last: (u64, u32),
+    flushed: u64,
+    head: usize,
+    head_block: u32,
+    segment_blocks: u32,
+    /// In use, oldest first; the last one is the head.
+    used: VecDeque<usize>,
+    free: VecDeque<FreeSegment>,
+    segments: Vec<Segment>,
+    /// Batches that recovery found never to have been acknowledged.
+    cut: Option<(u64, u64)>,
+    marked: u64,
+    copying: bool,
+}
+
+/// What recovery hands over.
+pub(super) struct Start {
+    pub(super) next_seq: u64,
+    pub(super) last: (u64, u32),
+    pub(super) head: usize,
+    pub(super) head_block: u32,
+    pub(super) segment_blocks: u32,
+    /// Segments in use, oldest first, each with its first batch.
+    pub(super) used: Vec<(usize, u64)>,
+    pub(super) segments: usize,
+    pub(super) cut: Option<(u64, u64)>,
+}
+
+impl State {
+    pub(super) fn new(start: Start) -> Self {
+        let mut segments = vec![Segment::default(); start.segments];
+        for (number, first_seq) in &start.used {
+            segments[*number].first_seq = *first_seq;
+        }
+        let used: VecDeque<usize> = start.used.iter().map(|(number, _)| *number).collect();
+        let unused = (0..start.segments).filter(|number| !used.contains(number));
+        let free = unused.map(|number| FreeSegment { number, after: 0 }).collect();
+        Self {
+            queue: VecDeque::new(),
+            urgent: VecDeque::new(),
+            in_flight: VecDeque::new(),
+            next_seq: start.next_seq,
+            last: start.last,
+            flushed: start.last.0,
+            head: start.head,
+            head_block: start.head_block,
+            segment_blocks: start.segment_blocks,
+            used,
+            free,
+            segments,
+            cut: start.cut,
+            marked: 0,
+            copying: false,
+        }
+    }
+
+    pub(super) fn used_segments(&self) -> usize {
+        self.used.len()
+    }
+    pub(super) fn used_percent(&self) -> u32 {
+        (self.used.len().saturating_sub(1) * 100 / self.segments.len()) as u32
+    }
+    pub(super) fn add_live(&mut self, segment: usize) {
+        self.segments[segment].live += 1;
+    }
+    pub(super) fn release(&mut self, removed: &[Meta]) {
+        for meta in removed.iter().filter(|meta| meta.payload_bytes > 0) {
+            if let Some(place) = meta.place {
+                self.segments[place.segment].live -= 1;
+            }
+        }
+    }
+
+    fn oldest(&self) -> u64 {
+        self.used.front().map_or(self.next_seq, |tail| self.segments[*tail].first_seq)
+    }
+
+    /// Takes the next segment; `false` if none may be taken now.
+    fn next_segment(&mut self, urgent: bool) -> bool {
+        let usable = self.free.iter().filter(|free| free.after <= self.flushed).count();
+        if usable == 0 || (!urgent && usable <= RESERVE) {
+            return false;
+        }
+        let at = self.free.iter().position(|free| free.after <= self.flushed);
+        let Some(free) = at.and_then(|at| self.free.remove(at)) else { return false };
+        self.head = free.number;
+        self.head_block = 0;
+        self.segments[free.number] = Segment { first_seq: self.next_seq, live: 0 };
+        self.used.push_back(free.number);
+        true
+    }
+
+    /// Records for one batch that fits into what is left of the head segment.
+    fn gather(&mut self) -> Vec<Queued> {
+        let room = (self.segment_blocks - self.head_block) as usize * ALIGNMENT;
+        let mut taken = Vec::new();
+        let (mut payload, mut list) = (0, 17);
+        let fits = |payload: usize, list: usize| List::blocks_for(list) as usize * 2 * ALIGNMENT + payload <= room;
+        for urgent in [true, false] {
+            loop {
+                let source = if urgent { &mut self.urgent } else { &mut self.queue };
+                let Some(next) = source.front() else { break };
+                let (p, l) = (payload + next.payload.len(), list + format::record_bytes(&next.record));
+                if taken.len() >= BATCH_RECORDS_MAX || (p > BATCH_BYTES_MAX && !taken.is_empty()) || !fits(p, l) {
+                    break;
+                }
+                (payload, list) = (p, l);
+                taken.extend(source.pop_front());
+            }
+        }
+        taken
+    }
+}
+
+struct Batch {
+    seq: u64,
+    segment: usize,
+    offset: u64,
+    buffer: holdfast_env::disk::AlignedBuffer,
+}
+
+impl Journal {
+    pub(super) fn enqueue(&self, record: Record, payload: Bytes, done: Option<Done>) {
+        self.0.state.borrow_mut().queue.push_back(Queued { record, payload, done });
+    }
+
+    /// For records that make room: they may take the reserve, and overtake what waits for room.
+    pub(super) fn enqueue_urgent(&self, record: Record, done: Option<Done>) {
+        self.0.state.borrow_mut().urgent.push_back(Queued { record, payload: Bytes::new(), done });
+    }
+
+    /// Starts as many batches as may be under way.
+    pub(super) fn kick(&self) {
+        while self.failed().is_none() {
+            let Some(batch) = self.next_batch() else { return };
+            let file = self.0.files[batch.segment].clone();
+            let journal = self.clone();
+            let bytes = batch.buffer.len() as u64;
+            let mut usage = self.0.usage.get();
+            usage.flushes += 1;
+            usage.bytes_written += bytes;
+            self.0.usage.set(usage);
+            let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
+            holdfast_env::spawn("journal-batch", async move {
+                match write.await {
+                    Ok(_) => journal.completed(batch.seq),
+                    Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
+                }
+            });
+        }
+    }
+
+    /// Makes the next batch, if there is something to write and room for it.
+    fn next_batch(&self) -> Option<Batch> {
+        let mut state = self.0.state.borrow_mut();
+        if state.in_flight.len() >= IN_FLIGHT_MAX || (state.queue.is_empty() && state.urgent.is_empty()) {
+            return None;
+        }
+        let mut taken = state.gather();
+        if taken.is_empty() {
+            let urgent = !state.urgent.is_empty();
+            if !state.next_segment(urgent) {
+                // Freed segments may only wait for a batch that no longer counts on them.
+                let cooling = state.free.iter().any(|free| free.after > state.flushed);
+                if !(cooling && state.in_flight.is_empty() && state.next_segment(true)) {
+                    return None;
+                }
+            }
+            drop(state);
+            self.0.changed.notify_waiters();
+            self.reclaim();
+            state = self.0.state.borrow_mut();
+            taken = state.gather();
+        }
+        Some(self.build(&mut state, taken))
+    }
+
+    fn build(&self, state: &mut State, taken: Vec<Queued>) -> Batch {
+        let seq = state.next_seq;
+        state.next_seq += 1;
+        let mut records = Vec::with_capacity(taken.len() + 1);
+        if let Some((from, to)) = state.cut.take() {
+            records.push(Record::Cut { from, to });
+        }
+        let mut payloads = Vec::new();
+        let mut done = Vec::new();
+        for queued in taken {
+            records.push(queued.record);
+            done.extend(queued.done);
+            if !queued.payload.is_empty() {
+                payloads.push(queued.payload);
+            }
+        }
+        let list = List {
+            store: self.0.identity.store,
+            segment: state.head as u32,
+            start_block: state.head_block,
+            list_blocks: 0,
+            total_blocks: 0,
+            seq,
+            previous: state.last.0,
+            previous_crc: state.last.1,
+            flushed: state.flushed,
+            oldest: state.oldest(),
+            records,
+            crc: 0,
+        };
+        let (list, buffer, offsets) = format::make_batch(list, &payloads, self.0.salt);
+        let start = u64::from(state.head_block) * ALIGNMENT as u64;
+        let entries = self.place(state, &list, start, &offsets);
+        state.last = (seq, list.crc);
+        state.head_block += list.total_blocks;
+        let segment = state.head;
+        state.in_flight.push_back(InFlight { seq, ended: false, entries, done });
+        Batch { seq, segment, offset: start, buffer }
+    }
+
+    /// Notes in the groups where the batch's records stand.
+    fn place(
+        &self,
+        state: &mut State,
+        list: &List,
+        start: u64,
+        offsets: &[u64],
+    ) -> Vec<(ReplicaIdentity, EntryId)> {
+        let segment = state.head;
+        let groups = self.0.groups.borrow();
+        let mut offsets = offsets.iter();
+        let mut entries = Vec::new();
+        for record in &list.records {
+            match record {
+                Record::State(who, _) => {
+                    if let Some(group) = groups.get(who) {
+                        group.borrow_mut().state_segment = Some(segment);
+                    }
+                }
+                Record::Entry(who, entry) => {
+                    let offset = if entry.payload_bytes > 0 { offsets.next().copied().unwrap_or(0) } else { 0 };
+                    let place = Place { segment, offset: start + offset };
+                    let group = groups.get(who);
+                    let mut group = group.map(|group| group.borrow_mut());
+                    // Cut off or purged while it waited: its bytes are written, but nobody needs them.
+                    let meta = group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
+                    if let Some(meta) = meta {
+                        meta.place = Some(place);
+                        if entry.payload_bytes > 0 {
+                            state.segments[segment].live += 1;
+                        }
+                    }
+                    if !entry.copy {
+                        entries.push((*who, entry.id));
+                        let mut usage = self.0.usage.get();
+                        usage.entries_written += 1;
+                        self.0.usage.set(usage);
+                    }
+                }
+                Record::Cut { .. } => {}
+            }
+        }
+        entries
+    }
+
+    /// A batch is on stable storage. What it holds is durable once every batch before it is (INV-ACK).
+    fn completed(&self, seq: u64) {
+        let mut finished = Vec::new();
+        {
+            let mut state = self.0.state.borrow_mut();
+            if let Some(batch) = state.in_flight.iter_mut().find(|batch| batch.seq == seq) {
+                batch.ended = true;
+            }
+            while state.in_flight.front().is_some_and(|batch| batch.ended) {
+                let Some(batch) = state.in_flight.pop_front() else { break };
+                state.flushed = batch.seq;
+                finished.push(batch);
+            }
+        }
+        for batch in finished {
+            {
+                let groups = self.0.groups.borrow();
+                for (who, id) in &batch.entries {
+                    if let Some(group) = groups.get(who) {
+                        group.borrow_mut().made_durable(*id);
+                    }
+                }
+            }
+            for done in batch.done {
+                done(Ok(()));
+            }
+        }
+        self.kick();
+        self.close_when_idle();
+    }
+
+    /// Stops the store for good. Whatever waits is told; nothing is tried again.
+    fn fail(&self, error: &StoreError) {
+        if self.failed().is_some() {
+            return;
+        }
+        tracing::error!(store = %self.0.identity.store, %error, "the store has stopped");
+        *self.0.failed.borrow_mut() = Some(error.clone());
+        let mut waiting: Vec<Done> = Vec::new();
+        {
+            let mut state = self.0.state.borrow_mut();
+            waiting.extend(state.in_flight.drain(..).flat_map(|batch| batch.done));
+            waiting.extend(state.urgent.drain(..).filter_map(|queued| queued.done));
+            waiting.extend(state.queue.drain(..).filter_map(|queued| queued.done));
+        }
+        for done in waiting {
+            done(Err(error.clone()));
+        }
+        self.0.changed.notify_waiters();
+    }
+
+    /// Says, some time after the last batch, that it was flushed: a later rot of it is then no torn tail.
+    fn close_when_idle(&self) {
+        let last = {
+            let state = self.0.state.borrow();
+            let idle = state.in_flight.is_empty() && state.queue.is_empty() && state.urgent.is_empty();
+            if !idle || state.marked == state.last.0 {
+                return;
+            }
+            state.last.0
+        };
+        let journal = std::rc::Rc::downgrade(&self.0);
+        holdfast_env::spawn("journal-mark", async move {
+            holdfast_env::sleep(CLOSING_MARK_AFTER).await;
+            let Some(journal) = journal.upgrade().map(Journal) else { return };
+            let is_last = {
+                let mut state = journal.0.state.borrow_mut();
+                let is_last = state.last.0 == last && state.in_flight.is_empty() && state.marked < last;
+                if is_last {
+                    // The mark is a batch of its own; none follows it.
+                    state.marked = state.next_seq;
+                }
+                is_last
+            };
+            if is_last && journal.failed().is_none() {
+                journal.write_mark();
+            }
+        });
+    }
+
+    fn write_mark(&self) {
+        let batch = {
+            let mut state = self.0.state.borrow_mut();
+            if state.segment_blocks - state.head_block < 2 && !state.next_segment(true) {
+                return;
+            }
+            self.build(&mut state, Vec::new())
+        };
+        let file = self.0.files[batch.segment].clone();
+        let journal = self.clone();
+        let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
+        holdfast_env::spawn("journal-mark-write", async move {
+            match write.await {
+                Ok(_) => journal.completed(batch.seq),
+                Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
+            }
+        });
+    }
+
+    /// Frees the oldest segments that nothing needs, while few are free. What is small and still needed is written
+    /// again first, so that no idle group pins a segment.
+    pub(super) fn reclaim(&self) {
+        loop {
+            let tail = {
+                let state = self.0.state.borrow();
+                let enough = state.free.len() * 2 > state.segments.len();
+                let Some(tail) = state.used.front().copied() else { return };
+                if enough || tail == state.head || state.segments[tail].live > 0 || state.copying {
+                    return;
+                }
+                tail
+            };
+            let needed = self.small_records_in(tail);
+            let mut state = self.0.state.borrow_mut();
+            if needed.is_empty() {
+                state.used.pop_front();
+                // A batch made from now on says that nothing of this segment is counted on; the segment may be
+                // overwritten once that batch is durable.
+                let after = state.next_seq;
+                state.free.push_back(FreeSegment { number: tail, after });
+                drop(state);
+                self.0.changed.notify_waiters();
+                continue;
+            }
+            state.copying = true;
+            let count = needed.len();
+            for (n, record) in needed.into_iter().enumerate() {
+                let journal = std::rc::Rc::downgrade(&self.0);
+                let done: Option<Done> = (n + 1 == count).then(|| -> Done {
+                    Box::new(move |result| {
+                        let Some(journal) = journal.upgrade().map(Journal) else { return };
+                        journal.0.state.borrow_mut().copying = false;
+                        if result.is_ok() {
+                            journal.reclaim();
+                            journal.kick();
+                        }
+                    })
+                });
+                state.urgent.push_back(Queued { record, payload: Bytes::new(), done });
+            }
+            return;
+        }
+    }
+
+    /// Records of `segment` that are still needed and have no payload.
+    fn small_records_in(&self, segment: usize) -> Vec<Record> {
+        let mut out = Vec::new();
+        for (who, group) in self.0.groups.borrow().iter() {
+            let group = group.borrow();
+            if group.state_segment == Some(segment) {
+                out.push(Record::State(*who, group.state.clone()));
+            }
+            for meta in &group.entries {
+                if meta.payload_bytes == 0 && meta.place.is_some_and(|place| place.segment == segment) {
+                    out.push(Record::Entry(*who, meta.record(group.state.committed, true)));
+                }
+            }
+        }
+        out
+    }
+}

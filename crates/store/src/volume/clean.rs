@@ -1,0 +1,206 @@
+//! The cleaner: moves the newest applied and flushed blocks home, in block order, and makes a checkpoint.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use holdfast_env::disk::{AlignedBuffer, Durability};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, CHUNK_BYTES, ChunkIndex, LogIndex, block_checksum, limits::REQUEST_BLOCKS_MAX,
+};
+
+use super::extent::{Extent, What};
+use super::table::{BlockSum, Chunk};
+use super::{Checkpoint, CheckpointSource, VolumeData};
+use crate::StoreError;
+use crate::journal::planted;
+
+/// Home writes under way at once.
+const WRITES_MAX: usize = 4;
+/// How long to wait for the local flush of what was applied, and how often to look.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+const FLUSH_LOOK: Duration = Duration::from_millis(2);
+
+impl VolumeData {
+    /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so.
+    ///
+    /// Order: home data, home flush, table pages, table flush, manifest. A crash anywhere leaves the checkpoint
+    /// before, from which the journal repeats everything.
+    pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
+        let _one_at_a_time = self.0.cleaning.lock().await;
+        let target = source.capture();
+        if target.id.index <= self.checkpoint().id.index {
+            return Ok(self.checkpoint());
+        }
+        // Apply may come before the local flush; what is not durable here must not be moved (the journal would not
+        // repeat it).
+        if !planted("move-unflushed-home") && !self.wait_until_flushed(target.id.index).await {
+            return Ok(self.checkpoint());
+        }
+        let runs = self.0.map.borrow().up_to(target.id.index);
+        let lines = self.changed_lines(&runs).await?;
+        if planted("checkpoint-before-home-flush") {
+            self.write_manifest(target.clone(), false).await?;
+        }
+        self.write_home(&runs).await?;
+        self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
+        let emptied: Vec<ChunkIndex> =
+            lines.iter().filter(|(_, (had, line))| *had && !line.has_data()).map(|(chunk, _)| *chunk).collect();
+        self.0.table.write(lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect()).await?;
+        self.write_manifest(target.clone(), false).await?;
+        self.0.map.borrow_mut().drop_up_to(target.id.index);
+        self.changed();
+        self.punch(&emptied).await?;
+        self.0.payloads.evict_hint();
+        Ok(target)
+    }
+
+    async fn wait_until_flushed(&self, index: LogIndex) -> bool {
+        let flushed = async {
+            while self.0.payloads.flushed() < index {
+                holdfast_env::sleep(FLUSH_LOOK).await;
+            }
+        };
+        holdfast_env::timeout(FLUSH_PATIENCE, flushed).await.is_ok()
+    }
+
+    /// The table lines of every chunk that the runs change, and whether the chunk held data before.
+    async fn changed_lines(
+        &self,
+        runs: &[(BlockIndex, Extent)],
+    ) -> Result<BTreeMap<ChunkIndex, (bool, Chunk)>, StoreError> {
+        let mut lines: BTreeMap<ChunkIndex, (bool, Chunk)> = BTreeMap::new();
+        for (start, run) in runs {
+            let last = BlockIndex(start.0 + run.count - 1).chunk();
+            for chunk in (start.chunk().0..=last.0).map(ChunkIndex) {
+                if !lines.contains_key(&chunk) {
+                    let line = self.0.table.chunk(chunk).await?;
+                    if matches!(run.what, What::Absent) && !line.is_present() {
+                        continue; // giving back nothing changes nothing
+                    }
+                    lines.insert(chunk, (line.has_data(), line));
+                }
+                let Some((_, line)) = lines.get_mut(&chunk) else { continue };
+                let first = chunk.first_block().0.max(start.0);
+                let end = (chunk.first_block().0 + holdfast_types::CHUNK_BLOCKS).min(start.0 + run.count);
+                for block in (first..end).map(BlockIndex) {
+                    line.set(block.within_chunk(), super::sum_of(run, block.0 - start.0));
+                }
+                line.last_index = line.last_index.max(run.index);
+                line.incarnation = self.0.identity.incarnation;
+            }
+        }
+        Ok(lines)
+    }
+
+    async fn write_home(&self, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {
+        let mut writes = Vec::new();
+        let mut merged: Vec<Bytes> = Vec::new();
+        let mut merged_at = BlockIndex(0);
+        let mut merged_blocks = 0u64;
+        for (start, run) in runs {
+            let What::Data { offset, .. } = &run.what else { continue };
+            let follows = merged_blocks > 0 && merged_at.0 + merged_blocks == start.0;
+            if !follows || merged_blocks + run.count > u64::from(REQUEST_BLOCKS_MAX) {
+                self.start_home_write(&mut writes, merged_at, &mut merged).await?;
+                (merged_at, merged_blocks) = (*start, 0);
+            }
+            let payload = self.0.payloads.read_payload(run.index, *offset, run.count as u32).await?;
+            self.verify(*start, run, &payload)?;
+            merged_blocks += run.count;
+            merged.push(payload);
+        }
+        self.start_home_write(&mut writes, merged_at, &mut merged).await?;
+        for write in writes {
+            write.await.map_err(|error: std::io::Error| StoreError::io("home", &error))?;
+        }
+        Ok(())
+    }
+
+    fn verify(&self, start: BlockIndex, run: &Extent, payload: &[u8]) -> Result<(), StoreError> {
+        for (n, data) in (0u64..).zip(payload.chunks_exact(BLOCK_BYTES)) {
+            let block = BlockIndex(start.0 + n);
+            if run.checksum(n) != Some(block_checksum(block, data)) {
+                return Err(StoreError::Damaged {
+                    what: format!("block {} in log entry {}", block.0, run.index),
+                    why: "its checksum does not match; replace this replica, the others hold the data".into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn start_home_write(
+        &self,
+        writes: &mut Vec<futures_util::future::LocalBoxFuture<'static, std::io::Result<AlignedBuffer>>>,
+        at: BlockIndex,
+        merged: &mut Vec<Bytes>,
+    ) -> Result<(), StoreError> {
+        if merged.is_empty() {
+            return Ok(());
+        }
+        let bytes: usize = merged.iter().map(Bytes::len).sum();
+        let mut buffer = AlignedBuffer::zeroed(bytes);
+        let mut filled = 0;
+        for payload in merged.drain(..) {
+            buffer.as_mut_slice()[filled..filled + payload.len()].copy_from_slice(&payload);
+            filled += payload.len();
+        }
+        self.allocate_chunks(at, bytes as u64).await?;
+        if writes.len() >= WRITES_MAX {
+            let oldest = writes.remove(0);
+            oldest.await.map_err(|error| StoreError::io("home", &error))?;
+        }
+        writes.push(self.0.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
+        Ok(())
+    }
+
+    /// A chunk's first write allocates it whole, so that random writes do not shatter the file's extents.
+    async fn allocate_chunks(&self, at: BlockIndex, bytes: u64) -> Result<(), StoreError> {
+        let last = BlockIndex(at.0 + bytes / BLOCK_BYTES as u64 - 1).chunk();
+        for chunk in (at.chunk().0..=last.0).map(ChunkIndex) {
+            if !self.0.table.chunk(chunk).await?.has_data() {
+                let offset = chunk.first_block().byte_offset();
+                let allocated = self.0.home.allocate(offset, CHUNK_BYTES).await;
+                allocated.map_err(|error| StoreError::io("home", &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives chunks back that the checkpoint just made has emptied.
+    async fn punch(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
+        for chunk in emptied {
+            if !self.0.table.chunk(*chunk).await?.has_data() {
+                let offset = chunk.first_block().byte_offset();
+                self.0.home.punch(offset, CHUNK_BYTES).await.map_err(|error| StoreError::io("home", &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lines as they are to be after a rebuild's blocks came home.
+    pub(super) async fn staged_lines(
+        &self,
+        staged: &BTreeMap<BlockIndex, BlockSum>,
+        index: LogIndex,
+    ) -> Result<(BTreeMap<ChunkIndex, Chunk>, Vec<ChunkIndex>), StoreError> {
+        let mut lines: BTreeMap<ChunkIndex, Chunk> = BTreeMap::new();
+        for (block, sum) in staged {
+            if !lines.contains_key(&block.chunk()) {
+                lines.insert(block.chunk(), self.0.table.chunk(block.chunk()).await?);
+            }
+            if let Some(line) = lines.get_mut(&block.chunk()) {
+                line.set(block.within_chunk(), *sum);
+                line.last_index = line.last_index.max(index);
+                line.incarnation = self.0.identity.incarnation;
+            }
+        }
+        let emptied = lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
+        Ok((lines, emptied))
+    }
+
+    pub(super) async fn punch_staged(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
+        self.punch(emptied).await
+    }
+}

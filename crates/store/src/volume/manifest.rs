@@ -1,0 +1,177 @@
+//! The manifest: who a replica is, and its last checkpoint. A small file in two generations, each checksummed.
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_types::{
+    ClusterId, DecodeError, GroupId, LogIndex, NodeName, Reader, ReplicaId, StoreId, Term, VolumeId, Writer,
+};
+
+use super::Checkpoint;
+use crate::{EntryId, ReplicaIdentity, StoreError};
+
+const MAGIC: u64 = 0x6873_6166_6d66_3031;
+const VERSION: u16 = 1;
+/// Room for one generation, in bytes.
+const SLOT_BYTES: usize = 1 << 20;
+/// Largest state in a checkpoint, in bytes.
+const STATE_BYTES_MAX: usize = 512 << 10;
+
+/// Whose files these are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaFileIdentity {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The store.
+    pub store: StoreId,
+    /// The node.
+    pub node: NodeName,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The replica.
+    pub id: ReplicaIdentity,
+    /// The volume's incarnation number.
+    pub incarnation: u64,
+}
+
+/// What a manifest says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// Whose files.
+    pub identity: ReplicaFileIdentity,
+    /// The volume's specification as JSON, so that a disk describes itself.
+    pub spec_json: Bytes,
+    /// The last checkpoint.
+    pub checkpoint: Checkpoint,
+    /// Counts up with every write.
+    pub generation: u64,
+    /// A rebuild was switched in and is being moved home.
+    pub staged: bool,
+}
+
+fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
+    checkpoint.id.term.encode(out);
+    checkpoint.id.leader.encode(out);
+    checkpoint.id.index.encode(out);
+    checkpoint.serve_floor.encode(out);
+    out.bytes(&checkpoint.membership);
+    out.bytes(&checkpoint.state);
+}
+
+fn get_checkpoint(input: &mut Reader<'_>) -> Result<Checkpoint, DecodeError> {
+    let id = EntryId {
+        term: Term::decode(input)?,
+        leader: ReplicaId::decode(input)?,
+        index: LogIndex::decode(input)?,
+    };
+    let serve_floor = LogIndex::decode(input)?;
+    let membership = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
+    let state = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
+    Ok(Checkpoint { id, membership, state, serve_floor })
+}
+
+impl Manifest {
+    fn encode(&self) -> AlignedBuffer {
+        let mut out = Writer::new();
+        let identity = &self.identity;
+        identity.cluster.encode(&mut out);
+        identity.store.encode(&mut out);
+        identity.node.encode(&mut out);
+        identity.volume.encode(&mut out);
+        identity.id.group.encode(&mut out);
+        identity.id.replica.encode(&mut out);
+        out.u64(identity.incarnation);
+        out.u64(self.generation);
+        out.bool(self.staged);
+        out.bytes(&self.spec_json);
+        put_checkpoint(&mut out, &self.checkpoint);
+        let body = out.finish();
+        let mut whole = Writer::new();
+        whole.u64(MAGIC);
+        whole.u16(VERSION);
+        whole.u32(body.len() as u32);
+        whole.u32(crc32fast::hash(&body));
+        whole.raw(&body);
+        AlignedBuffer::copy_of(whole.as_slice())
+    }
+
+    fn decode(slot: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(slot);
+        let magic = input.u64()?;
+        if magic != MAGIC {
+            return Err(DecodeError::Unknown { what: "manifest magic", value: magic });
+        }
+        let version = input.u16()?;
+        if version != VERSION {
+            return Err(DecodeError::Unknown { what: "manifest version", value: version.into() });
+        }
+        let length = input.count("manifest", SLOT_BYTES)?;
+        let crc = input.u32()?;
+        let body = input.raw(length)?;
+        if crc32fast::hash(body) != crc {
+            return Err(DecodeError::Unknown { what: "manifest checksum", value: crc.into() });
+        }
+        let input = &mut Reader::new(body);
+        let identity = ReplicaFileIdentity {
+            cluster: ClusterId::decode(input)?,
+            store: StoreId::decode(input)?,
+            node: NodeName::decode(input)?,
+            volume: VolumeId::decode(input)?,
+            id: ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? },
+            incarnation: input.u64()?,
+        };
+        let generation = input.u64()?;
+        let staged = input.bool()?;
+        let spec_json = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
+        Ok(Self { identity, spec_json, checkpoint: get_checkpoint(input)?, generation, staged })
+    }
+}
+
+/// The manifest's file.
+pub(super) struct ManifestFile {
+    file: Rc<dyn File>,
+    name: String,
+}
+
+impl ManifestFile {
+    pub(super) async fn create(directory: &Rc<dyn Directory>, name: String) -> Result<Self, StoreError> {
+        let wrap = |error: std::io::Error| StoreError::io(&name, &error);
+        directory.remove(&name).await.map_err(wrap)?;
+        let file = directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
+        file.set_length(2 * SLOT_BYTES as u64).await.map_err(wrap)?;
+        Ok(Self { file, name })
+    }
+
+    pub(super) async fn open(directory: &Rc<dyn Directory>, name: String) -> Result<Self, StoreError> {
+        let file = directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
+        Ok(Self { file, name })
+    }
+
+    /// Writes a generation over the older one; durable when it returns.
+    pub(super) async fn write(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        let bytes = manifest.encode();
+        if bytes.len() > SLOT_BYTES {
+            return Err(StoreError::Failed(format!("a checkpoint of {} bytes is beyond its bound", bytes.len())));
+        }
+        let offset = (manifest.generation % 2) * SLOT_BYTES as u64;
+        let written = self.file.write_at(offset, bytes, Durability::Durable).await;
+        written.map_err(|error| StoreError::io(&self.name, &error)).map(drop)
+    }
+
+    /// The newest generation that is whole.
+    pub(super) async fn read(&self) -> Result<Manifest, StoreError> {
+        let mut newest: Option<Manifest> = None;
+        let mut problem = DecodeError::Short { missing: 0 };
+        for slot in 0..2 {
+            let read = self.file.read_at(slot * SLOT_BYTES as u64, SLOT_BYTES).await;
+            let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
+            match Manifest::decode(bytes.as_slice()) {
+                Ok(found) if newest.as_ref().is_none_or(|n| n.generation < found.generation) => newest = Some(found),
+                Ok(_) => {}
+                Err(error) => problem = error,
+            }
+        }
+        newest.ok_or_else(|| StoreError::damaged(&self.name, &problem))
+    }
+}

@@ -1,0 +1,265 @@
+//! The chunk table: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
+//! 4 KiB, each with two alternating copies, loaded when first touched.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use holdfast_env::disk::{AlignedBuffer, Durability, File};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, ReplicaId, Writer,
+};
+
+use crate::{ReplicaIdentity, StoreError};
+
+const MAGIC: u64 = 0x6873_6166_7462_3031;
+const VERSION: u16 = 1;
+/// Chunks of a page.
+pub(super) const PAGE_CHUNKS: u64 = 14;
+const HEADER_BYTES: usize = 64;
+/// Clean pages kept in memory.
+const PAGES_MAX: usize = 16384;
+
+/// How a block is, by the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockSum {
+    /// Nothing here: zeros, no space.
+    Absent,
+    /// Zeros.
+    Zero,
+    /// Data with this checksum.
+    Data(u32),
+}
+
+/// One chunk's line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    data: u64,
+    zero: u64,
+    sums: [u32; CHUNK_BLOCKS as usize],
+    pub(super) incarnation: u64,
+    pub(super) last_index: LogIndex,
+}
+
+impl Default for Chunk {
+    fn default() -> Self {
+        Self { data: 0, zero: 0, sums: [0; CHUNK_BLOCKS as usize], incarnation: 0, last_index: LogIndex::ZERO }
+    }
+}
+
+impl Chunk {
+    pub(super) fn get(&self, within: usize) -> BlockSum {
+        let bit = 1 << within;
+        match (self.data & bit != 0, self.zero & bit != 0) {
+            (true, _) => BlockSum::Data(self.sums[within]),
+            (false, true) => BlockSum::Zero,
+            (false, false) => BlockSum::Absent,
+        }
+    }
+    pub(super) fn set(&mut self, within: usize, sum: BlockSum) {
+        let bit = 1 << within;
+        self.data &= !bit;
+        self.zero &= !bit;
+        self.sums[within] = 0;
+        match sum {
+            BlockSum::Data(crc) => {
+                self.data |= bit;
+                self.sums[within] = crc;
+            }
+            BlockSum::Zero => self.zero |= bit,
+            BlockSum::Absent => {}
+        }
+    }
+    pub(super) fn has_data(&self) -> bool {
+        self.data != 0
+    }
+    pub(super) fn is_present(&self) -> bool {
+        self.data != 0 || self.zero != 0
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Page {
+    chunks: [Chunk; PAGE_CHUNKS as usize],
+    generation: u64,
+}
+
+impl Default for Page {
+    fn default() -> Self {
+        Self { chunks: std::array::from_fn(|_| Chunk::default()), generation: 0 }
+    }
+}
+
+impl Page {
+    fn encode(&self, number: u64, who: ReplicaIdentity) -> AlignedBuffer {
+        let mut body = Writer::with_capacity(BLOCK_BYTES);
+        for chunk in &self.chunks {
+            body.u64(chunk.data);
+            body.u64(chunk.zero);
+            chunk.sums.iter().for_each(|sum| body.u32(*sum));
+            body.u64(chunk.incarnation);
+            chunk.last_index.encode(&mut body);
+        }
+        let mut head = Writer::new();
+        head.u64(MAGIC);
+        head.u16(VERSION);
+        head.u64(number);
+        head.u64(self.generation);
+        who.group.encode(&mut head);
+        who.replica.encode(&mut head);
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(head.as_slice());
+        hasher.update(body.as_slice());
+        head.u32(hasher.finalize());
+        let mut page = AlignedBuffer::zeroed(BLOCK_BYTES);
+        page.as_mut_slice()[..head.len()].copy_from_slice(head.as_slice());
+        page.as_mut_slice()[HEADER_BYTES..HEADER_BYTES + body.len()].copy_from_slice(body.as_slice());
+        page
+    }
+
+    /// `Ok(None)` for a copy that was never written.
+    fn decode(bytes: &[u8], number: u64, who: ReplicaIdentity) -> Result<Option<Self>, DecodeError> {
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let mut head = Reader::new(&bytes[..HEADER_BYTES]);
+        let bad = |what, value| Err(DecodeError::Unknown { what, value });
+        let magic = head.u64()?;
+        if magic != MAGIC || head.u16()? != VERSION {
+            return bad("table page magic", magic);
+        }
+        let (found, generation) = (head.u64()?, head.u64()?);
+        let owner = ReplicaIdentity { group: GroupId::decode(&mut head)?, replica: ReplicaId::decode(&mut head)? };
+        let covered = HEADER_BYTES - head.remaining();
+        let crc = head.u32()?;
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(&bytes[..covered]);
+        hasher.update(&bytes[HEADER_BYTES..]);
+        if hasher.finalize() != crc {
+            return bad("table page checksum", crc.into());
+        }
+        if found != number || owner != who {
+            return bad("table page of another place", found);
+        }
+        let mut body = Reader::new(&bytes[HEADER_BYTES..]);
+        let mut page = Self { generation, ..Self::default() };
+        for chunk in &mut page.chunks {
+            chunk.data = body.u64()?;
+            chunk.zero = body.u64()?;
+            for sum in &mut chunk.sums {
+                *sum = body.u32()?;
+            }
+            chunk.incarnation = body.u64()?;
+            chunk.last_index = LogIndex::decode(&mut body)?;
+        }
+        Ok(Some(page))
+    }
+}
+
+/// The table of one layer.
+pub(super) struct Table {
+    file: Rc<dyn File>,
+    name: String,
+    who: ReplicaIdentity,
+    pages: RefCell<BTreeMap<u64, Rc<Page>>>,
+}
+
+fn place_of(chunk: ChunkIndex) -> (u64, usize) {
+    (chunk.0 / PAGE_CHUNKS, (chunk.0 % PAGE_CHUNKS) as usize)
+}
+
+impl Table {
+    pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity) -> Self {
+        Self { file, name, who, pages: RefCell::default() }
+    }
+
+    async fn page(&self, number: u64) -> Result<Rc<Page>, StoreError> {
+        if let Some(page) = self.pages.borrow().get(&number) {
+            return Ok(page.clone());
+        }
+        let read = self.file.read_at(number * 2 * BLOCK_BYTES as u64, 2 * BLOCK_BYTES).await;
+        let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
+        let (first, second) = bytes.as_slice().split_at(BLOCK_BYTES);
+        let mut newest: Option<Page> = None;
+        let mut problem = None;
+        for copy in [first, second] {
+            match Page::decode(copy, number, self.who) {
+                Ok(Some(page)) if newest.as_ref().is_none_or(|n| n.generation < page.generation) => newest = Some(page),
+                Ok(_) => {}
+                Err(error) => problem = Some(error),
+            }
+        }
+        let page = match (newest, problem) {
+            (Some(page), problem) => {
+                if let Some(error) = problem {
+                    // A crash tore the copy that was being written; what it said is repeated from the journal.
+                    tracing::warn!(file = %self.name, page = number, %error, "one copy of a table page is damaged");
+                }
+                page
+            }
+            (None, Some(error)) if second.iter().chain(first).any(|byte| *byte != 0) && !torn_first(first, second) => {
+                return Err(StoreError::damaged(format!("page {number} of {}", self.name), &error));
+            }
+            (None, _) => Page::default(),
+        };
+        let page = Rc::new(page);
+        let mut pages = self.pages.borrow_mut();
+        if pages.len() >= PAGES_MAX {
+            pages.pop_first();
+        }
+        // Somebody may have loaded or changed it meanwhile: theirs is at least as new.
+        Ok(pages.entry(number).or_insert(page).clone())
+    }
+
+    pub(super) async fn chunk(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
+        let (page, within) = place_of(chunk);
+        Ok(self.page(page).await?.chunks[within].clone())
+    }
+
+    pub(super) async fn block(&self, block: BlockIndex) -> Result<BlockSum, StoreError> {
+        let (page, within) = place_of(block.chunk());
+        Ok(self.page(page).await?.chunks[within].get(block.within_chunk()))
+    }
+
+    /// Writes changed chunks: each page into its older copy, then one flush. In memory the change shows at once; the
+    /// block map still covers what it is about.
+    pub(super) async fn write(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<(), StoreError> {
+        let mut by_page: BTreeMap<u64, Vec<(usize, Chunk)>> = BTreeMap::new();
+        for (chunk, line) in changed {
+            let (page, within) = place_of(chunk);
+            by_page.entry(page).or_default().push((within, line));
+        }
+        let any = !by_page.is_empty();
+        for (number, lines) in by_page {
+            let mut page = (*self.page(number).await?).clone();
+            for (within, line) in lines {
+                page.chunks[within] = line;
+            }
+            page.generation += 1;
+            let in_place = crate::journal::planted("page-in-place");
+            let copy = if in_place { 0 } else { page.generation % 2 };
+            let offset = (number * 2 + copy) * BLOCK_BYTES as u64;
+            let bytes = page.encode(number, self.who);
+            self.pages.borrow_mut().insert(number, Rc::new(page));
+            let written = self.file.write_at(offset, bytes, Durability::Volatile).await;
+            written.map_err(|error| StoreError::io(&self.name, &error))?;
+        }
+        if any {
+            self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn file(&self) -> &Rc<dyn File> {
+        &self.file
+    }
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Whether a page without a whole copy was just being written for the first time: generation 1 goes to the second
+/// copy, so the first is still empty. What it was to say is repeated from the journal.
+fn torn_first(first: &[u8], second: &[u8]) -> bool {
+    first.iter().all(|byte| *byte == 0) && second.iter().any(|byte| *byte != 0)
+}
