@@ -138,8 +138,6 @@ pub struct Volume {
     watch_term: Cell<u64>,
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
-    /// Old holders that have confirmed their end: (epoch that replaced them).
-    confirmed: Cell<Option<Epoch>>,
     stopped: Notify,
 }
 
@@ -153,7 +151,6 @@ impl Volume {
             watch: RefCell::new(HolderWatch::new(terms)),
             watch_term: Cell::new(0),
             healed: RefCell::default(),
-            confirmed: Cell::new(None),
             stopped: Notify::new(),
         });
         holdfast_env::spawn("volume-settle", Self::settle_loop(Rc::downgrade(&volume)));

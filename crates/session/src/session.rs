@@ -117,7 +117,7 @@ pub struct Session {
     lease: RefCell<SessionLease>,
     lease_changed: Notify,
     error_after: Cell<Option<Duration>>,
-    closed: RefCell<Option<Closed>>,
+    closed: Rc<RefCell<Option<Closed>>>,
     closed_notify: Rc<Notify>,
     /// Writes under way by first block: overlapping ones go one after the other, as a disk's queue would.
     writes: RefCell<BTreeMap<Seq, BlockRange>>,
@@ -139,7 +139,7 @@ impl Session {
         let terms = holdfast_replica::volume::lease_terms(timers);
         let began = Instant::now();
         let mut expected = Epoch::ZERO;
-        let (epoch, attachment, index) = loop {
+        let (epoch, attachment, index, next) = loop {
             if began + options.patience < Instant::now() {
                 return Err(SessionError::NoQuorum(options.patience));
             }
@@ -155,8 +155,8 @@ impl Session {
             };
             let reply = control(&rpc, &members, target.group, &command).await;
             match reply {
-                Some(DataReply::Applied { reply: VolumeReply::Attached { epoch, attachment, index }, .. }) => {
-                    break (epoch, attachment, index);
+                Some(DataReply::Applied { reply: VolumeReply::Attached { epoch, attachment, index, next }, .. }) => {
+                    break (epoch, attachment, index, next);
                 }
                 Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => match refusal {
                     Refusal::EpochMismatch { current, .. } => expected = current,
@@ -177,13 +177,13 @@ impl Session {
             size: Cell::new(ByteSize(0)),
             members,
             floor: Floor::new(index),
-            in_flight: InFlight::new(Seq(1)),
+            in_flight: InFlight::new(next),
             slots: Semaphore::new(limits::SESSION_IN_FLIGHT_MAX),
             terms,
             lease: RefCell::new(SessionLease::new(terms)),
             lease_changed: Notify::new(),
             error_after: Cell::new(None),
-            closed: RefCell::new(None),
+            closed: Rc::default(),
             closed_notify: Rc::new(Notify::new()),
             writes: RefCell::default(),
             write_done: Notify::new(),
@@ -226,21 +226,22 @@ impl Session {
     pub fn closed(self: &Rc<Self>) -> impl Future<Output = Closed> + use<> {
         let session = self.clone();
         async move {
-            loop {
-                let ended = session.closed_event();
-                if let Some(closed) = session.closed_now() {
-                    return closed;
-                }
-                ended.await;
-            }
+            session.closed_event().await;
+            session.closed_now().unwrap_or(Closed::Detached)
         }
     }
 
     pub(crate) fn closed_event(&self) -> impl Future<Output = ()> + use<> {
-        let notify = self.closed_notify.clone();
-        let mut notified = Box::pin(notify.notified_owned());
-        notified.as_mut().enable();
-        notified
+        let (notify, closed) = (self.closed_notify.clone(), self.closed.clone());
+        async move {
+            loop {
+                let notified = notify.notified();
+                if closed.borrow().is_some() {
+                    return;
+                }
+                notified.await;
+            }
+        }
     }
     pub(crate) fn rpc(&self) -> &Rpc {
         &self.rpc
