@@ -5,11 +5,12 @@
 
 use bytes::Bytes;
 use holdfast_types::{
-    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, NodeName, OnQuorumLoss, ReadPolicy, Reader,
-    Seq, SessionId, StoreId, Writer, limits,
+    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, NodeName, OnQuorumLoss, ReadPolicy,
+    Reader, Seq, SessionId, StoreId, Writer, limits,
 };
 
 use crate::refusal::Refusal;
+use crate::window::SEQ_MAX;
 
 /// The newest feature level that this version knows.
 pub const FEATURE_LEVEL: u16 = 1;
@@ -72,11 +73,12 @@ pub enum VolumeCommand {
         store: StoreId,
         /// The session.
         session: SessionId,
-        /// The id of the attachment if a new one begins.
+        /// The id of the attachment if a new one begins; random. Only its upper half is used: the lower one becomes
+        /// the epoch, which makes the id unique whatever is proposed. The answer tells it.
         attachment: AttachmentId,
         /// What it may do.
         mode: AttachMode,
-        /// Take it from a living holder.
+        /// Take it from another node. Set by the leader, too, once the holder's lease has ended.
         force: bool,
         /// The holder before has confirmed its end, or there is none. Only the leader may say so.
         confirmed: bool,
@@ -85,7 +87,7 @@ pub enum VolumeCommand {
     Detach {
         /// The epoch.
         epoch: Epoch,
-        /// Not by the holder itself.
+        /// End it whether or not its holder has confirmed.
         force: bool,
         /// The holder has confirmed its end.
         confirmed: bool,
@@ -118,7 +120,24 @@ const SETTLED: u8 = 6;
 const RESIZE: u8 = 7;
 const SET_POLICY: u8 = 8;
 
+fn malformed(why: String) -> Result<(), Refusal> {
+    Err(Refusal::Malformed(why))
+}
+
+fn check_range(range: BlockRange, max: u32) -> Result<(), Refusal> {
+    if range.count == 0 || range.count > max {
+        return malformed(format!("{} blocks, between 1 and {max} allowed", range.count));
+    }
+    Ok(())
+}
+
 impl Tag {
+    fn check(&self) -> Result<(), Refusal> {
+        if self.oldest == Seq::ZERO || self.oldest > self.seq || self.seq > SEQ_MAX {
+            return malformed(format!("request number {} with oldest {}", self.seq, self.oldest));
+        }
+        Ok(())
+    }
     fn encode(&self, out: &mut Writer) {
         self.epoch.encode(out);
         self.session.encode(out);
@@ -152,18 +171,38 @@ pub(crate) fn get_mode(input: &mut Reader<'_>) -> Result<AttachMode, DecodeError
 
 pub(crate) fn put_policy(out: &mut Writer, on_quorum_loss: OnQuorumLoss, read_policy: ReadPolicy) {
     match on_quorum_loss {
-        OnQuorumLoss::Suspend => out.u32(0),
-        OnQuorumLoss::Error { after_seconds } => out.u32(after_seconds.max(1)),
+        OnQuorumLoss::Suspend => out.u8(1),
+        OnQuorumLoss::Error { after_seconds } => {
+            out.u8(2);
+            out.u32(after_seconds);
+        }
     }
-    out.bool(read_policy == ReadPolicy::Leader);
+    out.u8(match read_policy {
+        ReadPolicy::Nearest => 1,
+        ReadPolicy::Leader => 2,
+    });
 }
 
 pub(crate) fn get_policy(input: &mut Reader<'_>) -> Result<(OnQuorumLoss, ReadPolicy), DecodeError> {
-    let on_quorum_loss = match input.u32()? {
-        0 => OnQuorumLoss::Suspend,
-        after_seconds => OnQuorumLoss::Error { after_seconds },
+    let on_quorum_loss = match input.u8()? {
+        1 => OnQuorumLoss::Suspend,
+        2 => OnQuorumLoss::Error { after_seconds: input.u32()? },
+        other => return Err(DecodeError::Unknown { what: "policy without quorum", value: other.into() }),
     };
-    Ok((on_quorum_loss, if input.bool()? { ReadPolicy::Leader } else { ReadPolicy::Nearest }))
+    let read_policy = match input.u8()? {
+        1 => ReadPolicy::Nearest,
+        2 => ReadPolicy::Leader,
+        other => return Err(DecodeError::Unknown { what: "read policy", value: other.into() }),
+    };
+    Ok((on_quorum_loss, read_policy))
+}
+
+/// Refuses an encoding that this version must not read, by name.
+pub(crate) fn check_level(level: u16) -> Result<(), DecodeError> {
+    if level == 0 || level > FEATURE_LEVEL {
+        return Err(DecodeError::Unknown { what: "feature level (upgrade this node)", value: level.into() });
+    }
+    Ok(())
 }
 
 impl VolumeCommand {
@@ -183,43 +222,63 @@ impl VolumeCommand {
         }
     }
 
-    /// Refuses what is wrong whatever the volume's state: counts, bounds, and the length of the data beside.
+    /// An Attach as the leader proposes it once `lease::decide_attach` admitted it: `force`, because the courtesy
+    /// towards the holder is done with, and what the leader knows of the holder's end instead of what the caller
+    /// claimed. Other commands stay as they are.
+    #[must_use]
+    pub fn admitted(mut self, known: bool) -> Self {
+        if let Self::Attach { force, confirmed, .. } = &mut self {
+            *force = true;
+            *confirmed = known;
+        }
+        self
+    }
+
+    /// Refuses what is wrong whatever the volume's state: counts, bounds, and the length of the data beside
+    /// (`payload_bytes`).
     pub fn validate(&self, payload_bytes: usize) -> Result<(), Refusal> {
-        let malformed = |why: String| Err(Refusal::Malformed(why));
         let expected = match self {
-            Self::Write { range, .. } => range.count as usize * BLOCK_BYTES,
+            Self::Write { range, .. } => range.bytes(),
             _ => 0,
         };
-        if payload_bytes != expected {
+        if payload_bytes as u64 != expected {
             return malformed(format!("{payload_bytes} bytes of data, {expected} expected"));
         }
-        if let Some(tag) = self.tag() {
-            if tag.seq == Seq::ZERO || tag.oldest > tag.seq {
-                return malformed(format!("number {} with oldest {}", tag.seq, tag.oldest));
-            }
-        }
-        let (range, max) = match self {
-            Self::Write { range, checksums, .. } => {
+        self.check()
+    }
+
+    /// [`Self::validate`] without the data beside. Applying repeats it: a state machine trusts no proposer.
+    pub(crate) fn check(&self) -> Result<(), Refusal> {
+        match self {
+            Self::Write { tag, range, checksums } => {
                 if checksums.len() != range.count as usize {
                     return malformed(format!("{} checksums for {} blocks", checksums.len(), range.count));
                 }
-                (range, limits::REQUEST_BLOCKS_MAX)
+                tag.check()?;
+                check_range(*range, limits::REQUEST_BLOCKS_MAX)
             }
-            Self::Trim { range, .. } | Self::Zero { range, .. } => (range, limits::TRIM_BLOCKS_MAX),
+            Self::Trim { tag, range } | Self::Zero { tag, range } => {
+                tag.check()?;
+                check_range(*range, limits::TRIM_BLOCKS_MAX)
+            }
+            Self::Attach { node, session, attachment, .. } => {
+                if *session == SessionId::NIL || *attachment == AttachmentId::NIL {
+                    return malformed("an attach needs a session and an attachment id".into());
+                }
+                limits::check_name("node", node.as_str()).or_else(|error| malformed(error.to_string()))
+            }
             Self::Resize { size } => {
                 let whole = size.0.is_multiple_of(BLOCK_BYTES as u64) && size.0 > 0;
-                return if whole && size.0 <= limits::VOLUME_BYTES_MAX {
-                    Ok(())
-                } else {
-                    malformed(format!("{size} is no size of a volume"))
-                };
+                if !whole || size.0 > limits::VOLUME_BYTES_MAX {
+                    return malformed(format!("{} bytes is no size of a volume", size.0));
+                }
+                Ok(())
             }
-            _ => return Ok(()),
-        };
-        if range.count == 0 || range.count > max {
-            return malformed(format!("{} blocks, between 1 and {max} allowed", range.count));
+            Self::SetPolicy { on_quorum_loss: OnQuorumLoss::Error { after_seconds: 0 }, .. } => {
+                malformed("an error after 0 seconds: give at least 1".into())
+            }
+            Self::Detach { .. } | Self::Settled { .. } | Self::SetPolicy { .. } => Ok(()),
         }
-        Ok(())
     }
 
     /// The command as bytes; see docs/FORMAT.md.
@@ -282,16 +341,17 @@ impl VolumeCommand {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes);
         let input = &mut reader;
-        let level = input.u16()?;
-        if level > FEATURE_LEVEL {
-            return Err(DecodeError::Unknown { what: "feature level (upgrade this node)", value: level.into() });
-        }
+        check_level(input.u16()?)?;
         let command = match input.u8()? {
             WRITE => {
                 let tag = Tag::decode(input)?;
                 let range = BlockRange::decode(input)?;
                 let count = input.count("checksums", limits::REQUEST_BLOCKS_MAX as usize)?;
-                Self::Write { tag, range, checksums: (0..count).map(|_| input.u32()).collect::<Result<_, _>>()? }
+                Self::Write {
+                    tag,
+                    range,
+                    checksums: (0..count).map(|_| input.u32()).collect::<Result<_, _>>()?,
+                }
             }
             TRIM => Self::Trim { tag: Tag::decode(input)?, range: BlockRange::decode(input)? },
             ZERO => Self::Zero { tag: Tag::decode(input)?, range: BlockRange::decode(input)? },

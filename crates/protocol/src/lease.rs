@@ -1,19 +1,25 @@
-//! The arithmetic of leases. All times are nanoseconds of one node's monotonic clock, given by the caller.
+//! The arithmetic of leases. All times are nanoseconds of one node's monotonic clock, given by the caller; times of
+//! two clocks are never compared.
 //!
 //! INV-LEASE: while a session believes that its lease lives, no newer epoch has had a command admitted. The session
 //! counts from when it *sent* the renewal, shortened by the drift bound; whoever waits for it to end counts from
 //! later, lengthened by the drift bound. Only reads and courtesy rest on this, never writes.
+//!
+//! A lease that has ended is not a holder's confirmation: between the leader's decision and the commit the same
+//! holder may be granted a new one. So an Attach over a dead lease is proposed unconfirmed, and settles like a forced
+//! one (INV-SETTLE).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use holdfast_types::NodeName;
+use holdfast_types::{Epoch, SessionId};
 
 use crate::command::VolumeCommand;
+use crate::planted::is_planted;
 use crate::refusal::Refusal;
-use crate::volume::VolumeState;
+use crate::volume::{Unsettled, VolumeState};
 
-/// Renewals that may be unanswered at once.
+/// Renewals that may be unanswered at once; the oldest is forgotten first.
 const PENDING_MAX: usize = 16;
 
 /// A lease and the drift that clocks may have.
@@ -21,18 +27,27 @@ const PENDING_MAX: usize = 16;
 pub struct LeaseTerms {
     /// Its length.
     pub lease: Duration,
-    /// How much faster or slower than true time a clock may run, in thousandths.
+    /// How much faster or slower than true time a clock may run, in thousandths; 10 is one percent.
     pub drift_permille: u32,
 }
 
 impl LeaseTerms {
-    /// What a holder may count on: shorter than the lease, whatever its clock does.
+    /// What a holder may count on by its own clock: no more true time than the lease, however slow that clock is.
     pub fn held(&self) -> Duration {
-        self.lease - self.lease * self.drift_permille / 1000
+        self.lease.saturating_sub(self.drift())
     }
-    /// What others must wait: longer than the lease, whatever their clocks do.
+    /// What others must wait by their own clock: no less true time than the lease, however fast that clock is.
     pub fn waited(&self) -> Duration {
-        self.lease + self.lease * self.drift_permille / 1000
+        self.lease.saturating_add(self.drift())
+    }
+    fn drift(&self) -> Duration {
+        if is_planted("drift-ignored") {
+            return Duration::ZERO;
+        }
+        self.lease.saturating_mul(self.drift_permille) / 1000
+    }
+    fn waited_from(&self, now: u64) -> u64 {
+        now.saturating_add(nanoseconds(self.waited()))
     }
 }
 
@@ -47,12 +62,13 @@ pub struct SessionLease {
     next: u64,
     sent: BTreeMap<u64, u64>,
     until: Option<u64>,
+    ended: bool,
 }
 
 impl SessionLease {
     /// No lease yet.
     pub fn new(terms: LeaseTerms) -> Self {
-        Self { terms, next: 0, sent: BTreeMap::new(), until: None }
+        Self { terms, next: 0, sent: BTreeMap::new(), until: None, ended: false }
     }
     /// A renewal is about to be sent; the number names it.
     pub fn on_sent(&mut self, now: u64) -> u64 {
@@ -63,7 +79,7 @@ impl SessionLease {
         }
         self.next
     }
-    /// A renewal was granted: the lease counts from when it was sent.
+    /// A renewal was granted: the lease counts from when it was sent, however long the answer took.
     pub fn on_renewed(&mut self, number: u64) {
         if let Some(sent) = self.sent.remove(&number) {
             let until = sent.saturating_add(nanoseconds(self.terms.held()));
@@ -71,36 +87,73 @@ impl SessionLease {
             self.sent.retain(|other, _| *other > number);
         }
     }
+    /// The session is over. Only after this may its end be confirmed to anybody.
+    pub fn end(&mut self) {
+        self.ended = true;
+    }
     /// Whether reads may be served.
     pub fn valid(&self, now: u64) -> bool {
-        self.until.is_some_and(|until| now < until)
+        !self.ended && self.until.is_some_and(|until| now < until)
     }
 }
 
-/// The leader's side: whether the holder may still be alive.
+/// The leader's side: whether the holder may still be alive. Made anew for each term in which the leader leads.
 #[derive(Clone, Debug)]
 pub struct HolderWatch {
     terms: LeaseTerms,
-    /// The holder may be alive until then.
-    until: u64,
+    /// The holder may be alive until then; `None` before it is known when the leader began to lead.
+    until: Option<u64>,
+    /// The epoch that `until` is about, once seen.
+    epoch: Option<Epoch>,
+    renewing: bool,
+    ended: Option<SessionId>,
 }
 
 impl HolderWatch {
-    /// Nothing is known: a leader says when it began to lead before anything else.
+    /// Nothing is known: a leader says when it began to lead before anything else, and until then nobody is dead.
     pub fn new(terms: LeaseTerms) -> Self {
-        Self { terms, until: 0 }
+        Self { terms, until: None, epoch: None, renewing: false, ended: None }
     }
     /// A new leader does not know what the one before granted: it waits one full lease.
     pub fn began_leading(&mut self, now: u64) {
-        self.until = self.until.max(now.saturating_add(nanoseconds(self.terms.waited())));
+        self.renewing = true;
+        self.extend(now);
     }
-    /// The holder's lease was renewed.
+    /// The holder's lease was renewed, or begun by an Attach.
     pub fn granted(&mut self, now: u64) {
-        self.until = self.until.max(now.saturating_add(nanoseconds(self.terms.waited())));
+        self.extend(now);
     }
-    /// Whether the holder's lease has surely ended.
+    fn extend(&mut self, now: u64) {
+        let until = self.terms.waited_from(now);
+        self.until = Some(self.until.map_or(until, |before| before.max(until)));
+    }
+    /// A transfer of leadership begins: from here on nothing is renewed in this term.
+    pub fn stop_renewing(&mut self) {
+        self.renewing = false;
+    }
+    /// Whether a renewal may be granted.
+    pub fn may_renew(&self) -> bool {
+        self.renewing
+    }
+    /// The session has confirmed its end: it serves nothing any more, and never will.
+    pub fn confirmed_end(&mut self, session: SessionId) {
+        self.ended = Some(session);
+    }
+    /// Whether the session has confirmed its end.
+    pub fn has_ended(&self, session: SessionId) -> bool {
+        self.ended == Some(session)
+    }
+    /// A holder that this watch has not seen before gets one full lease from now, in case the answer to its Attach,
+    /// and so its first [`Self::granted`], was lost. The first epoch seen in a term is covered by
+    /// [`Self::began_leading`].
+    fn observe(&mut self, epoch: Epoch, now: u64) {
+        if self.epoch.replace(epoch).is_some_and(|before| before != epoch) {
+            self.extend(now);
+        }
+    }
+    /// Whether the holder's lease has ended, if it is not renewed meanwhile.
     pub fn presumed_dead(&self, now: u64) -> bool {
-        now >= self.until
+        self.until.is_some_and(|until| now >= until)
     }
     /// What a wait for a holder's end takes.
     pub fn lease_with_drift(terms: &LeaseTerms) -> Duration {
@@ -111,9 +164,9 @@ impl HolderWatch {
 /// What a leader does with an Attach.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum AttachDecision {
-    /// Put it into the log.
+    /// Put it into the log, as [`VolumeCommand::admitted`] makes it.
     Propose {
-        /// The holder before has ended, as the leader knows, or there is none.
+        /// The holder before has confirmed its end, as the leader knows, or there is none.
         confirmed: bool,
     },
     /// Answer so.
@@ -121,69 +174,102 @@ pub enum AttachDecision {
 }
 
 /// The courtesy of not stealing a live volume: without force, an Attach by another node is refused while the
-/// holder's lease may live. `command` is an Attach.
-pub fn decide_attach(state: &VolumeState, watch: &HolderWatch, command: &VolumeCommand, now: u64) -> AttachDecision {
+/// holder's lease may live. `command` is an Attach; `state` is what the leader has applied, up to a point that it
+/// has confirmed to be current.
+pub fn decide_attach(
+    state: &VolumeState,
+    watch: &mut HolderWatch,
+    command: &VolumeCommand,
+    now: u64,
+) -> AttachDecision {
     let VolumeCommand::Attach { expected, node, session, force, .. } = command else {
         return AttachDecision::Refuse(Refusal::Malformed("not an attach".into()));
     };
-    let Some(holder) = state.holder() else { return AttachDecision::Propose { confirmed: true } };
-    if holder.session == *session {
-        return AttachDecision::Propose { confirmed: true };
+    if let Err(refusal) = command.check() {
+        return AttachDecision::Refuse(refusal);
     }
-    if *expected != state.epoch() && holder.node != *node && !force {
-        return refuse_held(&holder.node, state, watch, now);
-    }
-    if *expected != state.epoch() {
-        return AttachDecision::Refuse(Refusal::EpochMismatch { current: state.epoch() });
-    }
-    if watch.presumed_dead(now) {
-        // The lease has ended: the former holder serves no read any more, and the epoch stops its writes.
-        return AttachDecision::Propose { confirmed: true };
-    }
-    if *force || holder.node == *node {
+    watch.observe(state.epoch(), now);
+    let Some(holder) = state.holder() else {
+        // Compare-and-set keeps this true until the command applies.
+        return if *expected == state.epoch() {
+            AttachDecision::Propose { confirmed: true }
+        } else {
+            AttachDecision::Refuse(state.mismatch())
+        };
+    };
+    if state.is_repeated_attach(*session, *expected) {
         return AttachDecision::Propose { confirmed: false };
     }
-    refuse_held(&holder.node, state, watch, now)
+    let confirmed = watch.has_ended(holder.session);
+    let free = holder.node == *node || *force || confirmed || watch.presumed_dead(now);
+    if !free {
+        // Said before the mismatch of epochs: it is what stays true when the caller asks again.
+        return AttachDecision::Refuse(Refusal::HeldBy { node: holder.node.clone(), epoch: holder.epoch });
+    }
+    if *expected != state.epoch() {
+        return AttachDecision::Refuse(state.mismatch());
+    }
+    AttachDecision::Propose { confirmed }
 }
 
-fn refuse_held(node: &NodeName, state: &VolumeState, watch: &HolderWatch, now: u64) -> AttachDecision {
-    if watch.presumed_dead(now) {
-        return AttachDecision::Refuse(Refusal::EpochMismatch { current: state.epoch() });
-    }
-    AttachDecision::Refuse(Refusal::HeldBy { node: node.clone(), epoch: state.epoch() })
+/// When a leader may propose `Settled`: every former holder has confirmed its end, or one full lease has passed
+/// since the commit of the change. INV-SETTLE.
+#[derive(Clone, Debug)]
+pub struct SettleWait {
+    epoch: Epoch,
+    waiting: Vec<SessionId>,
+    until: u64,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TERMS: LeaseTerms = LeaseTerms { lease: Duration::from_secs(1), drift_permille: 10 };
-    const SECOND: u64 = 1_000_000_000;
-
-    #[test]
-    fn a_session_counts_from_when_it_sent() {
-        let mut lease = SessionLease::new(TERMS);
-        assert!(!lease.valid(0));
-        let first = lease.on_sent(SECOND);
-        let second = lease.on_sent(SECOND * 3 / 2);
-        lease.on_renewed(second);
-        lease.on_renewed(first);
-        assert!(lease.valid(SECOND * 2), "the older answer does not shorten the lease");
-        assert!(lease.valid(SECOND * 3 / 2 + SECOND * 98 / 100));
-        assert!(!lease.valid(SECOND * 5 / 2 - SECOND / 200), "one percent of drift is taken off");
+impl SettleWait {
+    /// `since` is the later of when this leader saw the change committed and when it was elected: a leader before it
+    /// may have renewed up to then.
+    pub fn new(terms: &LeaseTerms, unsettled: &Unsettled, since: u64) -> Self {
+        let waiting = unsettled.holders.iter().map(|holder| holder.session).collect();
+        Self { epoch: unsettled.epoch, waiting, until: terms.waited_from(since) }
     }
+    /// The epoch to propose `Settled` for.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+    /// A former holder has confirmed its end.
+    pub fn confirmed_end(&mut self, session: SessionId) {
+        self.waiting.retain(|waiting| *waiting != session);
+    }
+    /// Whether `Settled` may be proposed.
+    pub fn is_over(&self, now: u64) -> bool {
+        self.waiting.is_empty() || now >= self.until
+    }
+    /// When it may be proposed at the latest.
+    pub fn until(&self) -> u64 {
+        self.until
+    }
+}
 
-    #[test]
-    fn whoever_waits_waits_longer_than_any_holder_counts() {
-        let mut lease = SessionLease::new(TERMS);
-        let mut watch = HolderWatch::new(TERMS);
-        let number = lease.on_sent(0);
-        watch.granted(0);
-        lease.on_renewed(number);
-        // The holder's clock runs 1 % slow, the waiter's 1 % fast: at every true time, dead here means invalid there.
-        for true_time in (0..3 * SECOND).step_by(1_000_000) {
-            let (slow, fast) = (true_time * 99 / 100, true_time * 101 / 100);
-            assert!(!(watch.presumed_dead(fast) && lease.valid(slow)), "at {true_time}");
-        }
+/// Whether a voter still owes silence: it neither grants votes nor campaigns for one full lease after its daemon
+/// started, because leases that it acknowledged before are forgotten. INV-LEASE.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StartupSilence {
+    until: u64,
+}
+
+impl StartupSilence {
+    /// A group that existed before. Loaded later, it owes what remains since the daemon's start and of the last
+    /// lease that this process acknowledged for it.
+    pub fn existing(terms: &LeaseTerms, daemon_started: u64, last_acknowledged: Option<u64>) -> Self {
+        let from = last_acknowledged.map_or(daemon_started, |last| last.max(daemon_started));
+        Self { until: terms.waited_from(from) }
+    }
+    /// A newly created group owes none.
+    pub fn new_group() -> Self {
+        Self { until: 0 }
+    }
+    /// Whether the voter must be silent.
+    pub fn is_silent(&self, now: u64) -> bool {
+        now < self.until
+    }
+    /// When the silence ends.
+    pub fn until(&self) -> u64 {
+        self.until
     }
 }

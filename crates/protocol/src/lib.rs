@@ -11,3 +11,6 @@ pub mod planted;
 pub mod refusal;
 pub mod volume;
 mod window;
+
+#[cfg(test)]
+mod tests;

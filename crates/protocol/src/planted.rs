@@ -1,24 +1,44 @@
-//! Faults that tests plant by name to prove that they would be found. Compiled out of every release.
+//! Faults that tests plant by name to prove that they would be found. Compiled out of every release: without the
+//! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
-#[cfg(feature = "planted-bugs")]
+/// Every fault that can be planted, and the invariant that it breaks.
+pub const KNOWN: [(&str, &str); 6] = [
+    ("skip-epoch-check", "INV-FENCE"),
+    ("attach-without-compare", "INV-FENCE"),
+    ("retry-applied-twice", "INV-ONCE"),
+    ("late-write-applied", "INV-LATE"),
+    ("unsettled-ignored", "INV-SETTLE"),
+    ("drift-ignored", "INV-LEASE"),
+];
+
+#[cfg(any(test, feature = "planted-bugs"))]
 thread_local! {
     static PLANTED: std::cell::RefCell<Vec<String>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-/// Plants faults by name on this thread, instead of those before.
-#[cfg(feature = "planted-bugs")]
+/// Plants faults by name on this thread, instead of those before; none with an empty list.
+///
+/// # Panics
+/// On a name that is not in [`KNOWN`]: a test that plants nothing would prove nothing.
+#[cfg(any(test, feature = "planted-bugs"))]
 pub fn plant(names: &[&str]) {
+    for name in names {
+        assert!(
+            KNOWN.iter().any(|(known, _)| known == name),
+            "no fault is named '{name}'; known are {KNOWN:?}"
+        );
+    }
     PLANTED.with(|planted| *planted.borrow_mut() = names.iter().map(|name| (*name).to_owned()).collect());
 }
 
 /// Whether a fault is planted on this thread.
-#[cfg(feature = "planted-bugs")]
+#[cfg(any(test, feature = "planted-bugs"))]
 pub fn is_planted(name: &str) -> bool {
     PLANTED.with(|planted| planted.borrow().iter().any(|known| known == name))
 }
 
 /// Whether a fault is planted: never, in a release.
-#[cfg(not(feature = "planted-bugs"))]
+#[cfg(not(any(test, feature = "planted-bugs")))]
 pub const fn is_planted(_name: &str) -> bool {
     false
 }

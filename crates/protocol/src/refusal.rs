@@ -38,11 +38,13 @@ pub enum Refusal {
         /// Blocks of the volume.
         blocks: u64,
     },
-    /// An attach that expected another epoch.
-    #[error("the volume is at epoch {current}, not the expected one: ask again with it")]
+    /// The command names an epoch that is not the volume's.
+    #[error("the volume is at epoch {current}{}, not the expected one: ask again with it", held(.holder))]
     EpochMismatch {
         /// The volume's epoch.
         current: Epoch,
+        /// The node that holds it.
+        holder: Option<NodeName>,
     },
     /// Another node holds the volume and is alive.
     #[error("the volume is attached to node {node} at epoch {epoch}: detach it there first, or use --force")]
@@ -63,8 +65,12 @@ pub enum Refusal {
     Malformed(String),
 }
 
+fn held(holder: &Option<NodeName>) -> String {
+    holder.as_ref().map(|node| format!(" and held by node {node}")).unwrap_or_default()
+}
+
 impl Refusal {
-    /// Whether asking again later may succeed.
+    /// Whether the very same command may succeed later. Everything else is final for this command.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Unsettled | Self::BeyondWindow)
     }
@@ -88,9 +94,13 @@ impl Refusal {
                 out.u8(8);
                 out.u64(*blocks);
             }
-            Self::EpochMismatch { current } => {
+            Self::EpochMismatch { current, holder } => {
                 out.u8(9);
                 current.encode(out);
+                out.bool(holder.is_some());
+                if let Some(node) = holder {
+                    node.encode(out);
+                }
             }
             Self::HeldBy { node, epoch } => {
                 out.u8(10);
@@ -103,7 +113,8 @@ impl Refusal {
             }
             Self::Malformed(why) => {
                 out.u8(12);
-                let end = (0..=why.len().min(limits::TEXT_LENGTH_MAX)).rev().find(|n| why.is_char_boundary(*n));
+                let end =
+                    (0..=why.len().min(limits::TEXT_LENGTH_MAX)).rev().find(|n| why.is_char_boundary(*n));
                 out.text(&why[..end.unwrap_or(0)]);
             }
         }
@@ -119,7 +130,10 @@ impl Refusal {
             6 => Self::TooOld { oldest: Seq::decode(input)? },
             7 => Self::BeyondWindow,
             8 => Self::OutOfRange { blocks: input.u64()? },
-            9 => Self::EpochMismatch { current: Epoch::decode(input)? },
+            9 => Self::EpochMismatch {
+                current: Epoch::decode(input)?,
+                holder: if input.bool()? { Some(NodeName::decode(input)?) } else { None },
+            },
             10 => Self::HeldBy { node: NodeName::decode(input)?, epoch: Epoch::decode(input)? },
             11 => Self::CannotShrink { blocks: input.u64()? },
             12 => Self::Malformed(input.text(limits::TEXT_LENGTH_MAX)?),

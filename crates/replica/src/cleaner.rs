@@ -22,7 +22,7 @@ const PURGE_ABOVE_PERCENT: u32 = 50;
 /// Cleans one volume until it is dropped or its store fails.
 pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHold>) {
     loop {
-        let Some(this) = volume.upgrade() else { return };
+        let Some(this) = volume.upgrade().filter(|this| !this.is_stopped()) else { return };
         if journal.failed().is_some() {
             return;
         }
@@ -50,7 +50,7 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal) {
     let dirtied = async {
         loop {
             volume.machine().dirtied.notified().await;
-            if volume.data().dirty().bytes >= CLEAN_AT_BYTES {
+            if volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
                 return;
             }
         }

@@ -139,6 +139,7 @@ pub struct Volume {
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
     stopped: Notify,
+    is_stopped: Cell<bool>,
 }
 
 impl Volume {
@@ -152,6 +153,7 @@ impl Volume {
             watch_term: Cell::new(0),
             healed: RefCell::default(),
             stopped: Notify::new(),
+            is_stopped: Cell::new(false),
         });
         holdfast_env::spawn("volume-settle", Self::settle_loop(Rc::downgrade(&volume)));
         volume
@@ -179,8 +181,14 @@ impl Volume {
 
     /// Stops its tasks and its group.
     pub async fn stop(&self) {
+        self.is_stopped.set(true);
         self.stopped.notify_waiters();
+        self.machine.dirtied.notify_one();
         self.group.stop().await;
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.is_stopped.get()
     }
 
     fn now(&self) -> u64 {
@@ -479,7 +487,7 @@ impl Volume {
     /// proposed, and commands of the newer epoch are admitted (INV-SETTLE).
     async fn settle_loop(volume: Weak<Self>) {
         loop {
-            let Some(this) = volume.upgrade() else { return };
+            let Some(this) = volume.upgrade().filter(|this| !this.is_stopped()) else { return };
             let changed = this.machine.changed.notified();
             let leadership = this.group.leadership_changed();
             let unsettled = this.machine.state.borrow().unsettled().cloned();

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
-use holdfast_env::real::disk::RealDirectory;
+use holdfast_env::real::disk::{OpenError, RealDirectory};
 use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
 use holdfast_session::{AttachOptions, Session, SessionError, Sessions, VolumeTarget};
 use holdfast_store::journal::{Journal, StoreOptions};
@@ -68,7 +68,17 @@ struct Member {
 }
 
 async fn start(place: &std::path::Path, switch: &Rc<Switch>, number: u64, fresh: bool) -> Member {
-    let directory = RealDirectory::open(&place.join(format!("n{number}"))).expect("a directory");
+    let path = place.join(format!("n{number}"));
+    // The tasks of the daemon before end one by one; its lock goes with the last of them.
+    let opened = async {
+        loop {
+            match RealDirectory::open(&path) {
+                Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
+                other => return other.expect("a directory"),
+            }
+        }
+    };
+    let directory = holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
     let name = NodeName::new(format!("n{number}"));
     let identity = StoreIdentity { cluster: CLUSTER, node: name.clone(), store: StoreId(number.into()) };
     let options = StoreOptions { segment_bytes: 4 << 20, segments: 6 };
