@@ -13,7 +13,9 @@ use futures_util::future::LocalBoxFuture;
 /// Alignment of offsets, lengths and memory of direct I/O, in bytes.
 pub const ALIGNMENT: usize = 4096;
 
-#[derive(Clone, Copy, zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout)]
+#[derive(
+    Clone, Copy, zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
+)]
 #[repr(C, align(4096))]
 struct Page([u8; ALIGNMENT]);
 

@@ -17,7 +17,7 @@ pub mod runtime;
 mod watch;
 
 pub use driver::{
-    Driver, Elapsed, Instant, JoinError, JoinHandle, Sleep, install, random_u64, random_u128, sleep, sleep_until, spawn, timeout,
-    yield_now,
+    Driver, Elapsed, Instant, JoinError, JoinHandle, Sleep, install, random_u64, random_u128, sleep,
+    sleep_until, spawn, timeout, yield_now,
 };
 pub use runtime::Runtime;

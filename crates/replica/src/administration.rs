@@ -7,7 +7,8 @@ use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::ReplicaIdentity;
 use holdfast_types::{
-    ByteSize, DecodeError, ErrorCode, GroupId, Reader, ReplicaId, StoreId, UserError, VolumeId, Writer, limits,
+    ByteSize, DecodeError, ErrorCode, GroupId, Reader, ReplicaId, StoreId, UserError, VolumeId, Writer,
+    limits,
 };
 use holdfast_wire::rpc::{Handler, Responder, Service};
 
@@ -211,7 +212,9 @@ impl StoreReport {
         let failed = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
         let count = input.count("replicas", REPLICAS_MAX)?;
         let replicas = (0..count)
-            .map(|_| Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?)))
+            .map(|_| {
+                Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?))
+            })
             .collect::<Result<_, DecodeError>>()?;
         Ok(Self { total_bytes, available_bytes, journal_bytes, failed, replicas })
     }
@@ -310,7 +313,8 @@ impl Handler for Administration {
 /// Does what a request says, on this shard.
 pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
     let volume = |group| {
-        host.volume(group).ok_or_else(|| UserError::new(ErrorCode::NotFound, "no replica of that group runs here"))
+        host.volume(group)
+            .ok_or_else(|| UserError::new(ErrorCode::NotFound, "no replica of that group runs here"))
     };
     match request {
         ShardRequest::Create { volume, id, size, spec_json } => {
@@ -337,11 +341,9 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
 }
 
 async fn report(host: &Host) -> Result<StoreReport, UserError> {
-    let space = host
-        .directory()
-        .space()
-        .await
-        .map_err(|error| UserError::new(ErrorCode::Internal, format!("the store's space is unknown: {error}")))?;
+    let space = host.directory().space().await.map_err(|error| {
+        UserError::new(ErrorCode::Internal, format!("the store's space is unknown: {error}"))
+    })?;
     let running = host.volumes().into_iter().map(|(of, volume)| (of, volume.group().id(), String::new()));
     let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
     Ok(StoreReport {

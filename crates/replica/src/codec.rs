@@ -9,8 +9,8 @@ use holdfast_types::limits;
 use holdfast_types::{DecodeError, LogIndex, Reader, ReplicaId, StoreId, Term, Writer};
 use openraft::entry::RaftEntry;
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
-    VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult,
+    TransferLeaderRequest, VoteRequest, VoteResponse,
 };
 use openraft::{EntryPayload, Membership as RaftMembership};
 
@@ -143,7 +143,11 @@ fn kind_and_head(entry: &Entry) -> (u8, Bytes, Bytes) {
     }
 }
 
-fn payload_of(kind: u8, head: Bytes, payload: Bytes) -> Result<EntryPayload<AppData, u64, Peer>, DecodeError> {
+fn payload_of(
+    kind: u8,
+    head: Bytes,
+    payload: Bytes,
+) -> Result<EntryPayload<AppData, u64, Peer>, DecodeError> {
     match kind {
         KIND_BLANK => Ok(EntryPayload::Blank),
         KIND_COMMAND => Ok(EntryPayload::Normal(AppData { head, payload })),
@@ -200,7 +204,8 @@ pub(crate) fn append_request_from(
     let count = input.count("entries", ENTRIES_MAX)?;
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
-        let id = get_log_id(input)?.ok_or(DecodeError::Unknown { what: "entry without identity", value: 0 })?;
+        let id =
+            get_log_id(input)?.ok_or(DecodeError::Unknown { what: "entry without identity", value: 0 })?;
         let kind = input.u8()?;
         let head = Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?);
         let length = input.count("payload", limits::REQUEST_BYTES_MAX)?;
@@ -246,7 +251,8 @@ pub(crate) fn stream_result_from(bytes: &[u8]) -> Result<StreamAppendResult<Type
     let result = match input.u8()? {
         RESULT_OK => Ok(get_log_id(&mut input)?),
         RESULT_CONFLICT => Err(StreamAppendError::Conflict(
-            get_log_id(&mut input)?.ok_or(DecodeError::Unknown { what: "conflict without identity", value: 0 })?,
+            get_log_id(&mut input)?
+                .ok_or(DecodeError::Unknown { what: "conflict without identity", value: 0 })?,
         )),
         RESULT_HIGHER_VOTE => Err(StreamAppendError::HigherVote(get_vote(&mut input)?)),
         other => return Err(DecodeError::Unknown { what: "append result", value: other.into() }),
@@ -320,7 +326,9 @@ pub(crate) fn transfer_request(request: &TransferLeaderRequest<Types>, out: &mut
     put_log_id(out, &request.last_log_id().copied());
 }
 
-pub(crate) fn transfer_request_from(input: &mut Reader<'_>) -> Result<TransferLeaderRequest<Types>, DecodeError> {
+pub(crate) fn transfer_request_from(
+    input: &mut Reader<'_>,
+) -> Result<TransferLeaderRequest<Types>, DecodeError> {
     Ok(TransferLeaderRequest::new(get_vote(input)?, input.u64()?, get_log_id(input)?))
 }
 

@@ -145,6 +145,9 @@ pub fn raft_config(timers: &Timers, group: &str) -> Arc<openraft::Config> {
         "INV-TERM: leader restore is off"
     );
     assert_eq!(config.enable_pre_vote, Some(true), "pre-vote is on");
-    assert!(config.quorum_loss_probe_interval >= Some(2 * config.election_timeout_max), "a deaf leader steps down");
+    assert!(
+        config.quorum_loss_probe_interval >= Some(2 * config.election_timeout_max),
+        "a deaf leader steps down"
+    );
     Arc::new(config)
 }

@@ -224,12 +224,15 @@ impl Group {
     /// Confirms with a quorum that this replica still leads; the index that a linearizable read must have applied.
     pub async fn confirm_leadership(&self) -> Result<LogIndex, GroupError> {
         let deadline = self.timers.election_max;
-        let confirmed = holdfast_env::timeout(deadline, self.raft.get_read_log_id(ReadPolicy::ReadIndex)).await;
+        let confirmed =
+            holdfast_env::timeout(deadline, self.raft.get_read_log_id(ReadPolicy::ReadIndex)).await;
         match confirmed {
             Err(_) => Err(GroupError::TimedOut),
             Ok(Ok((read, _))) => Ok(LogIndex(read.log_id().index)),
             Ok(Err(RaftError::Fatal(error))) => Err(stopped(error)),
-            Ok(Err(RaftError::APIError(_))) => Err(GroupError::NotLeader { leader: self.leader().map(|(_, s)| s) }),
+            Ok(Err(RaftError::APIError(_))) => {
+                Err(GroupError::NotLeader { leader: self.leader().map(|(_, s)| s) })
+            }
         }
     }
 
@@ -256,7 +259,8 @@ impl Group {
 
     /// Adds a learner; returns when the change is committed, not when it has caught up.
     pub async fn add_learner(&self, id: ReplicaId, store: StoreId) -> Result<(), GroupError> {
-        let added = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.add_learner(id.0, Peer { store }, false)).await;
+        let added =
+            holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.add_learner(id.0, Peer { store }, false)).await;
         match added {
             Err(_) => Err(GroupError::TimedOut),
             Ok(Ok(_)) => Ok(()),
@@ -297,7 +301,8 @@ impl Group {
             loop {
                 {
                     let now = metrics.borrow_watched();
-                    let target_at = now.replication.as_ref().and_then(|map| map.get(&target.0)).copied().flatten();
+                    let target_at =
+                        now.replication.as_ref().and_then(|map| map.get(&target.0)).copied().flatten();
                     if target_at.map(|id| id.index) >= now.last_log_index && now.last_log_index.is_some() {
                         return Ok::<(), GroupError>(());
                     }
@@ -306,7 +311,9 @@ impl Group {
             }
         };
         match holdfast_env::timeout(patience, matched).await {
-            Err(_) => return Err(GroupError::Refused(format!("replica {target} did not catch up in {patience:?}"))),
+            Err(_) => {
+                return Err(GroupError::Refused(format!("replica {target} did not catch up in {patience:?}")));
+            }
             Ok(result) => result?,
         }
         self.raft.trigger().transfer_leader(target.0).await.map_err(stopped)?;
@@ -354,7 +361,10 @@ impl Group {
         crate::messages::ReplicaReport {
             replica: self.id.replica,
             is_leader: now.state == ServerState::Leader,
-            has_quorum: now.last_quorum_acked.as_ref().is_some_and(|at| openraft::Instant::elapsed(&**at) <= self.timers.election_max),
+            has_quorum: now
+                .last_quorum_acked
+                .as_ref()
+                .is_some_and(|at| openraft::Instant::elapsed(&**at) <= self.timers.election_max),
             leader: now.current_leader.map(ReplicaId),
             voters: membership.voter_ids().map(ReplicaId).collect(),
             learners: membership.learner_ids().map(ReplicaId).collect(),
@@ -381,7 +391,13 @@ impl Group {
     }
 
     /// Handles one of Raft's calls. Called in order of arrival; answers later.
-    pub(crate) fn handle(self: &Rc<Self>, head: &RaftHead, mut input: Reader<'_>, body: Bytes, responder: Responder) {
+    pub(crate) fn handle(
+        self: &Rc<Self>,
+        head: &RaftHead,
+        mut input: Reader<'_>,
+        body: Bytes,
+        responder: Responder,
+    ) {
         if let Err(why) = self.dispatch(head, &mut input, body, responder) {
             tracing::warn!(group = %self.id.group, from = %head.from, %why, "a malformed call was refused");
         }
@@ -416,7 +432,9 @@ impl Group {
             }
             Method::Vote => {
                 let request = codec::vote_request_from(input)?;
-                self.answer(responder, |raft| async move { raft.vote(request).await.map(|r| codec::vote_response(&r)) });
+                self.answer(responder, |raft| async move {
+                    raft.vote(request).await.map(|r| codec::vote_response(&r))
+                });
             }
             Method::PreVote => {
                 let request = codec::vote_request_from(input)?;

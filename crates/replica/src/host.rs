@@ -19,7 +19,7 @@ use crate::codec;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
-use crate::rebuild::{self, PurgeHold, Receivers, RebuildError};
+use crate::rebuild::{self, PurgeHold, RebuildError, Receivers};
 use crate::volume::{Volume, VolumeMachine};
 use crate::{cleaner, config};
 
@@ -228,7 +228,8 @@ impl Host {
         let payloads = Rc::new(log.clone());
         let identity = self.file_identity(new);
         let data =
-            VolumeData::create(self.directory.clone(), identity, new.spec_json.clone(), initial, payloads).await?;
+            VolumeData::create(self.directory.clone(), identity, new.spec_json.clone(), initial, payloads)
+                .await?;
         self.run(new.volume, new.id, log, data, true).await
     }
 
@@ -288,7 +289,11 @@ impl Host {
             .map(|volume| volume.group().clone())
             .or_else(|| self.groups.borrow().get(&head.group).cloned());
         let Some(group) = group else {
-            let why = if self.loaded.get() { "no replica of the group stands here" } else { "the store is loading" };
+            let why = if self.loaded.get() {
+                "no replica of the group stands here"
+            } else {
+                "the store is loading"
+            };
             return responder.refuse(why);
         };
         if group.id().replica != head.to {
@@ -314,7 +319,8 @@ impl Host {
         responder: Responder,
     ) {
         let mut input = Reader::new(rest);
-        let parsed = codec::get_vote(&mut input).and_then(|vote| Ok((vote, codec::snapshot_meta_from(&mut input)?)));
+        let parsed =
+            codec::get_vote(&mut input).and_then(|vote| Ok((vote, codec::snapshot_meta_from(&mut input)?)));
         let (vote, meta) = match parsed {
             Ok(parsed) => parsed,
             Err(error) => return responder.refuse(error.to_string()),
@@ -337,11 +343,13 @@ impl Host {
         }
         let faulty = self.faulty.borrow().get(&group).cloned();
         let reply = match (&decoded, faulty) {
-            (DataRequest::Report { .. }, Some(faulty)) => DataReply::Report(Box::new(messages::ReplicaReport {
-                replica: faulty.id.replica,
-                fault: faulty.why,
-                ..Default::default()
-            })),
+            (DataRequest::Report { .. }, Some(faulty)) => {
+                DataReply::Report(Box::new(messages::ReplicaReport {
+                    replica: faulty.id.replica,
+                    fault: faulty.why,
+                    ..Default::default()
+                }))
+            }
             (_, faulty) => {
                 let why = faulty.map_or("no replica of the volume runs here".to_owned(), |faulty| faulty.why);
                 DataReply::Elsewhere { leader: None, why }
@@ -357,7 +365,9 @@ impl Host {
             Err(error) => return responder.refuse(error.to_string()),
         };
         let hosted = self.volumes.borrow().get(&group).map(|h| (h.volume.clone(), h.hold.clone()));
-        let Some((volume, hold)) = hosted else { return responder.refuse("no replica of the group stands here") };
+        let Some((volume, hold)) = hosted else {
+            return responder.refuse("no replica of the group stands here");
+        };
         let rest = request.head.slice(request.head.len() - input.remaining()..);
         holdfast_env::spawn("rebuild-serve", async move {
             match rebuild::serve(&volume, &hold, Reader::new(&rest)).await {

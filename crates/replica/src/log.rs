@@ -73,7 +73,9 @@ impl RaftLogReader<Types> for Log {
         while from < to_exclusive {
             let part = self.read_some(from, to_exclusive, limits::LOG_TAIL_BYTES_MAX).await?;
             if part.is_empty() {
-                return Err(io::Error::other(format!("the journal holds entry {from} but does not return it")));
+                return Err(io::Error::other(format!(
+                    "the journal holds entry {from} but does not return it"
+                )));
             }
             from += part.len() as u64;
             out.extend(part);

@@ -83,7 +83,10 @@ pub struct Position {
 
 impl Position {
     /// A replica that starts from `checkpoint`, with a recovered log that ends at `last`.
-    pub(crate) fn recovered(checkpoint: Option<&Checkpoint>, last: Option<EntryId>) -> Result<Self, StoreError> {
+    pub(crate) fn recovered(
+        checkpoint: Option<&Checkpoint>,
+        last: Option<EntryId>,
+    ) -> Result<Self, StoreError> {
         let position = Self::default();
         if let Some(checkpoint) = checkpoint {
             position.set_checkpoint(checkpoint)?;
@@ -93,8 +96,9 @@ impl Position {
     }
 
     fn set_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
-        let membership = codec::membership_from(&checkpoint.membership)
-            .map_err(|error| StoreError::Failed(format!("the checkpoint's membership is damaged: {error}")))?;
+        let membership = codec::membership_from(&checkpoint.membership).map_err(|error| {
+            StoreError::Failed(format!("the checkpoint's membership is damaged: {error}"))
+        })?;
         self.applied.set((checkpoint.id.index > LogIndex::ZERO).then_some(checkpoint.id));
         *self.membership.borrow_mut() = membership;
         self.lasting_floor.set(checkpoint.serve_floor.max(checkpoint.id.index));
@@ -175,7 +179,11 @@ impl Machine {
         Ok(Some(Snapshot { meta, snapshot: data }))
     }
 
-    fn apply_one(&self, id: EntryId, payload: &EntryPayload<AppData, u64, crate::config::Peer>) -> io::Result<AppReply> {
+    fn apply_one(
+        &self,
+        id: EntryId,
+        payload: &EntryPayload<AppData, u64, crate::config::Peer>,
+    ) -> io::Result<AppReply> {
         let reply = match payload {
             EntryPayload::Blank => AppReply::Nothing,
             EntryPayload::Membership(membership) => {
@@ -194,7 +202,8 @@ impl RaftSnapshotBuilder<Types> for Machine {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        self.snapshot()?.ok_or_else(|| io::Error::other("there is no checkpoint yet; ask again after one was made"))
+        self.snapshot()?
+            .ok_or_else(|| io::Error::other("there is no checkpoint yet; ask again after one was made"))
     }
 }
 

@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_types::{
-    BlockRange, DecodeError, Epoch, GroupId, LogIndex, Reader, ReplicaId, SessionId, StoreId, Term, Writer, limits,
+    BlockRange, DecodeError, Epoch, GroupId, LogIndex, Reader, ReplicaId, SessionId, StoreId, Term, Writer,
+    limits,
 };
 use holdfast_wire::rpc::Service;
 
@@ -273,12 +274,13 @@ impl DataRequest {
     /// The request as a frame's head.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::with_capacity(128);
-        let put_read = |out: &mut Writer, range: &BlockRange, epoch: &Epoch, session: &SessionId, floor: &LogIndex| {
-            range.encode(out);
-            epoch.encode(out);
-            session.encode(out);
-            floor.encode(out);
-        };
+        let put_read =
+            |out: &mut Writer, range: &BlockRange, epoch: &Epoch, session: &SessionId, floor: &LogIndex| {
+                range.encode(out);
+                epoch.encode(out);
+                session.encode(out);
+                floor.encode(out);
+            };
         match self {
             Self::Propose { group, command } => {
                 out.u8(PROPOSE);
@@ -326,12 +328,14 @@ impl DataRequest {
         let kind = input.u8()?;
         let group = GroupId::decode(input)?;
         let request = match kind {
-            PROPOSE => {
-                Self::Propose { group, command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?) }
-            }
-            CONTROL => {
-                Self::Control { group, command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?) }
-            }
+            PROPOSE => Self::Propose {
+                group,
+                command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?),
+            },
+            CONTROL => Self::Control {
+                group,
+                command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?),
+            },
             READ | BLOCK_STATUS => {
                 let range = BlockRange::decode(input)?;
                 let epoch = Epoch::decode(input)?;
@@ -446,17 +450,25 @@ impl DataReply {
         let reply = match input.u8()? {
             APPLIED => {
                 let index = LogIndex::decode(input)?;
-                Self::Applied { index, reply: VolumeReply::decode(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?)? }
+                Self::Applied {
+                    index,
+                    reply: VolumeReply::decode(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?)?,
+                }
             }
             BLOCKS => {
                 let applied = LogIndex::decode(input)?;
                 let count = input.count("checksums", limits::REQUEST_BLOCKS_MAX as usize)?;
-                Self::Blocks { applied, checksums: (0..count).map(|_| input.u32()).collect::<Result<_, _>>()? }
+                Self::Blocks {
+                    applied,
+                    checksums: (0..count).map(|_| input.u32()).collect::<Result<_, _>>()?,
+                }
             }
             STATUS => {
                 let applied = LogIndex::decode(input)?;
                 let count = input.count("runs", limits::REQUEST_BLOCKS_MAX as usize)?;
-                let runs = (0..count).map(|_| Ok((input.u32()?, input.u8()?))).collect::<Result<_, DecodeError>>()?;
+                let runs = (0..count)
+                    .map(|_| Ok((input.u32()?, input.u8()?)))
+                    .collect::<Result<_, DecodeError>>()?;
                 Self::Status { applied, runs }
             }
             RENEWED => {
@@ -466,14 +478,22 @@ impl DataReply {
                     .map(|_| Ok((ReplicaId::decode(input)?, StoreId::decode(input)?)))
                     .collect::<Result<_, DecodeError>>()?;
                 let leader = ReplicaId::decode(input)?;
-                Self::Renewed { epoch, members, leader, size: input.u64()?, error_after_seconds: input.u32()? }
+                Self::Renewed {
+                    epoch,
+                    members,
+                    leader,
+                    size: input.u64()?,
+                    error_after_seconds: input.u32()?,
+                }
             }
             ELSEWHERE => {
                 let leader = StoreId::decode(input)?;
                 let leader = (leader != StoreId::NIL).then_some(leader);
                 Self::Elsewhere { leader, why: input.text(limits::TEXT_LENGTH_MAX)? }
             }
-            FENCED => Self::Fenced { current: Epoch::decode(input)?, why: input.text(limits::TEXT_LENGTH_MAX)? },
+            FENCED => {
+                Self::Fenced { current: Epoch::decode(input)?, why: input.text(limits::TEXT_LENGTH_MAX)? }
+            }
             REPORTED => Self::Report(Box::new(ReplicaReport::decode(input)?)),
             DIGESTED => Self::Digest {
                 index: LogIndex::decode(input)?,

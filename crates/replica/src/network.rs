@@ -188,7 +188,8 @@ impl RaftNetworkV2<Types> for Client {
         let answer = futures_util::future::select(Box::pin(work), Box::pin(cancel)).await;
         match answer {
             futures_util::future::Either::Left((Ok(bytes), _)) => {
-                let vote = codec::vote_from(&bytes).map_err(|e| StreamingError::Network(NetworkError::new(&e)))?;
+                let vote =
+                    codec::vote_from(&bytes).map_err(|e| StreamingError::Network(NetworkError::new(&e)))?;
                 Ok(SnapshotResponse::new(vote))
             }
             futures_util::future::Either::Left((Err(error), _)) => {

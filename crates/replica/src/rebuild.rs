@@ -18,8 +18,8 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_store::StoreError;
 use holdfast_store::volume::{BlockSum, Checkpoint, ChunkSummary, StagingLayer};
 use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, StoreId,
-    Writer, block_checksum,
+    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
+    StoreId, Writer, block_checksum,
 };
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use tokio::sync::Notify;
@@ -190,7 +190,11 @@ fn get_sum(input: &mut Reader<'_>) -> Result<BlockSum, DecodeError> {
 }
 
 /// Serves a receiver's pulls from this replica.
-pub(crate) async fn serve(volume: &Volume, hold: &PurgeHold, mut input: Reader<'_>) -> Result<Frame, RebuildError> {
+pub(crate) async fn serve(
+    volume: &Volume,
+    hold: &PurgeHold,
+    mut input: Reader<'_>,
+) -> Result<Frame, RebuildError> {
     let kind = input.u8()?;
     hold.renew(LogIndex::decode(&mut input)?);
     let mut out = Writer::new();
@@ -275,7 +279,11 @@ impl Source {
     async fn blocks(&self, range: BlockRange) -> Result<Bytes, RebuildError> {
         let body = self.call(BLOCKS, |head| range.encode(head)).await?.into_body();
         if body.len() as u64 != range.bytes() {
-            return Err(RebuildError::Failed(format!("{} bytes came for {} blocks", body.len(), range.count)));
+            return Err(RebuildError::Failed(format!(
+                "{} bytes came for {} blocks",
+                body.len(),
+                range.count
+            )));
         }
         Ok(body)
     }
@@ -304,7 +312,8 @@ pub(crate) async fn pull(
     target: &Checkpoint,
 ) -> Result<Received, RebuildError> {
     let group = volume.group().id().group;
-    let source = Source { rpc: rpc.clone(), store, group, hold_from: target.id.index, received: Cell::new(0) };
+    let source =
+        Source { rpc: rpc.clone(), store, group, hold_from: target.id.index, received: Cell::new(0) };
     source.position().await?;
     let state = holdfast_protocol::volume::VolumeState::decode(&target.state)?;
     let chunks = state.size().chunks();
@@ -333,7 +342,8 @@ pub(crate) async fn pull(
 /// Chunks whose change marks differ. Equal marks of one incarnation mean equal content: both replicas hold what the
 /// same prefix of the same log made of the chunk.
 fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<ChunkIndex> {
-    let mine: BTreeMap<ChunkIndex, &ChunkSummary> = ours.iter().map(|summary| (summary.chunk, summary)).collect();
+    let mine: BTreeMap<ChunkIndex, &ChunkSummary> =
+        ours.iter().map(|summary| (summary.chunk, summary)).collect();
     let mut out: Vec<ChunkIndex> = Vec::new();
     for theirs in theirs {
         let same = mine.get(&theirs.chunk).is_some_and(|ours| {
@@ -345,7 +355,9 @@ fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<Chunk
         }
     }
     let known: std::collections::BTreeSet<ChunkIndex> = theirs.iter().map(|summary| summary.chunk).collect();
-    out.extend(ours.iter().filter(|ours| ours.present && !known.contains(&ours.chunk)).map(|ours| ours.chunk));
+    out.extend(
+        ours.iter().filter(|ours| ours.present && !known.contains(&ours.chunk)).map(|ours| ours.chunk),
+    );
     out.sort();
     out
 }

@@ -18,7 +18,7 @@ use holdfast_protocol::volume::{Refusal, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, Checkpoint, Clear, ReadError, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{BlockIndex, BlockRange, Epoch, LogIndex, SessionId, block_checksum, BLOCK_BYTES};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, Epoch, LogIndex, SessionId, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
@@ -46,12 +46,7 @@ pub(crate) struct VolumeMachine {
 impl VolumeMachine {
     pub(crate) fn new(state: VolumeState, data: VolumeData) -> Rc<Self> {
         data.set_size(state.size());
-        Rc::new(Self {
-            state: RefCell::new(state),
-            data,
-            changed: Notify::new(),
-            dirtied: Notify::new(),
-        })
+        Rc::new(Self { state: RefCell::new(state), data, changed: Notify::new(), dirtied: Notify::new() })
     }
 
     fn effect(&self, index: LogIndex, command: &VolumeCommand) {
@@ -106,9 +101,12 @@ impl StateMachine for VolumeMachine {
             *self.state.borrow_mut() = state.clone();
         }
         Box::pin(async move {
-            state.map_err(|error| StoreError::Failed(format!("the leader's checkpoint is damaged: {error}")))?;
-            let staged = staged
-                .ok_or_else(|| StoreError::Failed("a volume's snapshot came without its block content".into()))?;
+            state.map_err(|error| {
+                StoreError::Failed(format!("the leader's checkpoint is damaged: {error}"))
+            })?;
+            let staged = staged.ok_or_else(|| {
+                StoreError::Failed("a volume's snapshot came without its block content".into())
+            })?;
             staged.commit(checkpoint).await
         })
     }
@@ -220,7 +218,9 @@ impl Volume {
     pub async fn answer(&self, request: DataRequest, body: Bytes) -> (DataReply, Vec<Bytes>) {
         match request {
             DataRequest::Propose { command, .. } => (self.propose(command, body).await, Vec::new()),
-            DataRequest::Read { range, epoch, session, floor, .. } => self.read(range, epoch, session, floor).await,
+            DataRequest::Read { range, epoch, session, floor, .. } => {
+                self.read(range, epoch, session, floor).await
+            }
             DataRequest::BlockStatus { range, epoch, session, floor, .. } => {
                 (self.block_status(range, epoch, session, floor).await, Vec::new())
             }
@@ -310,7 +310,10 @@ impl Volume {
         }
         match state.holder() {
             Some(holder) if holder.session == session => Ok(()),
-            _ => Err(DataReply::Fenced { current: state.epoch(), why: "another session holds the volume".into() }),
+            _ => Err(DataReply::Fenced {
+                current: state.epoch(),
+                why: "another session holds the volume".into(),
+            }),
         }
     }
 
@@ -345,7 +348,13 @@ impl Volume {
         }
     }
 
-    async fn block_status(&self, range: BlockRange, epoch: Epoch, session: SessionId, floor: LogIndex) -> DataReply {
+    async fn block_status(
+        &self,
+        range: BlockRange,
+        epoch: Epoch,
+        session: SessionId,
+        floor: LogIndex,
+    ) -> DataReply {
         if let Err(reply) = self.admit_read(epoch, session, floor).await {
             return reply;
         }
@@ -501,7 +510,8 @@ impl Volume {
             let stopped = this.stopped.notified();
             futures_util::pin_mut!(changed, leadership, stopped);
             let woken = futures_util::future::select(changed, leadership);
-            if let futures_util::future::Either::Right(_) = futures_util::future::select(woken, stopped).await {
+            if let futures_util::future::Either::Right(_) = futures_util::future::select(woken, stopped).await
+            {
                 return;
             }
         }
@@ -520,7 +530,8 @@ impl Volume {
         let until = Instant::now().max(leading_since) + lease;
         let confirm = async {
             for holder in &holders {
-                let request = SessionRequest::Fence { group: self.group.id().group, session: holder.session, epoch };
+                let request =
+                    SessionRequest::Fence { group: self.group.id().group, session: holder.session, epoch };
                 let frame = Frame::small(request.encode());
                 let call = self.rpc.call(holder.store, Lane::Control, messages::SESSION, frame, lease);
                 if let Err(error) = call.await {

@@ -46,7 +46,9 @@ async fn renew(session: &Rc<Session>) -> bool {
             session.with_lease(|lease| lease.on_renewed(sent));
             let stores = members.iter().map(|(_, store)| *store).collect();
             session.members().replace(stores);
-            session.members().set_leader(members.iter().find(|(id, _)| *id == leader).map(|(_, store)| *store));
+            session
+                .members()
+                .set_leader(members.iter().find(|(id, _)| *id == leader).map(|(_, store)| *store));
             session.renewed(size, error_after_seconds);
             true
         }

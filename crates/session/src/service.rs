@@ -39,12 +39,14 @@ impl Handler for Service {
             Ok(decoded) => decoded,
             Err(error) => return responder.refuse(error.to_string()),
         };
-        let session = self.0.upgrade().and_then(|sessions| sessions.0.borrow().get(&id).and_then(Weak::upgrade));
+        let session =
+            self.0.upgrade().and_then(|sessions| sessions.0.borrow().get(&id).and_then(Weak::upgrade));
         if let Some(session) = session {
             if session.epoch() >= epoch {
                 return responder.refuse("the session holds that epoch or a later one");
             }
-            session.close(Closed::Fenced { current: epoch, why: "another attachment replaced this one".into() });
+            session
+                .close(Closed::Fenced { current: epoch, why: "another attachment replaced this one".into() });
         }
         // A session that does not run here any more serves nothing: that confirms it, too.
         responder.reply(Frame::small(Bytes::new()));

@@ -15,8 +15,8 @@ use holdfast_protocol::volume::{Refusal, VolumeReply};
 use holdfast_replica::Timers;
 use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_types::{
-    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, Epoch, GroupId, LogIndex, NodeName, Seq, SessionId, StoreId,
-    block_checksum, limits,
+    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, Epoch, GroupId, LogIndex, NodeName, Seq, SessionId,
+    StoreId, block_checksum, limits,
 };
 use holdfast_wire::rpc::Rpc;
 use tokio::sync::{Notify, Semaphore};
@@ -155,7 +155,10 @@ impl Session {
             };
             let reply = control(&rpc, &members, target.group, &command).await;
             match reply {
-                Some(DataReply::Applied { reply: VolumeReply::Attached { epoch, attachment, index, next }, .. }) => {
+                Some(DataReply::Applied {
+                    reply: VolumeReply::Attached { epoch, attachment, index, next },
+                    ..
+                }) => {
                     break (epoch, attachment, index, next);
                 }
                 Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => match refusal {
@@ -312,7 +315,10 @@ impl Session {
     }
 
     /// Runs `work` until it ends, the session ends, or the volume's policy gives up waiting for a quorum.
-    async fn bounded<T>(&self, work: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
+    async fn bounded<T>(
+        &self,
+        work: impl Future<Output = Result<T, SessionError>>,
+    ) -> Result<T, SessionError> {
         let closed = self.closed_event();
         if let Some(closed) = self.closed_now() {
             return Err(SessionError::Closed(closed));
@@ -333,7 +339,9 @@ impl Session {
             futures_util::future::Either::Right((futures_util::future::Either::Left(_), _)) => {
                 Err(SessionError::Closed(self.closed_now().unwrap_or(Closed::Detached)))
             }
-            futures_util::future::Either::Right((futures_util::future::Either::Right((error, _)), _)) => Err(error),
+            futures_util::future::Either::Right((futures_util::future::Either::Right((error, _)), _)) => {
+                Err(error)
+            }
         }
     }
 
@@ -343,8 +351,11 @@ impl Session {
         if data.len() as u64 != range.bytes() || data.len() > limits::REQUEST_BYTES_MAX {
             return Err(SessionError::Failed(format!("{} bytes for {} blocks", data.len(), range.count)));
         }
-        let checksums =
-            range.blocks().zip(data.chunks_exact(BLOCK_BYTES)).map(|(block, data)| block_checksum(block, data)).collect();
+        let checksums = range
+            .blocks()
+            .zip(data.chunks_exact(BLOCK_BYTES))
+            .map(|(block, data)| block_checksum(block, data))
+            .collect();
         self.submit(range, data, |tag| VolumeCommand::Write { tag, range, checksums }).await
     }
 
@@ -433,7 +444,9 @@ impl Session {
                     return Err(SessionError::Closed(closed));
                 }
                 Ok((DataReply::Failed(why), _)) => return Err(SessionError::Failed(why)),
-                Ok((other, _)) => return Err(SessionError::Failed(format!("a write was answered {other:?}"))),
+                Ok((other, _)) => {
+                    return Err(SessionError::Failed(format!("a write was answered {other:?}")));
+                }
                 Err(error) => {
                     tracing::debug!(%error, "a write is repeated");
                     self.members.set_leader(None);
@@ -484,13 +497,19 @@ impl Session {
     }
 
     async fn read_somewhere(&self, range: BlockRange) -> Result<Bytes, SessionError> {
-        let make =
-            |floor| DataRequest::Read { group: self.group, range, epoch: self.epoch, session: self.id, floor };
+        let make = |floor| DataRequest::Read {
+            group: self.group,
+            range,
+            epoch: self.epoch,
+            session: self.id,
+            floor,
+        };
         self.ask(make, |reply, body| match reply {
             DataReply::Blocks { applied, checksums } => {
                 let sums = checksums.iter().zip(range.blocks().zip(body.chunks_exact(BLOCK_BYTES)));
                 let whole = body.len() as u64 == range.bytes() && checksums.len() == range.count as usize;
-                let intact = whole && sums.into_iter().all(|(sum, (block, data))| block_checksum(block, data) == *sum);
+                let intact =
+                    whole && sums.into_iter().all(|(sum, (block, data))| block_checksum(block, data) == *sum);
                 if !intact {
                     tracing::error!(group = %self.group, "a read was damaged on the way and is repeated");
                     return None;
@@ -528,7 +547,8 @@ impl Session {
                     changed.await;
                 }
                 let request = make(self.floor.get());
-                let answer = calls::call(&self.rpc, to, Lane::Bulk, &request, Vec::new(), CALL_DEADLINE).await;
+                let answer =
+                    calls::call(&self.rpc, to, Lane::Bulk, &request, Vec::new(), CALL_DEADLINE).await;
                 let (reply, body) = match answer {
                     Ok(answer) => answer,
                     Err(error) => {
@@ -570,7 +590,9 @@ impl Session {
         self.close(Closed::Detached);
         loop {
             match control(&self.rpc, &self.members, self.group, &command).await {
-                Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) if !refusal.retryable() => {
+                Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. })
+                    if !refusal.retryable() =>
+                {
                     // Somebody else's epoch is there already: the attachment has ended all the same.
                     tracing::info!(%refusal, "the attachment had ended before its detach");
                     return Ok(());

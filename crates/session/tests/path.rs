@@ -78,7 +78,8 @@ async fn start(place: &std::path::Path, switch: &Rc<Switch>, number: u64, fresh:
             }
         }
     };
-    let directory = holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
+    let directory =
+        holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
     let name = NodeName::new(format!("n{number}"));
     let identity = StoreIdentity { cluster: CLUSTER, node: name.clone(), store: StoreId(number.into()) };
     let options = StoreOptions { segment_bytes: 4 << 20, segments: 6 };
@@ -214,7 +215,8 @@ fn a_follower_that_was_left_behind_is_healed_by_chunks() {
         switch.cut.borrow_mut().clear();
         let last = group[0].host.volume(GROUP).expect("runs").group().position().applied_index();
         let lagging = group[2].host.volume(GROUP).expect("runs");
-        let healed = holdfast_env::timeout(Duration::from_secs(30), lagging.group().position().reached(last)).await;
+        let healed =
+            holdfast_env::timeout(Duration::from_secs(30), lagging.group().position().reached(last)).await;
         assert!(healed.is_ok(), "at {:?} of {last}", lagging.group().position().applied_index());
         let mut digests = BTreeSet::new();
         for member in &group {

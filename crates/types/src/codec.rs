@@ -202,7 +202,10 @@ mod tests {
         let mut input = Reader::new(&bytes);
         assert_eq!(input.u8(), Ok(7));
         assert_eq!(input.u64(), Ok(1 << 40));
-        assert_eq!(input.clone().text(3), Err(DecodeError::TooLong { what: "byte string", length: 4, max: 3 }));
+        assert_eq!(
+            input.clone().text(3),
+            Err(DecodeError::TooLong { what: "byte string", length: 4, max: 3 })
+        );
         assert_eq!(input.text(4).as_deref(), Ok("zone"));
         assert_eq!(input.clone().u16(), Err(DecodeError::Short { missing: 2 }));
         assert_eq!(input.end(), Ok(()));

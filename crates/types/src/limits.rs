@@ -45,8 +45,9 @@ const _: () = assert!(CATALOG_BYTES_MAX < FRAME_BYTES_MAX);
 /// Refuses a name that is empty, too long, or has characters beyond letters, digits, `.`, `_` and `-`.
 pub fn check_name(what: &str, name: &str) -> Result<(), UserError> {
     let bad = |why: String| {
-        Err(UserError::new(ErrorCode::InvalidArgument, format!("{what} name '{name}' {why}"))
-            .hint("use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 128 characters"))
+        Err(UserError::new(ErrorCode::InvalidArgument, format!("{what} name '{name}' {why}")).hint(
+            "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 128 characters",
+        ))
     };
     if name.is_empty() {
         return bad("is empty".into());

@@ -118,11 +118,16 @@ impl ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+        const UNITS: [(&str, u64); 4] =
+            [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
         for (unit, size) in UNITS {
             if self.0 >= size {
                 let whole = self.0 as f64 / size as f64;
-                return if self.0 % size == 0 { write!(f, "{whole} {unit}") } else { write!(f, "{whole:.1} {unit}") };
+                return if self.0 % size == 0 {
+                    write!(f, "{whole} {unit}")
+                } else {
+                    write!(f, "{whole:.1} {unit}")
+                };
             }
         }
         write!(f, "{} B", self.0)

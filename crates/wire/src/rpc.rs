@@ -114,7 +114,14 @@ impl Rpc {
     }
 
     /// Queues the request now; the future gives the answer. Dropping it gives the call up.
-    pub fn start(&self, to: StoreId, lane: Lane, service: Service, request: Frame, deadline: Duration) -> Pending {
+    pub fn start(
+        &self,
+        to: StoreId,
+        lane: Lane,
+        service: Service,
+        request: Frame,
+        deadline: Duration,
+    ) -> Pending {
         let (answer, receiver) = oneshot::channel();
         let id = self.0.next.get();
         self.0.next.set(id + 1);

@@ -94,8 +94,12 @@ impl RealDirectory {
     pub fn open(path: &Path) -> Result<Rc<Self>, OpenError> {
         let wrap = |source: io::Error| OpenError::Io { path: path.to_owned(), source };
         fs::create_dir_all(path).map_err(wrap)?;
-        let lock = rustix::fs::open(path.join("lock"), OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from(0o600))
-            .map_err(|e| wrap(e.into()))?;
+        let lock = rustix::fs::open(
+            path.join("lock"),
+            OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC,
+            Mode::from(0o600),
+        )
+        .map_err(|e| wrap(e.into()))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Err(OpenError::InUse(path.to_owned())),
@@ -114,7 +118,10 @@ impl RealDirectory {
         let relative = Path::new(name);
         let plain = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
         if !plain || name.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("'{name}' is not a plain file name")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("'{name}' is not a plain file name"),
+            ));
         }
         Ok(self.root.join(relative))
     }

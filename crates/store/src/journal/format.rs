@@ -57,7 +57,10 @@ pub(crate) enum Record {
     State(ReplicaIdentity, GroupState),
     Entry(ReplicaIdentity, EntryRecord),
     /// Batches of these numbers were never acknowledged and are void.
-    Cut { from: u64, to: u64 },
+    Cut {
+        from: u64,
+        to: u64,
+    },
 }
 
 impl Record {
@@ -100,7 +103,11 @@ fn put_entry_id(out: &mut Writer, id: EntryId) {
 }
 
 fn get_entry_id(input: &mut Reader<'_>) -> Result<EntryId, DecodeError> {
-    Ok(EntryId { term: Term::decode(input)?, leader: ReplicaId::decode(input)?, index: LogIndex::decode(input)? })
+    Ok(EntryId {
+        term: Term::decode(input)?,
+        leader: ReplicaId::decode(input)?,
+        index: LogIndex::decode(input)?,
+    })
 }
 
 fn put_who(out: &mut Writer, who: &ReplicaIdentity) {
@@ -172,7 +179,8 @@ fn get_record(input: &mut Reader<'_>) -> Result<Record, DecodeError> {
             let payload_crc = input.u32()?;
             let head = Bytes::copy_from_slice(input.bytes(HEAD_BYTES_MAX)?);
             let copy = kind == RECORD_COPY;
-            let entry = EntryRecord { id, kind: entry_kind, head, payload_bytes, payload_crc, committed, copy };
+            let entry =
+                EntryRecord { id, kind: entry_kind, head, payload_bytes, payload_crc, committed, copy };
             Ok(Record::Entry(who, entry))
         }
         other => Err(DecodeError::Unknown { what: "journal record", value: other.into() }),

@@ -292,7 +292,12 @@ impl GroupLog {
 
     /// Entries of `[from, to)`, from memory or from disk and then verified: as many as fit into `bytes_max`, at least
     /// one if there is one.
-    pub async fn read(&self, from: LogIndex, to: LogIndex, bytes_max: usize) -> Result<Vec<LogEntry>, StoreError> {
+    pub async fn read(
+        &self,
+        from: LogIndex,
+        to: LogIndex,
+        bytes_max: usize,
+    ) -> Result<Vec<LogEntry>, StoreError> {
         let mut out = Vec::new();
         let mut bytes = 0;
         for index in from.0..to.0 {
@@ -329,7 +334,8 @@ impl GroupLog {
     pub async fn read_payload(&self, index: LogIndex, block: u32, blocks: u32) -> Result<Bytes, StoreError> {
         let (start, length) = (block as usize * BLOCK_BYTES, blocks as usize * BLOCK_BYTES);
         let found = self.group.borrow().get(index).cloned();
-        let meta = found.ok_or_else(|| StoreError::Failed(format!("entry {index} is not in the journal any more")))?;
+        let meta = found
+            .ok_or_else(|| StoreError::Failed(format!("entry {index} is not in the journal any more")))?;
         if start + length > meta.payload_bytes as usize {
             return Err(StoreError::Failed(format!("entry {index} has no block {}", block + blocks - 1)));
         }

@@ -182,7 +182,10 @@ impl Journal {
         identity: &StoreIdentity,
         options: &StoreOptions,
     ) -> Result<(), StoreError> {
-        assert!(options.segments >= 4 && options.segment_bytes >= 4 << 20, "a journal has room for its largest batch");
+        assert!(
+            options.segments >= 4 && options.segment_bytes >= 4 << 20,
+            "a journal has room for its largest batch"
+        );
         if read_identity(&directory).await.is_ok() {
             return Err(StoreError::Failed("there is a store here already".into()));
         }
@@ -224,7 +227,9 @@ impl Journal {
     ) -> Result<(Self, Vec<RecoveredGroup>), StoreError> {
         let block = read_identity(&directory).await?;
         if block.identity != *expected {
-            let name = |id: &StoreIdentity| format!("store {} of node {} of cluster {}", id.store, id.node, id.cluster);
+            let name = |id: &StoreIdentity| {
+                format!("store {} of node {} of cluster {}", id.store, id.node, id.cluster)
+            };
             return Err(StoreError::Identity { expected: name(expected), found: name(&block.identity) });
         }
         let mut files = Vec::new();
@@ -239,7 +244,10 @@ impl Journal {
     /// Makes a group's log; durable when it returns.
     pub async fn create_group(&self, who: ReplicaIdentity) -> Result<GroupLog, StoreError> {
         if self.group(who).is_some() {
-            return Err(StoreError::Failed(format!("replica {} of group {} has a log already", who.replica, who.group)));
+            return Err(StoreError::Failed(format!(
+                "replica {} of group {} has a log already",
+                who.replica, who.group
+            )));
         }
         let group = Rc::new(RefCell::new(Group { first: 1, ..Group::default() }));
         self.0.groups.borrow_mut().insert(who, group.clone());
@@ -285,7 +293,9 @@ impl Journal {
     }
 
     async fn read_place(&self, place: Option<Place>, start: u64, length: usize) -> Result<Bytes, StoreError> {
-        let place = place.ok_or_else(|| StoreError::Failed("an entry's payload is neither in memory nor on disk".into()))?;
+        let place = place.ok_or_else(|| {
+            StoreError::Failed("an entry's payload is neither in memory nor on disk".into())
+        })?;
         let file = self.0.files[place.segment].clone();
         let read = file.read_at(place.offset + start, length).await;
         let buffer = read.map_err(|error| StoreError::io(segment_name(place.segment as u32), &error))?;

@@ -64,7 +64,8 @@ impl Scan {
         while block < blocks {
             let here = &bytes[block * ALIGNMENT..];
             let found = if List::looks_like(here) { List::decode(salt, here) } else { None };
-            let Some((list, front)) = found.filter(|(list, _)| list.store == store && list.segment == number) else {
+            let Some((list, front)) = found.filter(|(list, _)| list.store == store && list.segment == number)
+            else {
                 block += 1;
                 continue;
             };
@@ -166,7 +167,9 @@ struct End {
 fn replay(scan: &Scan) -> (Replay, End) {
     let mut replay = Replay::default();
     let cuts = scan.batches.values().flat_map(|found| &found.list.records);
-    replay.cut = cuts.filter_map(|r| if let Record::Cut { from, to } = r { Some((*from, *to)) } else { None }).collect();
+    replay.cut = cuts
+        .filter_map(|r| if let Record::Cut { from, to } = r { Some((*from, *to)) } else { None })
+        .collect();
     let first = scan.oldest.max(1);
     let mut last = (first - 1, 0);
     let mut void = None;
@@ -188,7 +191,8 @@ fn replay(scan: &Scan) -> (Replay, End) {
             }
             Some(found) => {
                 if found.list.previous == last.0 && last.1 != 0 && found.list.previous_crc != last.1 {
-                    replay.unknown = Some(format!("batch {seq} does not follow batch {}: the chain is broken", last.0));
+                    replay.unknown =
+                        Some(format!("batch {seq} does not follow batch {}: the chain is broken", last.0));
                 }
                 replay.batch(found);
                 last = (seq, found.list.crc);

@@ -153,13 +153,17 @@ impl State {
         let room = (self.segment_blocks - self.head_block) as usize * ALIGNMENT;
         let mut taken = Vec::new();
         let (mut payload, mut list) = (0, 17);
-        let fits = |payload: usize, list: usize| List::blocks_for(list) as usize * 2 * ALIGNMENT + payload <= room;
+        let fits =
+            |payload: usize, list: usize| List::blocks_for(list) as usize * 2 * ALIGNMENT + payload <= room;
         for urgent in [true, false] {
             loop {
                 let source = if urgent { &mut self.urgent } else { &mut self.queue };
                 let Some(next) = source.front() else { break };
                 let (p, l) = (payload + next.payload.len(), list + format::record_bytes(&next.record));
-                if taken.len() >= BATCH_RECORDS_MAX || (p > BATCH_BYTES_MAX && !taken.is_empty()) || !fits(p, l) {
+                if taken.len() >= BATCH_RECORDS_MAX
+                    || (p > BATCH_BYTES_MAX && !taken.is_empty())
+                    || !fits(p, l)
+                {
                     break;
                 }
                 (payload, list) = (p, l);
@@ -293,12 +297,14 @@ impl Journal {
                     }
                 }
                 Record::Entry(who, entry) => {
-                    let offset = if entry.payload_bytes > 0 { offsets.next().copied().unwrap_or(0) } else { 0 };
+                    let offset =
+                        if entry.payload_bytes > 0 { offsets.next().copied().unwrap_or(0) } else { 0 };
                     let place = Place { segment, offset: start + offset };
                     let group = groups.get(who);
                     let mut group = group.map(|group| group.borrow_mut());
                     // Cut off or purged while it waited: its bytes are written, but nobody needs them.
-                    let meta = group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
+                    let meta =
+                        group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
                     if let Some(meta) = meta {
                         meta.place = Some(place);
                         if entry.payload_bytes > 0 {

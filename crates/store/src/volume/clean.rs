@@ -44,8 +44,11 @@ impl VolumeData {
         }
         self.write_home(&runs).await?;
         self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
-        let emptied: Vec<ChunkIndex> =
-            lines.iter().filter(|(_, (had, line))| *had && !line.has_data()).map(|(chunk, _)| *chunk).collect();
+        let emptied: Vec<ChunkIndex> = lines
+            .iter()
+            .filter(|(_, (had, line))| *had && !line.has_data())
+            .map(|(chunk, _)| *chunk)
+            .collect();
         self.0.table.write(lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect()).await?;
         self.write_manifest(target.clone(), false).await?;
         self.0.map.borrow_mut().drop_up_to(target.id.index);
@@ -173,7 +176,11 @@ impl VolumeData {
         for chunk in emptied {
             if !self.0.table.chunk(*chunk).await?.has_data() {
                 let offset = chunk.first_block().byte_offset();
-                self.0.home.punch(offset, CHUNK_BYTES).await.map_err(|error| StoreError::io("home", &error))?;
+                self.0
+                    .home
+                    .punch(offset, CHUNK_BYTES)
+                    .await
+                    .map_err(|error| StoreError::io("home", &error))?;
             }
         }
         Ok(())

@@ -144,7 +144,8 @@ impl ManifestFile {
     }
 
     pub(super) async fn open(directory: &Rc<dyn Directory>, name: String) -> Result<Self, StoreError> {
-        let file = directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
+        let file =
+            directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
         Ok(Self { file, name })
     }
 
@@ -152,7 +153,10 @@ impl ManifestFile {
     pub(super) async fn write(&self, manifest: &Manifest) -> Result<(), StoreError> {
         let bytes = manifest.encode();
         if bytes.len() > SLOT_BYTES {
-            return Err(StoreError::Failed(format!("a checkpoint of {} bytes is beyond its bound", bytes.len())));
+            return Err(StoreError::Failed(format!(
+                "a checkpoint of {} bytes is beyond its bound",
+                bytes.len()
+            )));
         }
         let offset = (manifest.generation % 2) * SLOT_BYTES as u64;
         let written = self.file.write_at(offset, bytes, Durability::Durable).await;
@@ -167,7 +171,9 @@ impl ManifestFile {
             let read = self.file.read_at(slot * SLOT_BYTES as u64, SLOT_BYTES).await;
             let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
             match Manifest::decode(bytes.as_slice()) {
-                Ok(found) if newest.as_ref().is_none_or(|n| n.generation < found.generation) => newest = Some(found),
+                Ok(found) if newest.as_ref().is_none_or(|n| n.generation < found.generation) => {
+                    newest = Some(found)
+                }
                 Ok(_) => {}
                 Err(error) => problem = error,
             }

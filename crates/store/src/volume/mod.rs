@@ -182,8 +182,13 @@ impl VolumeData {
             directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         }
         let file = ManifestFile::create(&directory, format!("{prefix}/manifest")).await?;
-        let manifest =
-            Manifest { identity: identity.clone(), spec_json, checkpoint: initial, generation: 1, staged: false };
+        let manifest = Manifest {
+            identity: identity.clone(),
+            spec_json,
+            checkpoint: initial,
+            generation: 1,
+            staged: false,
+        };
         file.write(&manifest).await?;
         directory.sync().await.map_err(|error| StoreError::io(&prefix, &error))?;
         Self::open(directory, &identity, payloads).await
@@ -232,7 +237,9 @@ impl VolumeData {
             let file = ManifestFile::open(&directory, name.clone()).await?;
             match file.read().await {
                 Ok(manifest) => out.push(manifest),
-                Err(error) => tracing::error!(%name, %error, "a replica's manifest cannot be read; it is left alone"),
+                Err(error) => {
+                    tracing::error!(%name, %error, "a replica's manifest cannot be read; it is left alone")
+                }
             }
         }
         Ok(out)
@@ -288,7 +295,8 @@ impl VolumeData {
     /// Space on the medium.
     pub async fn space(&self) -> Result<SpaceUsed, StoreError> {
         let home = self.0.home.size().await.map_err(|error| StoreError::io("home", &error))?;
-        let table = self.0.table.file().size().await.map_err(|error| StoreError::io(self.0.table.name(), &error))?;
+        let table =
+            self.0.table.file().size().await.map_err(|error| StoreError::io(self.0.table.name(), &error))?;
         Ok(SpaceUsed { allocated: home.allocated, table: table.allocated })
     }
 
@@ -307,7 +315,11 @@ impl VolumeData {
     }
 
     /// Change marks of the chunks from `from` on, of `count` chunks, that were ever changed.
-    pub async fn chunk_summaries(&self, from: ChunkIndex, count: u32) -> Result<Vec<ChunkSummary>, StoreError> {
+    pub async fn chunk_summaries(
+        &self,
+        from: ChunkIndex,
+        count: u32,
+    ) -> Result<Vec<ChunkSummary>, StoreError> {
         let mut out = Vec::new();
         for chunk in (from.0..from.0 + u64::from(count)).map(ChunkIndex) {
             let line = self.0.table.chunk(chunk).await?;
@@ -333,7 +345,8 @@ impl VolumeData {
     /// How each block of a chunk is now.
     pub async fn chunk_checksums(&self, chunk: ChunkIndex) -> Result<Vec<BlockSum>, StoreError> {
         let line = self.0.table.chunk(chunk).await?;
-        let mut sums: Vec<BlockSum> = (0..holdfast_types::CHUNK_BLOCKS as usize).map(|n| line.get(n)).collect();
+        let mut sums: Vec<BlockSum> =
+            (0..holdfast_types::CHUNK_BLOCKS as usize).map(|n| line.get(n)).collect();
         let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
         for (at, run) in self.0.map.borrow().over(range) {
             for n in 0..run.count {
@@ -358,6 +371,7 @@ async fn open_file(
     name: &str,
 ) -> Result<(Rc<dyn File>, String), StoreError> {
     let name = format!("{prefix}/layer-0/{name}");
-    let file = directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
+    let file =
+        directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
     Ok((file, name))
 }

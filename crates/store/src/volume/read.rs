@@ -184,7 +184,8 @@ impl VolumeData {
         for chunk in (0..chunks).map(ChunkIndex) {
             let start = chunk.first_block();
             let count = CHUNK_BLOCKS.min(blocks - start.0) as u32;
-            let empty = self.chunk_checksums(chunk).await?.iter().all(|sum| !matches!(sum, BlockSum::Data(_)));
+            let empty =
+                self.chunk_checksums(chunk).await?.iter().all(|sum| !matches!(sum, BlockSum::Data(_)));
             if empty {
                 continue;
             }
@@ -210,4 +211,3 @@ impl VolumeData {
         Ok(VolumeDigest { sums: (first.finalize(), second.finalize()), bad_blocks })
     }
 }
-

@@ -11,7 +11,9 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Durability, File, OpenMode};
-use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, DecodeError, Reader, Writer, block_checksum};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, DecodeError, Reader, Writer, block_checksum,
+};
 
 use super::table::BlockSum;
 use super::{Checkpoint, VolumeData};
@@ -72,14 +74,23 @@ impl VolumeData {
     }
 
     /// Begins a rebuild. What was collected by one that did not end is thrown away.
-    pub async fn begin_staging(&self, _target: Checkpoint, _size: ByteSize) -> Result<StagingLayer, StoreError> {
+    pub async fn begin_staging(
+        &self,
+        _target: Checkpoint,
+        _size: ByteSize,
+    ) -> Result<StagingLayer, StoreError> {
         let name = self.staging_name();
         let wrap = |error: std::io::Error| StoreError::io(&name, &error);
         self.0.directory.remove(&name).await.map_err(wrap)?;
         let file = self.0.directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         self.0.directory.sync().await.map_err(wrap)?;
-        let staging =
-            Staging { data: self.clone(), file, at: Cell::new(0), blocks: Cell::new(0), open: RefCell::new(true) };
+        let staging = Staging {
+            data: self.clone(),
+            file,
+            at: Cell::new(0),
+            blocks: Cell::new(0),
+            open: RefCell::new(true),
+        };
         Ok(StagingLayer(Rc::new(staging)))
     }
 
@@ -113,7 +124,8 @@ impl VolumeData {
         loop {
             let wrap = |error: std::io::Error| StoreError::io(name, &error);
             let block = file.read_at(at, BLOCK_BYTES).await.map_err(wrap)?;
-            let head = RecordHead::decode(block.as_slice()).map_err(|error| StoreError::damaged(name, &error))?;
+            let head =
+                RecordHead::decode(block.as_slice()).map_err(|error| StoreError::damaged(name, &error))?;
             at += BLOCK_BYTES as u64;
             match head.kind {
                 KIND_END => return Ok(staged),
@@ -194,4 +206,3 @@ impl StagingLayer {
         data.finish_staging().await
     }
 }
-

@@ -7,7 +7,8 @@ use std::rc::Rc;
 
 use holdfast_env::disk::{AlignedBuffer, Durability, File};
 use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, ReplicaId, Writer,
+    BLOCK_BYTES, BlockIndex, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, ReplicaId,
+    Writer,
 };
 
 use crate::{ReplicaIdentity, StoreError};
@@ -43,7 +44,13 @@ pub(super) struct Chunk {
 
 impl Default for Chunk {
     fn default() -> Self {
-        Self { data: 0, zero: 0, sums: [0; CHUNK_BLOCKS as usize], incarnation: 0, last_index: LogIndex::ZERO }
+        Self {
+            data: 0,
+            zero: 0,
+            sums: [0; CHUNK_BLOCKS as usize],
+            incarnation: 0,
+            last_index: LogIndex::ZERO,
+        }
     }
 }
 
@@ -129,7 +136,8 @@ impl Page {
             return bad("table page magic", magic);
         }
         let (found, generation) = (head.u64()?, head.u64()?);
-        let owner = ReplicaIdentity { group: GroupId::decode(&mut head)?, replica: ReplicaId::decode(&mut head)? };
+        let owner =
+            ReplicaIdentity { group: GroupId::decode(&mut head)?, replica: ReplicaId::decode(&mut head)? };
         let covered = HEADER_BYTES - head.remaining();
         let crc = head.u32()?;
         let mut hasher = crc32fast::Hasher::new();
@@ -184,7 +192,9 @@ impl Table {
         let mut problem = None;
         for copy in [first, second] {
             match Page::decode(copy, number, self.who) {
-                Ok(Some(page)) if newest.as_ref().is_none_or(|n| n.generation < page.generation) => newest = Some(page),
+                Ok(Some(page)) if newest.as_ref().is_none_or(|n| n.generation < page.generation) => {
+                    newest = Some(page)
+                }
                 Ok(_) => {}
                 Err(error) => problem = Some(error),
             }
@@ -197,7 +207,9 @@ impl Table {
                 }
                 page
             }
-            (None, Some(error)) if second.iter().chain(first).any(|byte| *byte != 0) && !torn_first(first, second) => {
+            (None, Some(error))
+                if second.iter().chain(first).any(|byte| *byte != 0) && !torn_first(first, second) =>
+            {
                 return Err(StoreError::damaged(format!("page {number} of {}", self.name), &error));
             }
             (None, _) => Page::default(),
