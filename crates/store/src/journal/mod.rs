@@ -249,7 +249,7 @@ impl Journal {
                 who.replica, who.group
             )));
         }
-        let group = Rc::new(RefCell::new(Group { first: 1, ..Group::default() }));
+        let group = Rc::new(RefCell::new(Group::default()));
         self.0.groups.borrow_mut().insert(who, group.clone());
         let log = GroupLog { journal: self.clone(), who, group };
         log.create().await?;

@@ -294,8 +294,9 @@ fn adopt(journal: &Journal, replayed: Replay) -> Vec<RecoveredGroup> {
 
 /// The in-memory index of a group: its entries without gaps, those that are faulty, and the first gap if there is one.
 fn index(journal: &Journal, found: Replayed) -> (Group, Vec<EntryId>, Option<String>) {
-    let first = found.state.purged.map_or(1, |id| id.index.0 + 1);
-    let flushed = LogIndex(first - 1);
+    // A group's log begins at 0 with the voters that it was begun with; one that was never begun is empty.
+    let first = found.state.purged.map_or(0, |id| id.index.0 + 1);
+    let flushed = LogIndex(first.saturating_sub(1));
     let mut group =
         Group { state: found.state, state_segment: found.state_segment, first, flushed, ..Group::default() };
     let (mut faulty, mut gap) = (Vec::new(), None);
