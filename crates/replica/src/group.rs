@@ -312,7 +312,9 @@ impl Group {
         };
         match holdfast_env::timeout(patience, matched).await {
             Err(_) => {
-                return Err(GroupError::Refused(format!("replica {target} did not catch up in {patience:?}")));
+                return Err(GroupError::Refused(format!(
+                    "replica {target} did not catch up in {patience:?}"
+                )));
             }
             Ok(result) => result?,
         }
