@@ -418,10 +418,10 @@ impl VolumeState {
         if self.epoch.0 > u64::MAX / 2 {
             return bad("epoch", self.epoch.0);
         }
-        if let Some(holder) = &self.holder {
-            if holder.epoch != self.epoch || holder.attachment != self.window_of || self.detached.is_some() {
-                return bad("holder's epoch", holder.epoch.0);
-            }
+        if let Some(holder) = &self.holder
+            && (holder.epoch != self.epoch || holder.attachment != self.window_of || self.detached.is_some())
+        {
+            return bad("holder's epoch", holder.epoch.0);
         }
         if let Some(unsettled) = &self.unsettled {
             let after = unsettled.holders.iter().all(|holder| holder.epoch < unsettled.epoch);

@@ -28,10 +28,8 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         }
         let pressed = journal.pressure().used_percent >= PURGE_ABOVE_PERCENT;
         let dirty = this.data().dirty();
-        if dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any) {
-            if !clean(&this).await {
-                return;
-            }
+        if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this).await {
+            return;
         }
         if pressed && !purge(&this, &hold).await {
             return;

@@ -1,6 +1,6 @@
 //! Healing by chunks: a replica whose log has been purged past it compares with the leader and takes what differs.
 //!
-//! The leader offers its checkpoint ([`offer`]); the receiver pulls: change marks per chunk, then block checksums of
+//! The leader offers its checkpoint (`offer`); the receiver pulls: change marks per chunk, then block checksums of
 //! the chunks whose marks differ, then the blocks that differ, into a staging layer that is switched in atomically
 //! (INV-STAGE). The leader's content moves on meanwhile, so what is staged is the checkpoint or newer, all of it
 //! committed; the receiver serves nothing until it has applied the log up to the leader's applied index at the end,

@@ -196,11 +196,11 @@ impl Volume {
     /// The leader's watch over the holder; begins anew with every term in which this replica leads.
     fn with_watch<T>(&self, use_watch: impl FnOnce(&mut HolderWatch) -> T) -> T {
         let mut watch = self.watch.borrow_mut();
-        if let Some((term, since)) = self.group.leading_since() {
-            if self.watch_term.replace(term.0) != term.0 {
-                *watch = HolderWatch::new(lease_terms(self.group.timers()));
-                watch.began_leading(since.0);
-            }
+        if let Some((term, since)) = self.group.leading_since()
+            && self.watch_term.replace(term.0) != term.0
+        {
+            *watch = HolderWatch::new(lease_terms(self.group.timers()));
+            watch.began_leading(since.0);
         }
         use_watch(&mut watch)
     }
@@ -235,7 +235,7 @@ impl Volume {
         DataReply::Elsewhere { leader: self.group.leader().map(|(_, store)| store), why: why.into() }
     }
 
-    fn from_group_error(&self, error: GroupError) -> DataReply {
+    fn group_error(&self, error: GroupError) -> DataReply {
         match error {
             GroupError::NotLeader { leader } => {
                 DataReply::Elsewhere { leader, why: "this replica does not lead the volume's group".into() }
@@ -285,7 +285,7 @@ impl Volume {
         match self.group.propose(data).await {
             Ok((id, AppReply::Volume(reply))) => DataReply::Applied { index: id.index, reply },
             Ok((id, other)) => DataReply::Failed(format!("entry {} answered {other}", id.index)),
-            Err(error) => self.from_group_error(error),
+            Err(error) => self.group_error(error),
         }
     }
 
@@ -368,7 +368,7 @@ impl Volume {
                 let runs = runs.into_iter().map(|(count, k)| (count, kind(k))).collect();
                 DataReply::Status { applied: self.group.position().applied_index(), runs }
             }
-            Err(error) => self.from_group_error(error.into()),
+            Err(error) => self.group_error(error.into()),
         }
     }
 
@@ -380,7 +380,7 @@ impl Volume {
         // commits comes after, and waits a full lease from its own election.
         let index = match self.group.confirm_leadership().await {
             Ok(index) => index,
-            Err(error) => return self.from_group_error(error),
+            Err(error) => return self.group_error(error),
         };
         if holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(index)).await.is_err() {
             return self.elsewhere("the leader has not applied far enough yet");
@@ -417,7 +417,7 @@ impl Volume {
         };
         let index = match self.group.confirm_leadership().await {
             Ok(index) => index,
-            Err(error) => return self.from_group_error(error),
+            Err(error) => return self.group_error(error),
         };
         if holdfast_env::timeout(SETTLE_PATIENCE, self.group.position().reached(index)).await.is_err() {
             return self.elsewhere("the leader has not applied far enough yet");
@@ -473,7 +473,7 @@ impl Volume {
         let index = if index == LogIndex::ZERO {
             match self.group.confirm_leadership().await {
                 Ok(index) => index,
-                Err(error) => return self.from_group_error(error),
+                Err(error) => return self.group_error(error),
             }
         } else {
             index

@@ -386,12 +386,12 @@ impl Session {
         let request = DataRequest::Propose { group: self.group, command: command(tag).encode() };
         let result = self.bounded(self.propose(&request, payload)).await;
         drop(guard);
-        if let Err(error) = &result {
-            if self.closed_now().is_none() {
-                // INV-LATE: an error was reported, so this write must never land; only a new epoch makes sure.
-                let why = format!("a write failed ({error}); attach again");
-                self.close(Closed::Fenced { current: self.epoch, why });
-            }
+        if let Err(error) = &result
+            && self.closed_now().is_none()
+        {
+            // INV-LATE: an error was reported, so this write must never land; only a new epoch makes sure.
+            let why = format!("a write failed ({error}); attach again");
+            self.close(Closed::Fenced { current: self.epoch, why });
         }
         result
     }

@@ -76,12 +76,12 @@ impl VolumeData {
         for (start, run) in runs {
             let last = BlockIndex(start.0 + run.count - 1).chunk();
             for chunk in (start.chunk().0..=last.0).map(ChunkIndex) {
-                if !lines.contains_key(&chunk) {
+                if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(chunk) {
                     let line = self.0.table.chunk(chunk).await?;
                     if matches!(run.what, What::Absent) && !line.is_present() {
                         continue; // giving back nothing changes nothing
                     }
-                    lines.insert(chunk, (line.has_data(), line));
+                    e.insert((line.has_data(), line));
                 }
                 let Some((_, line)) = lines.get_mut(&chunk) else { continue };
                 let first = chunk.first_block().0.max(start.0);
@@ -194,8 +194,8 @@ impl VolumeData {
     ) -> Result<(BTreeMap<ChunkIndex, Chunk>, Vec<ChunkIndex>), StoreError> {
         let mut lines: BTreeMap<ChunkIndex, Chunk> = BTreeMap::new();
         for (block, sum) in staged {
-            if !lines.contains_key(&block.chunk()) {
-                lines.insert(block.chunk(), self.0.table.chunk(block.chunk()).await?);
+            if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(block.chunk()) {
+                e.insert(self.0.table.chunk(block.chunk()).await?);
             }
             if let Some(line) = lines.get_mut(&block.chunk()) {
                 line.set(block.within_chunk(), *sum);
