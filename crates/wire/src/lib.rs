@@ -4,6 +4,7 @@
 //! **Architecture invariant:** `rpc` knows no socket; the simulator runs it over its own network.
 
 pub mod frame;
+mod link;
 pub mod pki;
 pub mod rpc;
 pub mod tcp;
