@@ -104,7 +104,7 @@ fn frames_go_both_ways_whole_and_in_order() {
         b.network.send(StoreId(1), Lane::Control, frame(b"back", 0)).expect("is queued");
         b.seen.until(|seen| seen.frames.borrow().len() == 3).await;
         a.seen.until(|seen| seen.frames.borrow().len() == 1).await;
-        let got = b.seen.frames.borrow();
+        let got: Vec<_> = b.seen.frames.borrow().clone();
         let heads: Vec<&[u8]> = got.iter().map(|(_, _, frame)| &frame.head[..]).collect();
         assert_eq!(heads, [b"one" as &[u8], b"two", b"three"]);
         assert!(got.iter().all(|(from, lane, _)| *from == StoreId(1) && *lane == Lane::Bulk));
