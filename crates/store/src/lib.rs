@@ -4,6 +4,7 @@
 mod entry;
 mod error;
 pub mod journal;
+pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod volume;

@@ -1,0 +1,223 @@
+//! The catalog's state machine: which nodes there are, which volumes are wanted, and where their replicas stand.
+//!
+//! Commands are proposed by whoever serves a user and by the reconciler. A command that changes a volume names the
+//! revision that it was decided on, so that two reconcilers never act on each other's half-made decisions
+//! (INV-CATALOG). Nothing on the I/O path asks this.
+
+mod state;
+
+use std::collections::BTreeMap;
+
+use holdfast_types::{
+    ByteSize, ClusterId, GroupId, Location, NodeName, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec,
+};
+use serde::{Deserialize, Serialize};
+
+pub use state::{CatalogReply, CatalogState};
+
+/// Nodes of a cluster.
+pub const NODES_MAX: usize = 1024;
+/// Volumes of a cluster.
+pub const VOLUMES_MAX: usize = 100_000;
+
+/// A node as the catalog knows it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Where it stands, and its name.
+    pub location: Location,
+    /// Its store.
+    pub store: StoreId,
+    /// Where its peers reach it, `host:port`.
+    pub peer_address: String,
+    /// Where its admin API is reached from the same machine.
+    pub admin: String,
+    /// Nothing new is placed on it.
+    pub cordoned: bool,
+}
+
+/// What is to happen with a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumePhase {
+    /// Its replicas are being made.
+    Creating,
+    /// It can be attached.
+    Ready,
+    /// Its replicas are being removed; its name is free again.
+    Deleting,
+}
+
+/// What is to happen with a replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReplicaPhase {
+    /// It votes.
+    Voter,
+    /// It is to become a voter.
+    Joining,
+    /// It is to be removed.
+    Leaving,
+}
+
+/// A replica as the catalog wants it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// Never given out twice in a cluster.
+    pub id: ReplicaId,
+    /// Its store.
+    pub store: StoreId,
+    /// Where that stood when the replica was placed.
+    pub location: Location,
+    /// What is to happen with it.
+    pub phase: ReplicaPhase,
+}
+
+/// A volume as the catalog wants it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its Raft group.
+    pub group: GroupId,
+    /// What was asked for.
+    pub spec: VolumeSpec,
+    /// Parameters as they were given, to be shown.
+    pub parameters: BTreeMap<String, String>,
+    /// The size it was created with: a new replica that repeats the log begins with it, as the others did.
+    pub first_size: ByteSize,
+    /// What is to happen with it.
+    pub phase: VolumePhase,
+    /// Its replicas.
+    pub replicas: Vec<ReplicaRecord>,
+    /// Nodes that may attach it (CSI publish), each with whether only to read.
+    pub published: BTreeMap<NodeName, bool>,
+    /// Counts up with every change.
+    pub revision: u64,
+}
+
+impl VolumeRecord {
+    /// Stores of the replicas that vote or are to vote.
+    pub fn stores(&self) -> Vec<StoreId> {
+        let staying = self.replicas.iter().filter(|replica| replica.phase != ReplicaPhase::Leaving);
+        staying.map(|replica| replica.store).collect()
+    }
+}
+
+/// A new replica: the store and where it stands.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Placed {
+    /// The store.
+    pub store: StoreId,
+    /// Where it stands.
+    pub location: Location,
+}
+
+/// A change of the catalog.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum CatalogCommand {
+    /// A node tells where it is.
+    PutNode {
+        /// The cluster that the node believes to be in.
+        cluster: ClusterId,
+        /// The node; its cordon is kept as it was.
+        node: NodeRecord,
+    },
+    /// Stop or resume placing on a node.
+    SetCordon {
+        /// The node.
+        node: NodeName,
+        /// Whether to stop.
+        cordoned: bool,
+    },
+    /// A new volume. Idempotent by name.
+    CreateVolume {
+        /// Its id if it is new; random.
+        id: VolumeId,
+        /// Its group if it is new; random.
+        group: GroupId,
+        /// What is asked for.
+        spec: VolumeSpec,
+        /// Parameters as given.
+        parameters: BTreeMap<String, String>,
+        /// Where its replicas go.
+        placed: Vec<Placed>,
+    },
+    /// Its replicas are there.
+    VolumeReady {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+    },
+    /// Remove a volume. Idempotent.
+    DeleteVolume {
+        /// The volume.
+        id: VolumeId,
+    },
+    /// A deleted volume's last replica is gone.
+    ForgetVolume {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+    },
+    /// The volume has grown.
+    SetSize {
+        /// The volume.
+        id: VolumeId,
+        /// Its size; a smaller one than it has is left out of account.
+        size: ByteSize,
+    },
+    /// One more replica.
+    AddReplica {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// Where it goes.
+        placed: Placed,
+    },
+    /// What is to happen with a replica.
+    SetReplica {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The replica.
+        replica: ReplicaId,
+        /// What is to happen with it.
+        phase: ReplicaPhase,
+    },
+    /// A replica is gone.
+    DropReplica {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The replica.
+        replica: ReplicaId,
+    },
+    /// A node may attach the volume. Idempotent.
+    Publish {
+        /// The volume.
+        id: VolumeId,
+        /// The node.
+        node: NodeName,
+        /// Only to read.
+        read_only: bool,
+    },
+    /// A node may not attach the volume any more; all of them if none is named. Idempotent.
+    Unpublish {
+        /// The volume.
+        id: VolumeId,
+        /// The node.
+        node: Option<NodeName>,
+    },
+}
+
+/// A command's answer on its way.
+pub type CatalogResult = Result<CatalogReply, UserError>;
+
+#[cfg(test)]
+mod tests;
