@@ -1,1 +1,17 @@
-//! holdfast-catalog
+//! The catalog: the cluster's own Raft group, and the reconciler that makes reality match it.
+//!
+//! [`member::Member`] is one replica of the catalog on a shard; [`client::CatalogClient`] finds the leader from any
+//! shard; [`volumes`] speaks with the replicas of volumes. What the catalog holds and which changes it accepts is
+//! decided in `holdfast_protocol::catalog`.
+//!
+//! **Architecture invariant:** no read or write of a volume waits for anything here.
+
+pub mod client;
+mod machine;
+pub mod member;
+mod messages;
+mod reconciler;
+pub mod volumes;
+
+pub use client::CatalogClient;
+pub use member::{Member, MemberOptions};

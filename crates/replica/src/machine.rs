@@ -83,10 +83,7 @@ pub struct Position {
 
 impl Position {
     /// A replica that starts from `checkpoint`, with a recovered log that ends at `last`.
-    pub(crate) fn recovered(
-        checkpoint: Option<&Checkpoint>,
-        last: Option<EntryId>,
-    ) -> Result<Self, StoreError> {
+    pub fn recovered(checkpoint: Option<&Checkpoint>, last: Option<EntryId>) -> Result<Self, StoreError> {
         let position = Self::default();
         if let Some(checkpoint) = checkpoint {
             position.set_checkpoint(checkpoint)?;

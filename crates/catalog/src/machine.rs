@@ -1,0 +1,128 @@
+//! The catalog's state machine on a replica: `holdfast_protocol::catalog` with its checkpoint in a small file.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use holdfast_protocol::catalog::{CatalogCommand, CatalogResult, CatalogState};
+use holdfast_replica::{AppData, AppReply, ApplyError, Staged, StateMachine};
+use holdfast_store::state_file::StateFile;
+use holdfast_store::volume::Checkpoint;
+use holdfast_store::{EntryId, StoreError};
+use holdfast_types::{ClusterId, ErrorCode, LogIndex, UserError, limits};
+use tokio::sync::{Mutex, Notify};
+
+pub(crate) struct Inner {
+    state: RefCell<CatalogState>,
+    file: StateFile,
+    writing: Mutex<()>,
+    changed: Notify,
+}
+
+/// The machine. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct CatalogMachine(Rc<Inner>);
+
+fn damaged(error: impl std::fmt::Display) -> StoreError {
+    StoreError::Failed(format!("the catalog's checkpoint is damaged: {error}"))
+}
+
+impl CatalogMachine {
+    pub(crate) fn open(cluster: ClusterId, file: StateFile) -> Result<Self, StoreError> {
+        let state = match file.newest() {
+            Some(checkpoint) => serde_json::from_slice(&checkpoint.state).map_err(damaged)?,
+            None => CatalogState::new(cluster),
+        };
+        let state = RefCell::new(state);
+        Ok(Self(Rc::new(Inner { state, file, writing: Mutex::new(()), changed: Notify::new() })))
+    }
+
+    pub(crate) fn state(&self) -> CatalogState {
+        self.0.state.borrow().clone()
+    }
+
+    pub(crate) fn with_state<T>(&self, look: impl FnOnce(&CatalogState) -> T) -> T {
+        look(&self.0.state.borrow())
+    }
+
+    /// Ends at the next change.
+    pub(crate) async fn changed(&self) {
+        self.0.changed.notified().await;
+    }
+
+    /// Makes `checkpoint` the one to start from.
+    pub(crate) async fn save(&self, checkpoint: Checkpoint) -> Result<(), StoreError> {
+        let _one_at_a_time = self.0.writing.lock().await;
+        let newer = self.0.file.newest().is_none_or(|saved| saved.id.index < checkpoint.id.index);
+        if newer { self.0.file.write(checkpoint).await } else { Ok(()) }
+    }
+}
+
+/// A command as an entry of the catalog's log.
+pub(crate) fn encode_command(command: &CatalogCommand) -> Result<AppData, UserError> {
+    let json = serde_json::to_vec(command)
+        .map_err(|error| UserError::new(ErrorCode::Internal, format!("a command is not JSON: {error}")))?;
+    Ok(AppData { head: Bytes::from(json), payload: Bytes::new() })
+}
+
+/// What a command answered.
+pub(crate) fn decode_reply(reply: &AppReply) -> CatalogResult {
+    let wrong = |what: String| Err(UserError::new(ErrorCode::Internal, what));
+    match reply {
+        AppReply::Opaque(json) => match serde_json::from_slice(json) {
+            Ok(result) => result,
+            Err(error) => wrong(format!("the catalog's answer is not understood: {error}")),
+        },
+        other => wrong(format!("the catalog answered {other}")),
+    }
+}
+
+impl StateMachine for CatalogMachine {
+    fn check(&self, data: &AppData) -> Result<(), String> {
+        if data.head.len() > limits::FRAME_HEAD_BYTES_MAX / 2 || !data.payload.is_empty() {
+            return Err("a command of the catalog is too large".into());
+        }
+        serde_json::from_slice::<CatalogCommand>(&data.head).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
+        let unknown = |why: serde_json::Error| ApplyError {
+            index: id.index,
+            why: format!(
+                "the catalog's command is not understood ({why}): is this daemon older than its peers?"
+            ),
+        };
+        let command: CatalogCommand = serde_json::from_slice(&data.head).map_err(unknown)?;
+        let result = self.0.state.borrow_mut().apply(&command);
+        let json = serde_json::to_vec(&result).map_err(unknown)?;
+        Ok(AppReply::Opaque(Bytes::from(json)))
+    }
+
+    fn encode_state(&self) -> Bytes {
+        let json = serde_json::to_vec(&*self.0.state.borrow());
+        Bytes::from(json.expect("every part of the state has a JSON form: the maps' keys are strings"))
+    }
+
+    fn checkpoint(&self) -> Option<Checkpoint> {
+        self.0.file.newest()
+    }
+
+    fn install(
+        &self,
+        checkpoint: Checkpoint,
+        _staged: Option<Rc<dyn Staged>>,
+    ) -> LocalBoxFuture<'static, Result<(), StoreError>> {
+        let machine = self.clone();
+        Box::pin(async move {
+            let state: CatalogState = serde_json::from_slice(&checkpoint.state).map_err(damaged)?;
+            machine.save(checkpoint).await?;
+            *machine.0.state.borrow_mut() = state;
+            Ok(())
+        })
+    }
+
+    fn after_apply(&self, _index: LogIndex) {
+        self.0.changed.notify_waiters();
+    }
+}

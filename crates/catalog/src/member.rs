@@ -1,0 +1,334 @@
+//! One replica of the catalog on a shard.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use holdfast_env::Instant;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::catalog::{
+    CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, VolumePhase, VolumeRecord,
+};
+use holdfast_protocol::placement;
+use holdfast_replica::administration::user_error;
+use holdfast_replica::machine::Position;
+use holdfast_replica::messages::CATALOG;
+use holdfast_replica::{Group, GroupError, Host, StateMachine};
+use holdfast_store::ReplicaIdentity;
+use holdfast_store::state_file::{StateFile, StateIdentity};
+use holdfast_store::volume::CheckpointSource;
+use holdfast_types::{
+    ClusterId, ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec,
+};
+use holdfast_wire::rpc::{Handler, Responder, Rpc};
+use tokio::sync::Mutex;
+
+use crate::machine::{CatalogMachine, decode_reply, encode_command};
+use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
+use crate::{reconciler, volumes};
+
+/// Entries between checkpoints.
+const CHECKPOINT_EVERY: u64 = 256;
+/// How long a checkpoint waits for the local flush of what was applied, and how often it looks.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+const FLUSH_LOOK: Duration = Duration::from_millis(5);
+
+/// How the catalog's members behave.
+#[derive(Clone, Copy, Debug)]
+pub struct MemberOptions {
+    /// After this time without an answer a node is lost, and its replicas are placed elsewhere.
+    pub lost_after: Duration,
+}
+
+impl Default for MemberOptions {
+    fn default() -> Self {
+        Self { lost_after: Duration::from_secs(600) }
+    }
+}
+
+/// A running member.
+pub struct Member {
+    pub(crate) group: Rc<Group>,
+    pub(crate) machine: CatalogMachine,
+    pub(crate) rpc: Rpc,
+    pub(crate) options: MemberOptions,
+    /// Volumes that are being worked on.
+    pub(crate) working: RefCell<BTreeMap<VolumeId, Rc<Mutex<()>>>>,
+    /// Since when a node has not answered.
+    pub(crate) silent: RefCell<BTreeMap<NodeName, Instant>>,
+}
+
+fn failed(error: impl std::fmt::Display) -> UserError {
+    UserError::new(ErrorCode::Internal, format!("the catalog does not run here: {error}"))
+}
+
+impl Member {
+    /// Starts the member that this store is, if it is one of `members`.
+    pub async fn start(
+        host: &Rc<Host>,
+        members: &BTreeMap<ReplicaId, StoreId>,
+        options: MemberOptions,
+    ) -> Result<Option<Rc<Self>>, UserError> {
+        let store = host.identity().store;
+        let Some(replica) = members.iter().find(|(_, at)| **at == store).map(|(id, _)| *id) else {
+            return Ok(None);
+        };
+        let id = ReplicaIdentity { group: GroupId::CATALOG, replica };
+        let cluster = host.identity().cluster;
+        let (group, machine, empty) = Self::open(host, id, cluster).await?;
+        host.register(group.clone());
+        let member = Rc::new(Self {
+            group,
+            machine,
+            rpc: host.environment().rpc.clone(),
+            options,
+            working: RefCell::default(),
+            silent: RefCell::default(),
+        });
+        host.environment().rpc.serve(CATALOG, Rc::new(Service(Rc::downgrade(&member))));
+        holdfast_env::spawn("catalog-checkpoint", Self::keep_checkpoints(Rc::downgrade(&member)));
+        holdfast_env::spawn("catalog-reconcile", reconciler::run(Rc::downgrade(&member)));
+        if empty && members.keys().next() == Some(&replica) {
+            member.group.bootstrap(members).await.map_err(|error| user_error(&error))?;
+        }
+        Ok(Some(member))
+    }
+
+    async fn open(
+        host: &Rc<Host>,
+        id: ReplicaIdentity,
+        cluster: ClusterId,
+    ) -> Result<(Rc<Group>, CatalogMachine, bool), UserError> {
+        let (log, fresh) = match host.claim(id) {
+            Some(recovered) => {
+                holdfast_replica::host::usable(&recovered).map_err(failed)?;
+                (recovered.log, false)
+            }
+            None => (host.journal().create_group(id).await.map_err(failed)?, true),
+        };
+        let identity = StateIdentity { cluster, store: host.identity().store, id };
+        let file = StateFile::open(host.directory(), "catalog-state", identity).await.map_err(failed)?;
+        let checkpoint = file.newest();
+        if fresh && checkpoint.is_some() {
+            return Err(failed("its checkpoint is there, but its log is not: replace this node"));
+        }
+        let empty = log.last().is_none() && checkpoint.is_none();
+        let position = Position::recovered(checkpoint.as_ref(), log.last());
+        let position = Rc::new(position.map_err(failed)?);
+        let machine = CatalogMachine::open(cluster, file).map_err(failed)?;
+        let inner = Rc::new(machine.clone());
+        let group = Group::start(host.environment(), id, log, inner, position, fresh).await;
+        Ok((group.map_err(|error| user_error(&error))?, machine, empty))
+    }
+
+    /// Whether this member leads the catalog, as far as it knows.
+    pub fn is_leader(&self) -> bool {
+        self.group.is_leader()
+    }
+
+    async fn keep_checkpoints(member: Weak<Self>) {
+        loop {
+            let Some(this) = member.upgrade() else { return };
+            let applied = this.group.position().applied_index();
+            let saved = this.machine.checkpoint().map_or(LogIndex::ZERO, |checkpoint| checkpoint.id.index);
+            if applied.0 >= saved.0 + CHECKPOINT_EVERY
+                && let Err(error) = this.save_checkpoint(applied).await
+            {
+                tracing::error!(%error, "the catalog makes no more checkpoints");
+                return;
+            }
+            this.machine.changed().await;
+        }
+    }
+
+    async fn save_checkpoint(&self, applied: LogIndex) -> Result<(), UserError> {
+        let flushed = async {
+            while self.group.log().flushed() < applied {
+                holdfast_env::sleep(FLUSH_LOOK).await;
+            }
+        };
+        if holdfast_env::timeout(FLUSH_PATIENCE, flushed).await.is_err() {
+            return Ok(());
+        }
+        // What was applied since may not be flushed yet: a later checkpoint takes it.
+        let checkpoint = self.group.machine().capture();
+        if self.group.log().flushed() < checkpoint.id.index {
+            return Ok(());
+        }
+        let index = checkpoint.id.index;
+        self.machine.save(checkpoint).await.map_err(failed)?;
+        match self.group.purge(index).await {
+            Err(GroupError::Stopped(why)) => Err(failed(why)),
+            Err(error) => {
+                tracing::warn!(%error, "the catalog's log was not purged this time");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    async fn answer(self: &Rc<Self>, request: CatalogRequest) -> CatalogAnswer {
+        match self.try_answer(request).await {
+            Ok(answer) => answer,
+            Err(AnswerError::Elsewhere) => {
+                CatalogAnswer::Elsewhere { leader: self.group.leader().map(|(_, store)| store) }
+            }
+            Err(AnswerError::Refused(error)) => CatalogAnswer::Refused { error },
+        }
+    }
+
+    async fn try_answer(self: &Rc<Self>, request: CatalogRequest) -> Result<CatalogAnswer, AnswerError> {
+        match request {
+            CatalogRequest::State => {
+                let state = Box::new(self.read().await?);
+                Ok(CatalogAnswer::State { state })
+            }
+            CatalogRequest::Apply { command } => {
+                Ok(CatalogAnswer::Reply { reply: self.apply(&command).await? })
+            }
+            CatalogRequest::Create { spec, parameters } => {
+                let record = self.create(*spec, parameters).await?;
+                Ok(CatalogAnswer::Volume { record: Some(Box::new(record)) })
+            }
+            CatalogRequest::Settle { id } => {
+                self.read().await?;
+                self.settle(id).await?;
+                let record = self.machine.with_state(|state| state.volumes.get(&id).cloned());
+                Ok(CatalogAnswer::Volume { record: record.map(Box::new) })
+            }
+            CatalogRequest::Add { id, node } => {
+                let record = self.add_replica(id, &node).await?;
+                Ok(CatalogAnswer::Volume { record: Some(Box::new(record)) })
+            }
+        }
+    }
+
+    /// The state as of now, confirmed with a quorum.
+    pub(crate) async fn read(&self) -> Result<CatalogState, AnswerError> {
+        let index = self.group.confirm_leadership().await.map_err(AnswerError::from)?;
+        let reached = self.group.position().reached(index);
+        holdfast_env::timeout(self.group.timers().election_max, reached)
+            .await
+            .map_err(|_| AnswerError::Elsewhere)?;
+        Ok(self.machine.state())
+    }
+
+    /// Proposes a command and waits for its effect.
+    pub(crate) async fn apply(&self, command: &CatalogCommand) -> Result<CatalogReply, AnswerError> {
+        let data = encode_command(command)?;
+        let (_, reply) = self.group.propose(data).await.map_err(AnswerError::from)?;
+        Ok(decode_reply(&reply)?)
+    }
+
+    /// Where new replicas could go, as the stores themselves tell now.
+    pub(crate) async fn candidates(&self, state: &CatalogState) -> Vec<placement::Candidate> {
+        let reports = volumes::store_reports(&self.rpc, state).await;
+        volumes::candidates(state, &reports)
+    }
+
+    async fn create(
+        self: &Rc<Self>,
+        spec: VolumeSpec,
+        parameters: BTreeMap<String, String>,
+    ) -> Result<VolumeRecord, AnswerError> {
+        let state = self.read().await?;
+        let placed = match state.find(&spec.name) {
+            Some(_) => Vec::new(),
+            None => placement::place(&spec, &self.candidates(&state).await)?,
+        };
+        let command = CatalogCommand::CreateVolume {
+            id: VolumeId(holdfast_env::random_u128()),
+            group: GroupId(holdfast_env::random_u128()),
+            spec,
+            parameters,
+            placed,
+        };
+        let CatalogReply::Volume { record } = self.apply(&command).await? else {
+            return Err(UserError::new(ErrorCode::Internal, "a creation answered without a volume").into());
+        };
+        self.settle(record.id).await?;
+        let now = self.machine.with_state(|state| state.volumes.get(&record.id).cloned());
+        match now {
+            Some(record) if record.phase == VolumePhase::Ready => Ok(record),
+            Some(record) => {
+                let name = &record.spec.name;
+                Err(UserError::new(ErrorCode::Unavailable, format!("volume {name} is not ready yet"))
+                    .hint("the reconciler goes on; ask again")
+                    .into())
+            }
+            None => Err(UserError::new(ErrorCode::NotFound, "the volume was deleted meanwhile").into()),
+        }
+    }
+
+    /// Adds a replica beside those that stay; a record with the joining replica.
+    pub(crate) async fn add_replica(
+        self: &Rc<Self>,
+        id: VolumeId,
+        node: &str,
+    ) -> Result<VolumeRecord, AnswerError> {
+        let state = self.read().await?;
+        let gone = || UserError::new(ErrorCode::NotFound, format!("there is no volume {id}"));
+        let record = state.volumes.get(&id).ok_or_else(gone)?;
+        let staying: Vec<Placed> = record
+            .replicas
+            .iter()
+            .filter(|replica| replica.phase != ReplicaPhase::Leaving)
+            .map(|replica| Placed { store: replica.store, location: replica.location.clone() })
+            .collect();
+        let mut candidates = self.candidates(&state).await;
+        if !node.is_empty() {
+            candidates.retain(|candidate| candidate.location.node.as_str() == node);
+        }
+        let leaving = |store| record.replicas.iter().any(|replica| replica.store == store);
+        candidates.retain(|candidate| !leaving(candidate.store));
+        let placed = placement::place_one(&record.spec, &candidates, &staying)?;
+        let command = CatalogCommand::AddReplica { id, revision: record.revision, placed };
+        match self.apply(&command).await? {
+            CatalogReply::Volume { record } => Ok(*record),
+            CatalogReply::Done => Err(gone().into()),
+        }
+    }
+}
+
+/// Why a member did not answer.
+pub(crate) enum AnswerError {
+    /// Another member leads, or nobody.
+    Elsewhere,
+    /// It cannot be done.
+    Refused(UserError),
+}
+
+impl From<UserError> for AnswerError {
+    fn from(error: UserError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<GroupError> for AnswerError {
+    fn from(error: GroupError) -> Self {
+        match error {
+            GroupError::NotLeader { .. } | GroupError::TimedOut => Self::Elsewhere,
+            other => Self::Refused(user_error(&other)),
+        }
+    }
+}
+
+struct Service(Weak<Member>);
+
+impl Handler for Service {
+    fn handle(&self, _from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
+        let Some(member) = self.0.upgrade() else { return responder.refuse("the shard is stopping") };
+        let request: CatalogRequest = match from_frame(request) {
+            Ok(request) => request,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        holdfast_env::spawn("catalog-call", async move {
+            let answer = member.answer(request).await;
+            match to_frame(&answer) {
+                Ok(frame) => responder.reply(frame),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
+    }
+}

@@ -1,0 +1,154 @@
+//! Calls to the stores and to the replicas of volumes, from wherever the shard stands.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use holdfast_env::Instant;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::catalog::{CatalogState, VolumeRecord};
+use holdfast_protocol::command::VolumeCommand;
+use holdfast_protocol::placement::Candidate;
+use holdfast_protocol::volume::{Refusal, VolumeReply};
+use holdfast_replica::administration::{ADMINISTRATION, ShardRequest, StoreReport, decode_reply};
+use holdfast_replica::messages::{DATA, DataReply, DataRequest, ReplicaReport};
+use holdfast_types::{ErrorCode, GroupId, NodeName, ReplicaId, StoreId, UserError};
+use holdfast_wire::rpc::Rpc;
+
+/// How long a store may take to tell how it is; one that takes longer counts as not answering.
+const REPORT_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a change at one replica may take.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(12);
+/// Between tries while no replica leads.
+const RETRY_PAUSE: Duration = Duration::from_millis(30);
+/// Kept free on every store for trim, deletion and the index, in bytes.
+const RESERVE_BYTES: u64 = 256 << 20;
+
+/// Asks a shard to do something.
+pub async fn shard(rpc: &Rpc, to: StoreId, request: &ShardRequest) -> Result<Option<StoreReport>, UserError> {
+    let deadline = if *request == ShardRequest::Report { REPORT_DEADLINE } else { CHANGE_DEADLINE };
+    let frame = Frame::small(request.encode());
+    let answer = rpc.call(to, Lane::Control, ADMINISTRATION, frame, deadline).await;
+    let answer = answer.map_err(|error| {
+        UserError::new(ErrorCode::Unavailable, format!("store {to} does not answer: {error}"))
+            .hint("is its node up? `holdfast node list` shows it")
+    })?;
+    decode_reply(&answer.head).map_err(|error| UserError::new(ErrorCode::Internal, error.to_string()))?
+}
+
+/// How every node's store is; nodes that do not answer are left out.
+pub async fn store_reports(rpc: &Rpc, state: &CatalogState) -> BTreeMap<NodeName, StoreReport> {
+    let asked = state.nodes.iter().map(|(name, node)| async move {
+        let report = shard(rpc, node.store, &ShardRequest::Report).await.ok().flatten()?;
+        Some((name.clone(), report))
+    });
+    join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// The nodes as placement sees them.
+pub fn candidates(state: &CatalogState, reports: &BTreeMap<NodeName, StoreReport>) -> Vec<Candidate> {
+    let candidate = |(name, node): (&NodeName, &holdfast_protocol::catalog::NodeRecord)| {
+        let report = reports.get(name);
+        Candidate {
+            store: node.store,
+            location: node.location.clone(),
+            usable: report.is_some_and(|report| report.failed.is_empty()) && !node.cordoned,
+            available_bytes: report.map_or(0, |r| r.available_bytes.saturating_sub(RESERVE_BYTES)),
+            replicas: report.map_or(0, |report| report.replicas.len()),
+        }
+    };
+    state.nodes.iter().map(candidate).collect()
+}
+
+/// Asks one replica of a group something; block data of the answer is dropped.
+pub async fn ask(
+    rpc: &Rpc,
+    to: StoreId,
+    request: &DataRequest,
+    deadline: Duration,
+) -> Result<DataReply, String> {
+    let frame = Frame::small(request.encode());
+    let answer =
+        rpc.call(to, Lane::Control, DATA, frame, deadline).await.map_err(|error| error.to_string())?;
+    DataReply::decode(&answer.head).map_err(|error| error.to_string())
+}
+
+/// How each replica of a volume is, by id; those that do not answer say why.
+pub async fn replica_reports(
+    rpc: &Rpc,
+    record: &VolumeRecord,
+) -> BTreeMap<ReplicaId, Result<ReplicaReport, String>> {
+    let request = DataRequest::Report { group: record.group };
+    let asked = record.replicas.iter().map(|replica| {
+        let request = &request;
+        async move {
+            let reply = match ask(rpc, replica.store, request, REPORT_DEADLINE).await {
+                Ok(DataReply::Report(report)) if report.replica == replica.id => Ok(*report),
+                Ok(DataReply::Report(report)) => Err(format!("replica {} stands there", report.replica)),
+                Ok(other) => Err(format!("it answered {other:?}")),
+                Err(why) => Err(why),
+            };
+            (replica.id, reply)
+        }
+    });
+    join_all(asked).await.into_iter().collect()
+}
+
+/// The replica that leads with a quorum, if one does.
+pub fn leader_of(
+    reports: &BTreeMap<ReplicaId, Result<ReplicaReport, String>>,
+) -> Option<(ReplicaId, &ReplicaReport)> {
+    let leading = reports.iter().filter_map(|(id, report)| Some((*id, report.as_ref().ok()?)));
+    leading.filter(|(_, report)| report.is_leader && report.has_quorum).max_by_key(|(_, report)| report.term)
+}
+
+/// Has a volume's leader carry out a control command; only commands that bear repetition.
+pub async fn control(
+    rpc: &Rpc,
+    group: GroupId,
+    stores: &[StoreId],
+    command: &VolumeCommand,
+    patience: Duration,
+) -> Result<VolumeReply, UserError> {
+    let until = Instant::now() + patience;
+    let request = DataRequest::Control { group, command: command.encode() };
+    let mut leader = None;
+    let mut turn = 0;
+    let mut last = "no replica answered".to_owned();
+    while Instant::now() < until && !stores.is_empty() {
+        let to = leader.take().unwrap_or_else(|| stores[turn % stores.len()]);
+        turn += 1;
+        match ask(rpc, to, &request, until.since(Instant::now()).min(Duration::from_secs(3))).await {
+            Ok(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) if refusal.retryable() => {
+                last = refusal.to_string();
+            }
+            Ok(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => {
+                return Err(refused(&refusal));
+            }
+            Ok(DataReply::Applied { reply, .. }) => return Ok(reply),
+            Ok(DataReply::Elsewhere { leader: hint, why }) => {
+                leader = hint.filter(|hint| *hint != to);
+                last = why;
+            }
+            Ok(DataReply::Failed(why)) => return Err(UserError::new(ErrorCode::Internal, why)),
+            Ok(other) => last = format!("it answered {other:?}"),
+            Err(why) => last = why,
+        }
+        holdfast_env::sleep(RETRY_PAUSE).await;
+    }
+    Err(UserError::new(ErrorCode::Unavailable, format!("no quorum of the volume's replicas: {last}"))
+        .hint("`holdfast volume show` tells which replicas answer"))
+}
+
+/// A state machine's refusal for users.
+pub fn refused(refusal: &Refusal) -> UserError {
+    UserError::new(ErrorCode::Refused, refusal.to_string())
+}
+
+/// The specification as JSON, for disks that describe themselves.
+pub fn spec_json(record: &VolumeRecord) -> Result<Bytes, UserError> {
+    serde_json::to_vec(&record.spec)
+        .map(Bytes::from)
+        .map_err(|error| UserError::new(ErrorCode::Internal, format!("a specification is not JSON: {error}")))
+}
