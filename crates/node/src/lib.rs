@@ -1,3 +1,20 @@
-//! The daemon: composes store, replicas, catalog, sessions and frontends, and serves the admin API.
+//! The daemon of a node: composes the shard (store, replicas, catalog member, sessions, frontends) and serves the
+//! admin API.
+//!
+//! [`daemon::run`] is one node. Its shard runs on the calling thread; the admin API runs on a small ordinary runtime
+//! and speaks with the shard by messages ([`handle::ShardHandle`]). What concerns another node is forwarded over the
+//! peer network ([`forward`]), so that any node answers for the cluster.
 
 pub mod admin;
+mod attachments;
+pub mod config;
+pub mod daemon;
+mod device;
+mod forward;
+mod handle;
+mod operations;
+mod parameters;
+mod shard;
+mod views;
+
+pub use config::NodeConfig;

@@ -50,6 +50,8 @@ pub struct AttachOptions {
     pub force: bool,
     /// Only read.
     pub read_only: bool,
+    /// Take over what this node already holds, after a restart of its daemon; refused if anybody else came since.
+    pub resume: bool,
     /// Give up after this time.
     pub patience: Duration,
 }
@@ -162,7 +164,12 @@ impl Session {
                     break (epoch, attachment, index, next);
                 }
                 Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => match refusal {
-                    Refusal::EpochMismatch { current, .. } => expected = current,
+                    Refusal::EpochMismatch { current, holder } => {
+                        if options.resume && holder.as_ref() != Some(&options.node) {
+                            return Err(SessionError::Refused(Refusal::EpochMismatch { current, holder }));
+                        }
+                        expected = current;
+                    }
                     refusal if refusal.retryable() => holdfast_env::sleep(RETRY_PAUSE).await,
                     refusal => return Err(SessionError::Refused(refusal)),
                 },

@@ -111,6 +111,7 @@ async fn attach(member: &Member, force: bool) -> Result<Rc<Session>, SessionErro
         node: member.name.clone(),
         force,
         read_only: false,
+        resume: false,
         patience: Duration::from_secs(20),
     };
     Session::attach(member.rpc.clone(), &member.sessions, target(), &options, &Timers::default()).await

@@ -1,0 +1,146 @@
+//! `node.json`: who a node is. Written once, when the node is made.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
+use holdfast_wire::pki::Credentials;
+use serde::{Deserialize, Serialize};
+
+/// A node of the cluster, as others reach it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerConfig {
+    /// Its store.
+    pub store: StoreId,
+    /// Its name, which its certificate shows.
+    pub node: NodeName,
+    /// `host:port`.
+    pub address: String,
+}
+
+/// A node's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// Where the node stands, and its name.
+    pub location: Location,
+    /// Its store; drawn when the node is made.
+    pub store: StoreId,
+    /// Where it listens for its peers, `host:port`.
+    pub listen: String,
+    /// All nodes, this one included.
+    pub peers: Vec<PeerConfig>,
+    /// The catalog's members.
+    pub catalog: BTreeMap<ReplicaId, StoreId>,
+    /// Seconds without an answer after which a node is lost and its replicas are placed elsewhere.
+    #[serde(default = "default_lost_after")]
+    pub lost_after_seconds: u64,
+    /// Bytes of the journal.
+    #[serde(default = "default_journal_bytes")]
+    pub journal_bytes: u64,
+    /// Whether faults may be put between this node and others (development and tests).
+    #[serde(default)]
+    pub allow_faults: bool,
+}
+
+fn default_lost_after() -> u64 {
+    600
+}
+
+fn default_journal_bytes() -> u64 {
+    256 << 20
+}
+
+/// Where things are within a data directory.
+#[derive(Clone, Debug)]
+pub struct Layout(PathBuf);
+
+impl Layout {
+    /// Of this data directory.
+    pub fn new(directory: &Path) -> Self {
+        Self(directory.to_owned())
+    }
+    /// The configuration.
+    pub fn config(&self) -> PathBuf {
+        self.0.join("node.json")
+    }
+    /// The store.
+    pub fn store(&self) -> PathBuf {
+        self.0.join("store")
+    }
+    /// The admin API's socket.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.0.join("admin.sock")
+    }
+    /// The NBD socket.
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.0.join("nbd.sock")
+    }
+    /// What is attached here, so that a restarted daemon takes it over.
+    pub fn attachments(&self) -> PathBuf {
+        self.0.join("attachments.json")
+    }
+    fn pki(&self, name: &str) -> PathBuf {
+        self.0.join("pki").join(name)
+    }
+}
+
+fn unreadable(path: &Path, error: impl std::fmt::Display) -> UserError {
+    UserError::new(ErrorCode::Internal, format!("{}: {error}", path.display()))
+        .hint("is this the data directory of a node? `holdfast dev` makes a whole cluster")
+}
+
+fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    file.and_then(|mut file| {
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        file.sync_all()
+    })
+    .map_err(|error| unreadable(path, error))
+}
+
+impl NodeConfig {
+    /// Reads the configuration of a data directory.
+    pub fn load(layout: &Layout) -> Result<Self, UserError> {
+        let path = layout.config();
+        let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path, error))?;
+        serde_json::from_str(&text).map_err(|error| unreadable(&path, error))
+    }
+
+    /// Makes a data directory: configuration and credentials.
+    pub fn write(&self, layout: &Layout, credentials: &Credentials) -> Result<(), UserError> {
+        let pki = layout.pki("");
+        std::fs::create_dir_all(&pki).map_err(|error| unreadable(&pki, error))?;
+        write_private(&layout.pki("ca.pem"), &credentials.authority)?;
+        write_private(&layout.pki("node.pem"), &credentials.certificate)?;
+        write_private(&layout.pki("node.key"), &credentials.key)?;
+        let json = serde_json::to_string_pretty(self).map_err(|error| unreadable(&layout.config(), error))?;
+        write_private(&layout.config(), &json)
+    }
+
+    /// The name of a store's node, for messages.
+    pub fn node_of(&self, store: StoreId) -> String {
+        let peer = self.peers.iter().find(|peer| peer.store == store);
+        peer.map_or_else(|| format!("store {store}"), |peer| peer.node.to_string())
+    }
+
+    /// The store of a node.
+    pub fn store_of(&self, node: &str) -> Result<StoreId, UserError> {
+        self.peers.iter().find(|peer| peer.node.as_str() == node).map(|peer| peer.store).ok_or_else(|| {
+            UserError::new(ErrorCode::NotFound, format!("there is no node {node}"))
+                .hint("`holdfast node list` shows them all")
+        })
+    }
+}
+
+/// The credentials of a data directory.
+pub fn load_credentials(layout: &Layout) -> Result<Credentials, UserError> {
+    let read = |name: &str| {
+        let path = layout.pki(name);
+        std::fs::read_to_string(&path).map_err(|error| unreadable(&path, error))
+    };
+    Ok(Credentials { authority: read("ca.pem")?, certificate: read("node.pem")?, key: read("node.key")? })
+}

@@ -1,0 +1,120 @@
+//! One node from start to stop.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use holdfast_types::{ErrorCode, UserError};
+use tokio::net::UnixListener;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::UnixListenerStream;
+
+use crate::admin::pb::admin_server::AdminServer;
+use crate::admin::service::AdminService;
+use crate::config::Layout;
+use crate::handle::{self, ShardHandle};
+use crate::shard::Shard;
+
+/// Threads of the runtime that serves the admin API.
+const ADMIN_THREADS: usize = 1;
+
+fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
+    UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
+}
+
+/// Runs the node of a data directory until SIGTERM or SIGINT.
+pub fn run(directory: &Path) -> Result<(), UserError> {
+    let layout = Layout::new(directory);
+    let (handle, jobs) = handle::channel();
+    holdfast_env::real::run(async move {
+        let shard = Shard::start(layout.clone()).await?;
+        let admin = AdminThread::start(&layout, handle)?;
+        holdfast_env::spawn("jobs", jobs.serve(shard.clone()));
+        tracing::info!(node = %shard.config.location.node, address = %shard.network.address(), "serving");
+        wait_for_signal().await?;
+        tracing::info!(attached = shard.attachments.count(), "stopping");
+        admin.stop();
+        stop(shard).await;
+        Ok(())
+    })
+}
+
+async fn stop(shard: Rc<Shard>) {
+    // Attachments stay: the next daemon takes them over. What was acknowledged is in the journals.
+    shard.host.stop().await;
+}
+
+async fn wait_for_signal() -> Result<(), UserError> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let wrong = |error: std::io::Error| failed("signals", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(wrong)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(wrong)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+struct AdminThread {
+    stop: oneshot::Sender<()>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl AdminThread {
+    /// Serves the admin API on the node's unix socket, for its owner only.
+    fn start(layout: &Layout, handle: ShardHandle) -> Result<Self, UserError> {
+        let path = layout.admin_socket();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed("the admin socket", error));
+            }
+            _ => {}
+        }
+        let listener = std::os::unix::net::UnixListener::bind(&path)
+            .and_then(|listener| {
+                std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+                listener.set_nonblocking(true)?;
+                Ok(listener)
+            })
+            .map_err(|error| failed("the admin socket", error))?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("admin".into())
+            .spawn(move || {
+                if let Err(error) = serve(listener, handle, stopped) {
+                    tracing::error!(%error, "the admin API has ended");
+                }
+            })
+            .map_err(|error| failed("the admin thread", error))?;
+        Ok(Self { stop, thread })
+    }
+
+    fn stop(self) {
+        // It may have ended by itself already.
+        let _ = self.stop.send(());
+        if self.thread.join().is_err() {
+            tracing::error!("the admin thread has panicked");
+        }
+    }
+}
+
+fn serve(
+    listener: std::os::unix::net::UnixListener,
+    handle: ShardHandle,
+    stopped: oneshot::Receiver<()>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(ADMIN_THREADS).enable_all().build()?;
+    runtime.block_on(async {
+        let incoming = UnixListenerStream::new(UnixListener::from_std(listener)?);
+        let serving = tonic::transport::Server::builder()
+            .add_service(AdminServer::new(AdminService(handle)))
+            .serve_with_incoming(incoming);
+        // Calls under way end with the daemon: each is safe to repeat.
+        tokio::select! {
+            result = serving => result?,
+            _ = stopped => {}
+        }
+        Ok(())
+    })
+}

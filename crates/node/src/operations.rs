@@ -1,0 +1,421 @@
+//! What users ask of the cluster, carried out from this node's shard.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use holdfast_catalog::volumes;
+use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, ReplicaPhase, VolumePhase, VolumeRecord};
+use holdfast_protocol::command::VolumeCommand;
+use holdfast_protocol::placement;
+use holdfast_replica::messages::{DataReply, DataRequest};
+use holdfast_types::{ErrorCode, LogIndex, NodeName, ReplicaId, UserError, VolumeId};
+
+use crate::admin::pb;
+use crate::forward::{NodeAnswer, NodeRequest};
+use crate::shard::Shard;
+use crate::{parameters, views};
+
+/// How long reads and small changes of the catalog may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a volume may take to be created.
+const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+/// Volumes on one page of a list.
+const PAGE_MAX: usize = 1000;
+/// How long a digest of one replica may take: it reads everything.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(600);
+/// Times that a verification of a volume that is being written begins anew.
+const VERIFY_ROUNDS: usize = 20;
+
+fn expect_volume(reply: CatalogReply) -> Result<VolumeRecord, UserError> {
+    match reply {
+        CatalogReply::Volume { record } => Ok(*record),
+        CatalogReply::Done => Err(UserError::new(ErrorCode::NotFound, "the volume is gone")),
+    }
+}
+
+impl Shard {
+    pub(crate) async fn info(self: Rc<Self>) -> Result<pb::NodeInfo, UserError> {
+        let location = &self.config.location;
+        Ok(pb::NodeInfo {
+            cluster: self.config.cluster.to_string(),
+            name: location.node.to_string(),
+            region: location.region.clone(),
+            zone: location.zone.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            stores: vec![pb::Store {
+                id: self.config.store.to_string(),
+                peer_address: self.config.listen.clone(),
+                replicas: self.host.volumes().len() as u32,
+                failed: self.host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
+                ..Default::default()
+            }],
+            daemon_start: self.start.to_string(),
+        })
+    }
+
+    pub(crate) async fn status(self: Rc<Self>) -> Result<pb::Status, UserError> {
+        let state = self.catalog.state(PATIENCE).await?;
+        let reports = volumes::store_reports(&self.rpc, &state).await;
+        let shown = join_all(state.volumes.values().map(|record| self.show(record))).await;
+        Ok(views::status(&state, &reports, &shown))
+    }
+
+    pub(crate) async fn nodes(self: Rc<Self>) -> Result<pb::ListNodesReply, UserError> {
+        let state = self.catalog.state(PATIENCE).await?;
+        let reports = volumes::store_reports(&self.rpc, &state).await;
+        let nodes = state.nodes.iter().map(|(name, record)| views::node(record, reports.get(name)));
+        Ok(pb::ListNodesReply { nodes: nodes.collect() })
+    }
+
+    pub(crate) async fn cordon(self: Rc<Self>, name: String, cordoned: bool) -> Result<pb::Node, UserError> {
+        let node = NodeName::new(&name);
+        self.catalog.apply(CatalogCommand::SetCordon { node: node.clone(), cordoned }, PATIENCE).await?;
+        let state = self.catalog.state(PATIENCE).await?;
+        let reports = volumes::store_reports(&self.rpc, &state).await;
+        let record = state
+            .nodes
+            .get(&node)
+            .ok_or_else(|| UserError::new(ErrorCode::NotFound, format!("there is no node {name}")))?;
+        Ok(views::node(record, reports.get(&node)))
+    }
+
+    /// A volume with what its replicas say now.
+    async fn show(&self, record: &VolumeRecord) -> pb::Volume {
+        views::volume(record, &volumes::replica_reports(&self.rpc, record).await)
+    }
+
+    async fn record(&self, name: &str) -> Result<VolumeRecord, UserError> {
+        Ok(self.catalog.state(PATIENCE).await?.get(name)?.clone())
+    }
+
+    pub(crate) async fn create_volume(
+        self: Rc<Self>,
+        request: pb::CreateVolumeRequest,
+    ) -> Result<pb::Volume, UserError> {
+        let spec = parameters::spec(&request)?;
+        let given: BTreeMap<String, String> = request.parameters.into_iter().collect();
+        let record = self.catalog.create(spec, given, CREATE_PATIENCE).await?;
+        Ok(self.show(&record).await)
+    }
+
+    pub(crate) async fn volume(self: Rc<Self>, name: String) -> Result<pb::Volume, UserError> {
+        let record = self.record(&name).await?;
+        let mut shown = self.show(&record).await;
+        if !shown.attached_to.is_empty()
+            && let Ok(store) = self.config.store_of(&shown.attached_to)
+            && let Ok(NodeAnswer::Attached { view: Some(view) }) =
+                self.ask_node(store, NodeRequest::Look { id: record.id }, Some(Duration::from_secs(2))).await
+        {
+            shown.frontend = view.frontend;
+            shown.device = view.device;
+        }
+        Ok(shown)
+    }
+
+    pub(crate) async fn volumes(
+        self: Rc<Self>,
+        request: pb::ListVolumesRequest,
+    ) -> Result<pb::ListVolumesReply, UserError> {
+        let state = self.catalog.state(PATIENCE).await?;
+        let after: Option<VolumeId> = match request.token.as_str() {
+            "" => None,
+            token => Some(token.parse().map_err(|_| {
+                UserError::new(ErrorCode::InvalidArgument, format!("'{token}' is no token of a list"))
+                    .hint("begin the list anew, without a token")
+            })?),
+        };
+        let alive = state.volumes.values().filter(|record| record.phase != VolumePhase::Deleting);
+        let mut rest = alive.filter(|record| after.is_none_or(|after| record.id > after)).peekable();
+        let max = if request.max == 0 { PAGE_MAX } else { (request.max as usize).min(PAGE_MAX) };
+        let page: Vec<&VolumeRecord> = rest.by_ref().take(max).collect();
+        let more = rest.peek().is_some();
+        let next_token = page.last().filter(|_| more).map(|last| last.id.to_string()).unwrap_or_default();
+        let shown = join_all(page.into_iter().map(|record| self.show(record))).await;
+        Ok(pb::ListVolumesReply { volumes: shown, next_token })
+    }
+
+    pub(crate) async fn delete_volume(self: Rc<Self>, name: String) -> Result<bool, UserError> {
+        let state = self.catalog.state(PATIENCE).await?;
+        let Some(record) = state.find(&name) else { return Ok(false) };
+        let shown = self.show(record).await;
+        if !shown.attached_to.is_empty() {
+            let message = format!("volume {name} is attached to node {}", shown.attached_to);
+            return Err(UserError::new(ErrorCode::Refused, message)
+                .hint(format!("`holdfast volume detach {name}` first")));
+        }
+        self.catalog.apply(CatalogCommand::DeleteVolume { id: record.id }, PATIENCE).await?;
+        // A dead node's replica stays on the list; the deletion is done all the same.
+        if let Err(error) = self.catalog.settle(record.id, CREATE_PATIENCE).await {
+            tracing::info!(volume = name, %error, "the reconciler finishes a deletion later");
+        }
+        Ok(true)
+    }
+
+    pub(crate) async fn resize_volume(
+        self: Rc<Self>,
+        request: pb::ResizeVolumeRequest,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&request.name).await?;
+        let size = parameters::size(request.size_bytes, request.limit_bytes)?;
+        if size < record.spec.size {
+            let message = format!("volume {} has {}: it cannot shrink", record.spec.name, record.spec.size);
+            return Err(UserError::new(ErrorCode::InvalidArgument, message)
+                .hint("make a smaller volume and copy the data"));
+        }
+        if size > record.spec.size {
+            let state = self.catalog.state(PATIENCE).await?;
+            let reports = volumes::store_reports(&self.rpc, &state).await;
+            let more = size.0 - record.spec.size.0;
+            for replica in &record.replicas {
+                let room = reports.get(&replica.location.node).map(|report| report.available_bytes);
+                if room.is_some_and(|room| room < more) {
+                    let message = format!("node {} has no room for {more} bytes more", replica.location.node);
+                    return Err(UserError::new(ErrorCode::ResourceExhausted, message).hint("make room there"));
+                }
+            }
+            let command = VolumeCommand::Resize { size };
+            volumes::control(&self.rpc, record.group, &record.stores(), &command, PATIENCE).await?;
+        }
+        let reply = self.catalog.apply(CatalogCommand::SetSize { id: record.id, size }, PATIENCE).await?;
+        Ok(self.show(&expect_volume(reply)?).await)
+    }
+
+    pub(crate) async fn publish(self: Rc<Self>, request: pb::PublishVolumeRequest) -> Result<(), UserError> {
+        let record = self.record(&request.name).await?;
+        let command = CatalogCommand::Publish {
+            id: record.id,
+            node: NodeName::new(request.node),
+            read_only: request.read_only,
+        };
+        self.catalog.apply(command, PATIENCE).await.map(drop)
+    }
+
+    pub(crate) async fn unpublish(
+        self: Rc<Self>,
+        request: pb::UnpublishVolumeRequest,
+    ) -> Result<(), UserError> {
+        let state = self.catalog.state(PATIENCE).await?;
+        let Some(record) = state.find(&request.name) else { return Ok(()) };
+        let node = (!request.node.is_empty()).then(|| request.node.clone());
+        // What is attached there ends first, confirmed by its node or by force: an unpublished node writes nothing.
+        let shown = self.show(record).await;
+        if !shown.attached_to.is_empty() && node.as_ref().is_none_or(|node| *node == shown.attached_to) {
+            self.clone().detach_volume(record.spec.name.clone(), true, shown.attached_to.clone()).await?;
+        }
+        let node = node.map(NodeName::new);
+        self.catalog.apply(CatalogCommand::Unpublish { id: record.id, node }, PATIENCE).await.map(drop)
+    }
+
+    pub(crate) async fn attach_volume(
+        self: Rc<Self>,
+        request: pb::AttachVolumeRequest,
+    ) -> Result<pb::Attachment, UserError> {
+        let node = if request.node.is_empty() { self.config.location.node.to_string() } else { request.node };
+        let store = self.config.store_of(&node)?;
+        let ask = NodeRequest::Attach {
+            name: request.name,
+            frontend: request.frontend,
+            force: request.force,
+            read_only: request.read_only,
+        };
+        match self.ask_node(store, ask, None).await? {
+            NodeAnswer::Attached { view: Some(view) } => Ok(pb::Attachment {
+                epoch: view.epoch.0,
+                node: view.node,
+                frontend: view.frontend,
+                device: view.device,
+            }),
+            other => Err(UserError::new(ErrorCode::Internal, format!("an attach was answered {other:?}"))),
+        }
+    }
+
+    /// Ends an attachment: at its node, or by force if that does not answer. False if there was none.
+    pub(crate) async fn detach_volume(
+        self: Rc<Self>,
+        name: String,
+        force: bool,
+        node: String,
+    ) -> Result<bool, UserError> {
+        let record = self.record(&name).await?;
+        let reports = volumes::replica_reports(&self.rpc, &record).await;
+        let Some((_, leader)) = volumes::leader_of(&reports) else {
+            let message = format!("volume {name} has no leader now: a majority of its replicas must answer");
+            return Err(UserError::new(ErrorCode::Unavailable, message)
+                .hint("`holdfast volume show` tells which replicas answer"));
+        };
+        let (holder, epoch) = (leader.holder.clone(), leader.epoch);
+        if holder.is_empty() || (!node.is_empty() && node != holder) {
+            return Ok(false);
+        }
+        let at_node = async {
+            let store = self.config.store_of(&holder)?;
+            let deadline = force.then_some(Duration::from_secs(3));
+            self.ask_node(store, NodeRequest::Detach { id: record.id }, deadline).await
+        };
+        match at_node.await {
+            Ok(NodeAnswer::Detached { held: true }) => Ok(true),
+            Ok(_) => {
+                // Its daemon has no session for it any more: nothing is left that could write.
+                let command = VolumeCommand::Detach { epoch, force: false, confirmed: true };
+                let stores = record.stores();
+                volumes::control(&self.rpc, record.group, &stores, &command, PATIENCE).await?;
+                Ok(true)
+            }
+            Err(error) if force => {
+                tracing::warn!(volume = name, node = holder, %error, "detached by force");
+                self.detach_by_force(&record, epoch).await?;
+                Ok(true)
+            }
+            Err(error) => {
+                Err(error.hint("`--force` ends the attachment of a node that is dead or unreachable"))
+            }
+        }
+    }
+
+    /// Digests of all replicas at one log index.
+    pub(crate) async fn verify_volume(self: Rc<Self>, name: String) -> Result<pb::VerifyReport, UserError> {
+        let record = self.record(&name).await?;
+        let mut last = Err(UserError::new(ErrorCode::Unavailable, "no replica of the volume leads now"));
+        for _ in 0..VERIFY_ROUNDS {
+            last = self.verify_once(&record).await;
+            match &last {
+                Ok(report) if report.replicas.iter().all(|digest| digest.error.is_empty()) => return last,
+                _ => holdfast_env::sleep(Duration::from_millis(200)).await,
+            }
+        }
+        last
+    }
+
+    async fn verify_once(&self, record: &VolumeRecord) -> Result<pb::VerifyReport, UserError> {
+        let reports = volumes::replica_reports(&self.rpc, record).await;
+        let unled = || {
+            UserError::new(ErrorCode::Unavailable, format!("volume {} has no leader now", record.spec.name))
+                .hint("`holdfast volume show` tells which replicas answer")
+        };
+        let (_, leader) = volumes::leader_of(&reports).ok_or_else(unled)?;
+        let index = LogIndex(leader.committed.0.max(1));
+        let request = DataRequest::Digest { group: record.group, index };
+        let asked = record.replicas.iter().map(|replica| {
+            let request = &request;
+            async move {
+                let node = replica.location.node.to_string();
+                let failed =
+                    |error: String| pb::ReplicaDigest { node: node.clone(), error, ..Default::default() };
+                match volumes::ask(&self.rpc, replica.store, request, VERIFY_DEADLINE).await {
+                    Ok(DataReply::Digest { index: at, digest, bad_blocks }) if at == index => {
+                        pb::ReplicaDigest { node: node.clone(), digest, bad_blocks, error: String::new() }
+                    }
+                    Ok(DataReply::Digest { index: at, .. }) => failed(format!(
+                        "the volume is being written: index {at} came before {index} was read"
+                    )),
+                    Ok(other) => failed(format!("{other:?}")),
+                    Err(why) => failed(why),
+                }
+            }
+        });
+        let replicas = join_all(asked).await;
+        let first = replicas.first().map(|digest| digest.digest.clone()).unwrap_or_default();
+        let equal = replicas.iter().all(|d| d.error.is_empty() && d.bad_blocks == 0 && d.digest == first);
+        Ok(pb::VerifyReport { index: index.0, equal, replicas })
+    }
+
+    pub(crate) async fn capacity(
+        self: Rc<Self>,
+        request: pb::GetCapacityRequest,
+    ) -> Result<pb::Capacity, UserError> {
+        let asked = pb::CreateVolumeRequest {
+            name: "capacity".into(),
+            size_bytes: 4096,
+            preferred: request.accessible.clone(),
+            parameters: request.parameters,
+            ..Default::default()
+        };
+        let spec = parameters::spec(&asked)?;
+        let state = self.catalog.state(PATIENCE).await?;
+        let reports = volumes::store_reports(&self.rpc, &state).await;
+        let candidates = volumes::candidates(&state, &reports);
+        let largest = placement::largest(&spec, &candidates).min(holdfast_types::limits::VOLUME_BYTES_MAX);
+        Ok(pb::Capacity { available_bytes: largest, maximum_volume_bytes: largest })
+    }
+
+    pub(crate) async fn add_replica(
+        self: Rc<Self>,
+        volume: String,
+        node: String,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&volume).await?;
+        let record = self.catalog.add_replica(record.id, &node, PATIENCE).await?;
+        self.settled(record.id).await
+    }
+
+    async fn settled(&self, id: VolumeId) -> Result<pb::Volume, UserError> {
+        let gone = || UserError::new(ErrorCode::NotFound, "the volume is gone");
+        let record = self.catalog.settle(id, CREATE_PATIENCE).await?.ok_or_else(gone)?;
+        Ok(self.show(&record).await)
+    }
+
+    async fn mark_leaving(&self, record: &VolumeRecord, replica: ReplicaId) -> Result<(), UserError> {
+        let command = CatalogCommand::SetReplica {
+            id: record.id,
+            revision: record.revision,
+            replica,
+            phase: ReplicaPhase::Leaving,
+        };
+        self.catalog.apply(command, PATIENCE).await.map(drop)
+    }
+
+    pub(crate) async fn remove_replica(
+        self: Rc<Self>,
+        volume: String,
+        replica: u64,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&volume).await?;
+        let staying = record
+            .replicas
+            .iter()
+            .filter(|other| other.id.0 != replica && other.phase == ReplicaPhase::Voter)
+            .count();
+        let needed = placement::voters(&record.spec)?;
+        if staying < needed {
+            let message = format!(
+                "volume {volume} needs {needed} replicas to survive the loss of a {}; {staying} would stay",
+                record.spec.survive.as_str()
+            );
+            return Err(UserError::new(ErrorCode::Refused, message)
+                .hint("add another one first, or replace it: `holdfast replica move`"));
+        }
+        self.mark_leaving(&record, ReplicaId(replica)).await?;
+        self.settled(record.id).await
+    }
+
+    /// A new replica joins, then the old one leaves.
+    pub(crate) async fn replace_replica(
+        self: Rc<Self>,
+        request: pb::ReplaceReplicaRequest,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&request.volume).await?;
+        let old =
+            record.replicas.iter().find(|replica| replica.id.0 == request.replica).ok_or_else(|| {
+                let message = format!("volume {} has no replica {}", request.volume, request.replica);
+                UserError::new(ErrorCode::NotFound, message).hint("`holdfast replica list` shows them")
+            })?;
+        // Leaving first, so that its domain counts as free for the new one; it votes until the new one does.
+        self.mark_leaving(&record, old.id).await?;
+        match self.catalog.add_replica(record.id, &request.node, PATIENCE).await {
+            Ok(_) => self.settled(record.id).await,
+            Err(error) => {
+                let record = self.record(&request.volume).await?;
+                let back = CatalogCommand::SetReplica {
+                    id: record.id,
+                    revision: record.revision,
+                    replica: ReplicaId(request.replica),
+                    phase: ReplicaPhase::Voter,
+                };
+                self.catalog.apply(back, PATIENCE).await?;
+                Err(error)
+            }
+        }
+    }
+}

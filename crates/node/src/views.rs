@@ -1,0 +1,210 @@
+//! What is there, as the admin API shows it.
+
+use std::collections::BTreeMap;
+
+use holdfast_catalog::volumes;
+use holdfast_protocol::catalog::{
+    CatalogState, NodeRecord, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
+};
+use holdfast_protocol::placement;
+use holdfast_replica::administration::StoreReport;
+use holdfast_replica::messages::ReplicaReport;
+use holdfast_types::{NodeName, ReplicaId, TopologyTerm};
+
+use crate::admin::pb;
+
+/// Entries that a replica may be behind and still be called healthy.
+const LAG_HEALTHY: u64 = 256;
+/// Bytes that an entry is taken for where the lag in bytes is estimated: the largest request.
+const BYTES_PER_ENTRY: u64 = 4096;
+
+type Reports = BTreeMap<ReplicaId, Result<ReplicaReport, String>>;
+
+pub(crate) fn term(term: &TopologyTerm) -> pb::TopologyTerm {
+    pb::TopologyTerm { region: term.region.clone(), zone: term.zone.clone(), node: term.node.clone() }
+}
+
+/// A volume with what its replicas say of themselves.
+pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
+    let leader = volumes::leader_of(reports);
+    let committed = leader.map_or(0, |(_, report)| report.committed.0);
+    let replicas: Vec<pb::Replica> =
+        record.replicas.iter().map(|at| replica(at, reports.get(&at.id), leader, committed)).collect();
+    // The highest epoch that any replica has applied: only the leader's is confirmed, but nothing below counts.
+    let newest = reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|report| report.epoch);
+    let locations: Vec<_> = record.replicas.iter().map(|at| at.location.clone()).collect();
+    pb::Volume {
+        id: record.id.to_string(),
+        name: record.spec.name.clone(),
+        size_bytes: record.spec.size.0,
+        health: health(record, leader.is_some(), &replicas).into(),
+        epoch: newest.map_or(0, |report| report.epoch.0),
+        attached_to: newest.map(|report| report.holder.clone()).unwrap_or_default(),
+        leader: leader
+            .and_then(|(id, _)| record.replicas.iter().find(|at| at.id == id))
+            .map(|at| at.location.node.to_string())
+            .unwrap_or_default(),
+        incarnation: "1".into(),
+        survive: record.spec.survive.as_str().into(),
+        replicas,
+        published_to: record.published.keys().map(NodeName::as_str).collect::<Vec<_>>().join(","),
+        access_from: serde_json::to_value(record.spec.access_from)
+            .ok()
+            .and_then(|value| value.as_str().map(str::to_owned))
+            .unwrap_or_default(),
+        accessible: placement::accessible(&record.spec, &locations).iter().map(term).collect(),
+        parameters: record.parameters.clone().into_iter().collect(),
+        frontend: String::new(),
+        device: String::new(),
+    }
+}
+
+fn health(record: &VolumeRecord, led: bool, replicas: &[pb::Replica]) -> &'static str {
+    let changing = record.replicas.iter().any(|replica| replica.phase != ReplicaPhase::Voter);
+    match record.phase {
+        VolumePhase::Creating | VolumePhase::Deleting => "recovering",
+        VolumePhase::Ready if !led => "no-quorum",
+        VolumePhase::Ready if changing => "recovering",
+        VolumePhase::Ready if replicas.iter().all(|replica| replica.state == "healthy") => "healthy",
+        VolumePhase::Ready => "degraded",
+    }
+}
+
+fn replica(
+    at: &ReplicaRecord,
+    report: Option<&Result<ReplicaReport, String>>,
+    leader: Option<(ReplicaId, &ReplicaReport)>,
+    committed: u64,
+) -> pb::Replica {
+    let mut shown = pb::Replica {
+        id: at.id.0,
+        node: at.location.node.to_string(),
+        region: at.location.region.clone(),
+        zone: at.location.zone.clone(),
+        role: "voter".into(),
+        state: "unreachable".into(),
+        store: at.store.to_string(),
+        ..Default::default()
+    };
+    if at.phase == ReplicaPhase::Joining {
+        shown.role = "learner".into();
+    }
+    let Some(Ok(report)) = report else { return shown };
+    let behind = committed.saturating_sub(report.applied.0);
+    shown.state = match at.phase {
+        ReplicaPhase::Leaving => "removing",
+        ReplicaPhase::Joining => "rebuilding",
+        ReplicaPhase::Voter if !report.fault.is_empty() => "faulty",
+        ReplicaPhase::Voter if behind > LAG_HEALTHY => "catching-up",
+        ReplicaPhase::Voter => "healthy",
+    }
+    .into();
+    if leader.is_some_and(|(id, _)| id == at.id) {
+        shown.role = "leader".into();
+    } else if report.voters.contains(&at.id) {
+        shown.role = "voter".into();
+    }
+    shown.term = report.term.0;
+    shown.last_log_index = report.last_log.0;
+    shown.committed_index = report.committed.0;
+    shown.applied_index = report.applied.0;
+    shown.lag_bytes = behind * BYTES_PER_ENTRY;
+    shown.used_bytes = report.used_bytes;
+    shown.purged_index = report.purged.0;
+    shown.healed_by = report.healed_by.clone();
+    shown.healed_bytes = report.healed_bytes;
+    shown
+}
+
+fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
+    let mut shown = pb::Store {
+        id: record.store.to_string(),
+        peer_address: record.peer_address.clone(),
+        ..Default::default()
+    };
+    if let Some(report) = report {
+        shown.total_bytes = report.total_bytes;
+        shown.available_bytes = report.available_bytes;
+        shown.used_bytes = report.total_bytes.saturating_sub(report.available_bytes);
+        shown.journal_bytes = report.journal_bytes;
+        shown.replicas = report.replicas.len() as u32;
+        shown.failed = report.failed.clone();
+    }
+    shown
+}
+
+/// A node with what its store says of itself.
+pub(crate) fn node(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Node {
+    let state = match report {
+        None => "unreachable",
+        Some(report) if !report.failed.is_empty() => "failed",
+        Some(_) if record.cordoned => "cordoned",
+        Some(_) => "ready",
+    };
+    pb::Node {
+        name: record.location.node.to_string(),
+        region: record.location.region.clone(),
+        zone: record.location.zone.clone(),
+        state: state.into(),
+        admin_address: record.admin.clone(),
+        cordoned: record.cordoned,
+        stores: vec![store(record, report)],
+        last_seen: String::new(),
+    }
+}
+
+/// Cluster health from its parts.
+pub(crate) fn status(
+    state: &CatalogState,
+    reports: &BTreeMap<NodeName, StoreReport>,
+    volumes: &[pb::Volume],
+) -> pb::Status {
+    let nodes: Vec<pb::Node> =
+        state.nodes.iter().map(|(name, record)| node(record, reports.get(name))).collect();
+    let mut problems: Vec<pb::Problem> = Vec::new();
+    let mut problem = |subject: String, what: String, doing: &str| {
+        problems.push(pb::Problem { subject, what, since: String::new(), doing: doing.into() });
+    };
+    for node in nodes.iter().filter(|node| node.state == "unreachable") {
+        problem(
+            format!("node {}", node.name),
+            "does not answer".into(),
+            "its replicas are placed elsewhere when it stays away",
+        );
+    }
+    for node in nodes.iter().filter(|node| node.state == "failed") {
+        let why = node.stores.first().map(|store| store.failed.clone()).unwrap_or_default();
+        problem(format!("node {}", node.name), format!("its store has stopped: {why}"), "replace the disk");
+    }
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for volume in volumes {
+        *counts.entry(volume.health.clone()).or_default() += 1;
+        if volume.health != "healthy" {
+            let away: Vec<&str> = volume
+                .replicas
+                .iter()
+                .filter(|replica| replica.state != "healthy")
+                .map(|replica| replica.node.as_str())
+                .collect();
+            let doing = match volume.health.as_str() {
+                "no-quorum" => "I/O waits until a majority of its replicas is back",
+                _ => "the replicas heal by themselves",
+            };
+            let what = format!("{}: not healthy on {}", volume.health, away.join(", "));
+            problem(format!("volume {}", volume.name), what, doing);
+        }
+    }
+    let failed = volumes.iter().any(|volume| volume.health == "no-quorum");
+    let health = match (failed, problems.is_empty()) {
+        (true, _) => "failed",
+        (false, false) => "degraded",
+        (false, true) => "healthy",
+    };
+    pb::Status {
+        health: health.into(),
+        problems,
+        nodes,
+        volumes: counts.into_iter().collect(),
+        catalog_leader: String::new(),
+    }
+}
