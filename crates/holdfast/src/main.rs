@@ -1,3 +1,66 @@
-//! The `holdfast` command.
+//! The `holdfast` command: the daemon of a node, a whole cluster on loopback for development, and the admin commands.
 
-fn main() {}
+mod cli;
+mod client;
+mod commands;
+mod dev;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use holdfast_types::UserError;
+
+use cli::{Cli, Command};
+use output::Output;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.output);
+    match run(cli, &output) {
+        Ok(code) => code,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::from(error.code.exit_code())
+        }
+    }
+}
+
+fn log(default: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG");
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
+    match cli.command {
+        Command::Node { data_dir: Some(directory), follow_parent, command: None } => {
+            log("info,openraft=warn");
+            if follow_parent {
+                dev::follow_parent()?;
+            }
+            holdfast_node::daemon::run(&directory).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Node { command: Some(command), .. } => commands::node::run(command, cli.admin, output),
+        Command::Node { .. } => Err(cli::usage(
+            "holdfast node needs --data-dir DIR to run a daemon, or a command",
+            "`holdfast node --help`; `holdfast dev` makes a whole cluster",
+        )),
+        Command::Dev { ctl: Some(cli::DevCommand::Ctl { dir, action }), .. } => {
+            dev::ctl::send(&dir, &action, output)
+        }
+        Command::Dev { ctl: None, options } => {
+            log("warn,openraft=error");
+            dev::run(options, output)
+        }
+        Command::Volume { command } => commands::volume::run(command, cli.admin, output),
+        Command::Replica { command } => commands::replica::run(command, cli.admin, output),
+        Command::Status => commands::status(cli.admin, output),
+        Command::Completions { shell } => {
+            let mut command = <Cli as clap::CommandFactory>::command();
+            clap_complete::generate(shell, &mut command, "holdfast", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Later(words) => Err(cli::not_built(&words)),
+    }
+}

@@ -7,6 +7,7 @@
 
 pub mod admin;
 mod attachments;
+pub mod cluster;
 pub mod config;
 pub mod daemon;
 mod device;

@@ -1,0 +1,350 @@
+//! The command line: nouns, verbs and flags.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use holdfast_types::{ByteSize, ErrorCode, UserError};
+
+use crate::output::Format;
+
+/// Replicated block volumes that survive a zone or a region.
+#[derive(Parser)]
+#[command(name = "holdfast", version, max_term_width = 100)]
+pub struct Cli {
+    /// Where the cluster's admin API is: `unix:PATH`.
+    #[arg(long, global = true, env = "HOLDFAST_ADMIN", value_name = "ADDRESS")]
+    pub admin: Option<String>,
+    /// How results are shown.
+    #[arg(short = 'o', long = "output", global = true, default_value = "table", value_name = "FORMAT")]
+    pub output: Format,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a node's daemon (--data-dir), or look at nodes.
+    #[command(args_conflicts_with_subcommands = true)]
+    Node {
+        /// The node's data directory; runs its daemon in the foreground.
+        #[arg(long, value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+        /// End when the process that started this one ends.
+        #[arg(long, hide = true)]
+        follow_parent: bool,
+        #[command(subcommand)]
+        command: Option<NodeCommand>,
+    },
+    /// Run a whole cluster on loopback, in the foreground.
+    #[command(args_conflicts_with_subcommands = true)]
+    Dev {
+        #[command(flatten)]
+        options: DevOptions,
+        #[command(subcommand)]
+        ctl: Option<DevCommand>,
+    },
+    /// Create, show, attach and delete volumes.
+    Volume {
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+    /// Look at replicas and move them.
+    Replica {
+        #[command(subcommand)]
+        command: ReplicaCommand,
+    },
+    /// Cluster health at a glance, what is wrong and what is being done about it.
+    Status,
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    #[command(external_subcommand)]
+    Later(Vec<String>),
+}
+
+#[derive(Args)]
+pub struct DevOptions {
+    /// Regions.
+    #[arg(long, default_value_t = 1)]
+    pub regions: usize,
+    /// Zones of each region.
+    #[arg(long, default_value_t = 3)]
+    pub zones: usize,
+    /// Nodes of each zone.
+    #[arg(long, default_value_t = 1)]
+    pub nodes_per_zone: usize,
+    /// Add a witness node in a domain of its own.
+    #[arg(long)]
+    pub witness: bool,
+    /// Where everything is kept.
+    #[arg(long, default_value = "holdfast-dev", value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Delay between regions, one way: for example 30ms.
+    #[arg(long, value_name = "DELAY")]
+    pub wan: Option<String>,
+    /// Seconds after which a silent node is lost and its replicas are placed elsewhere.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub lost_after: u64,
+    /// Size of each node's journal.
+    #[arg(long, default_value = "256MiB", value_name = "SIZE")]
+    pub journal: ByteSize,
+    /// Play a demonstration and exit: zone-loss.
+    #[arg(long, value_name = "NAME")]
+    pub demo: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub enum DevCommand {
+    /// Faults on a running development cluster.
+    Ctl {
+        /// The cluster's directory.
+        #[arg(long, default_value = "holdfast-dev", value_name = "DIR")]
+        dir: PathBuf,
+        #[command(subcommand)]
+        action: CtlAction,
+    },
+}
+
+#[derive(Subcommand, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CtlAction {
+    /// SIGKILL the daemons of a node, zone or region.
+    Kill {
+        /// NODE, ZONE or REGION.
+        target: String,
+        /// Spare the keeper (there is none yet: the same as without).
+        #[arg(long)]
+        daemon_only: bool,
+    },
+    /// Start daemons that were killed.
+    Start {
+        /// NODE, ZONE or REGION.
+        target: String,
+    },
+    /// SIGSTOP daemons.
+    Pause {
+        /// NODE, ZONE or REGION.
+        target: String,
+    },
+    /// SIGCONT daemons.
+    Resume {
+        /// NODE, ZONE or REGION.
+        target: String,
+    },
+    /// Drop all peer traffic between these nodes and the others, silently, both ways.
+    Partition {
+        /// NODE, ZONE or REGION.
+        target: String,
+    },
+    /// Drop peer traffic that these nodes receive, silently: they can send but not hear.
+    Deafen {
+        /// NODE, ZONE or REGION.
+        target: String,
+    },
+    /// End partitions and delays.
+    Heal,
+    /// Delay peer traffic between two of them, one way each: for example 30ms.
+    Delay {
+        /// NODE, ZONE or REGION.
+        a: String,
+        /// NODE, ZONE or REGION.
+        b: String,
+        /// For example 30ms.
+        delay: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum NodeCommand {
+    /// All nodes.
+    List,
+    /// One node.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Place nothing new on a node.
+    Cordon {
+        /// Its name.
+        name: String,
+    },
+    /// Place on a node again.
+    Uncordon {
+        /// Its name.
+        name: String,
+    },
+    /// Move everything off a node.
+    Drain {
+        /// Its name.
+        name: String,
+    },
+    /// Whether a node can be drained.
+    CanDrain {
+        /// Its name.
+        name: String,
+    },
+    /// Forget a node.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Create a volume.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its size, for example 1GiB.
+        #[arg(long)]
+        size: ByteSize,
+        /// The loss it survives: none, node, zone or region.
+        #[arg(long)]
+        survive: Option<String>,
+        /// Data replicas: 1, 3 or 5.
+        #[arg(long)]
+        replicas: Option<u32>,
+        /// Zones where its replicas may stand; the first is preferred.
+        #[arg(long, value_delimiter = ',')]
+        zones: Vec<String>,
+        /// A StorageClass parameter, KEY=VALUE; may be repeated.
+        #[arg(long = "parameter", value_name = "KEY=VALUE")]
+        parameters: Vec<String>,
+        /// Begin with a snapshot's content.
+        #[arg(long, value_name = "VOLUME@SNAPSHOT")]
+        from_snapshot: Option<String>,
+    },
+    /// All volumes.
+    List,
+    /// One volume with its replicas.
+    Show {
+        /// Its name or id.
+        name: String,
+    },
+    /// Attach a volume to a node.
+    Attach {
+        /// Its name or id.
+        name: String,
+        /// The node.
+        #[arg(long)]
+        node: String,
+        /// How the guest reaches it: nbd, fuse, loop or auto.
+        #[arg(long, default_value = "auto")]
+        frontend: String,
+        /// Take it from a node that holds it; that node is fenced.
+        #[arg(long)]
+        force: bool,
+        /// Only read.
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Detach a volume.
+    Detach {
+        /// Its name or id.
+        name: String,
+        /// End it even if the node that holds it does not answer; that node is fenced.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Grow a volume.
+    Resize {
+        /// Its name or id.
+        name: String,
+        /// The new size.
+        #[arg(long)]
+        size: ByteSize,
+    },
+    /// Delete a volume and its data.
+    Delete {
+        /// Its name or id.
+        name: String,
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Read every replica from disk at one log index and compare.
+    Verify {
+        /// Its name or id.
+        name: String,
+    },
+    #[command(external_subcommand)]
+    Later(Vec<String>),
+}
+
+#[derive(Subcommand)]
+pub enum ReplicaCommand {
+    /// The replicas of a volume.
+    List {
+        /// The volume.
+        volume: String,
+    },
+    /// One more replica.
+    Add {
+        /// The volume.
+        volume: String,
+        /// The node; any if left out.
+        #[arg(long)]
+        node: Option<String>,
+    },
+    /// Remove a replica that is not needed.
+    Remove {
+        /// The volume.
+        volume: String,
+        /// The replica's number.
+        replica: u64,
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Replace a replica by one on another node.
+    Move {
+        /// The volume.
+        volume: String,
+        /// The replica's number.
+        replica: u64,
+        /// The node; any if left out.
+        #[arg(long)]
+        to: Option<String>,
+    },
+}
+
+/// A wrong use of the command line.
+pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
+    UserError::new(ErrorCode::InvalidArgument, message).hint(hint)
+}
+
+/// A command of the design that does not exist yet.
+pub fn not_built(words: &[String]) -> UserError {
+    const PLANNED: &[&str] = &[
+        "explain",
+        "snapshot",
+        "fence",
+        "bench",
+        "csi",
+        "kube",
+        "keeper",
+        "set",
+        "adopt",
+        "switchover",
+        "failover",
+        "recover",
+        "top",
+    ];
+    let first = words.first().map(String::as_str).unwrap_or_default();
+    if PLANNED.contains(&first) {
+        return UserError::new(ErrorCode::Unimplemented, format!("'{first}' is not built yet"))
+            .hint("docs/roadmap.md tells what is");
+    }
+    usage(format!("there is no command '{first}'"), "`holdfast --help` lists the commands")
+}
+
+/// A destructive command needs its flag.
+pub fn confirmed(yes: bool, what: &str) -> Result<(), UserError> {
+    if yes {
+        return Ok(());
+    }
+    Err(usage(format!("{what} cannot be undone"), "say --yes if you mean it"))
+}

@@ -1,0 +1,73 @@
+//! `holdfast node ...`.
+
+use std::process::ExitCode;
+
+use holdfast_node::admin::pb;
+use holdfast_types::{ErrorCode, UserError};
+
+use super::bytes;
+use crate::cli::{NodeCommand, not_built};
+use crate::client::{reply, with_client};
+use crate::output::{Output, table};
+
+fn list(nodes: &[pb::Node]) -> String {
+    let rows = nodes.iter().map(|node| {
+        let store = node.stores.first();
+        let free = store.map_or(0, |store| store.available_bytes);
+        let total = store.map_or(0, |store| store.total_bytes);
+        vec![
+            node.name.clone(),
+            node.region.clone(),
+            node.zone.clone(),
+            node.state.clone(),
+            store.map_or(0, |store| store.replicas).to_string(),
+            bytes(free),
+            bytes(total),
+        ]
+    });
+    table(&["name", "region", "zone", "state", "replicas", "free", "size"], rows.collect())
+}
+
+/// Runs the command.
+pub fn run(command: NodeCommand, admin: Option<String>, output: &Output) -> Result<ExitCode, UserError> {
+    match command {
+        NodeCommand::List => {
+            let nodes = nodes(admin)?;
+            output.show(&nodes, || list(&nodes));
+        }
+        NodeCommand::Show { name } => {
+            let nodes = nodes(admin)?;
+            let node = nodes.into_iter().find(|node| node.name == name).ok_or_else(|| {
+                UserError::new(ErrorCode::NotFound, format!("there is no node {name}"))
+                    .hint("`holdfast node list` shows them all")
+            })?;
+            output.show(&node, || list(std::slice::from_ref(&node)));
+        }
+        NodeCommand::Cordon { name } => cordon(admin, name, true, output)?,
+        NodeCommand::Uncordon { name } => cordon(admin, name, false, output)?,
+        NodeCommand::Drain { .. } => return Err(not_built_verb("drain")),
+        NodeCommand::CanDrain { .. } => return Err(not_built_verb("can-drain")),
+        NodeCommand::Remove { .. } => return Err(not_built_verb("remove")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn not_built_verb(verb: &str) -> UserError {
+    let mut error = not_built(&["explain".to_owned()]);
+    error.message = format!("'node {verb}' is not built yet");
+    error
+}
+
+fn nodes(admin: Option<String>) -> Result<Vec<pb::Node>, UserError> {
+    with_client(admin, |mut client| async move {
+        Ok(reply(client.list_nodes(pb::ListNodesRequest {}).await)?.nodes)
+    })
+}
+
+fn cordon(admin: Option<String>, name: String, cordoned: bool, output: &Output) -> Result<(), UserError> {
+    let node = with_client(admin, |mut client| async move {
+        reply(client.set_cordon(pb::SetCordonRequest { name, cordoned }).await)
+    })?;
+    output.show(&node, || list(std::slice::from_ref(&node)));
+    Ok(())
+}

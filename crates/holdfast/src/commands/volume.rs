@@ -1,0 +1,200 @@
+//! `holdfast volume ...`.
+
+use std::process::ExitCode;
+
+use holdfast_node::admin::pb;
+use holdfast_types::UserError;
+
+use super::{bytes, or_dash};
+use crate::cli::{VolumeCommand, confirmed, not_built, usage};
+use crate::client::{Client, reply, with_client};
+use crate::output::{Output, table};
+
+/// The replicas of a volume as a table.
+pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
+    let mut columns = vec!["id", "node", "zone", "role", "state", "term", "applied", "lag", "used"];
+    if wide {
+        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes"]);
+    }
+    let rows = replicas.iter().map(|replica| {
+        let mut row = vec![
+            replica.id.to_string(),
+            replica.node.clone(),
+            replica.zone.clone(),
+            replica.role.clone(),
+            replica.state.clone(),
+            replica.term.to_string(),
+            replica.applied_index.to_string(),
+            bytes(replica.lag_bytes),
+            bytes(replica.used_bytes),
+        ];
+        if wide {
+            row.extend([
+                replica.region.clone(),
+                replica.last_log_index.to_string(),
+                replica.committed_index.to_string(),
+                replica.purged_index.to_string(),
+                or_dash(&replica.healed_by),
+                replica.healed_bytes.to_string(),
+            ]);
+        }
+        row
+    });
+    table(&columns, rows.collect())
+}
+
+fn one(volume: &pb::Volume, wide: bool) -> String {
+    format!(
+        "{}  {}  {}  survive: {}  epoch {}  attached to {}  leader {}\n{}",
+        volume.name,
+        bytes(volume.size_bytes),
+        volume.health,
+        volume.survive,
+        volume.epoch,
+        or_dash(&volume.attached_to),
+        or_dash(&volume.leader),
+        replicas(&volume.replicas, wide)
+    )
+}
+
+fn many(volumes: &[pb::Volume]) -> String {
+    let rows = volumes.iter().map(|volume| {
+        vec![
+            volume.name.clone(),
+            bytes(volume.size_bytes),
+            volume.health.clone(),
+            volume.survive.clone(),
+            volume.epoch.to_string(),
+            or_dash(&volume.attached_to),
+            or_dash(&volume.leader),
+            volume.replicas.len().to_string(),
+        ]
+    });
+    table(
+        &["name", "size", "health", "survive", "epoch", "attached to", "leader", "replicas"],
+        rows.collect(),
+    )
+}
+
+/// Runs the command.
+pub fn run(command: VolumeCommand, admin: Option<String>, output: &Output) -> Result<ExitCode, UserError> {
+    if let VolumeCommand::Later(words) = &command {
+        return Err(not_built(words));
+    }
+    with_client(admin, |client| carry_out(client, command, output))
+}
+
+fn zone_terms(zones: &[String]) -> Vec<pb::TopologyTerm> {
+    zones.iter().map(|zone| pb::TopologyTerm { zone: zone.clone(), ..Default::default() }).collect()
+}
+
+fn key_values(texts: &[String]) -> Result<std::collections::HashMap<String, String>, UserError> {
+    texts
+        .iter()
+        .map(|text| {
+            let (key, value) = text
+                .split_once('=')
+                .ok_or_else(|| usage(format!("'{text}' is no parameter"), "write KEY=VALUE"))?;
+            Ok((key.to_owned(), value.to_owned()))
+        })
+        .collect()
+}
+
+async fn list(client: &mut Client) -> Result<Vec<pb::Volume>, UserError> {
+    let mut all = Vec::new();
+    let mut token = String::new();
+    loop {
+        let page = reply(client.list_volumes(pb::ListVolumesRequest { max: 0, token }).await)?;
+        all.extend(page.volumes);
+        if page.next_token.is_empty() {
+            all.sort_by(|a, b| a.name.cmp(&b.name));
+            return Ok(all);
+        }
+        token = page.next_token;
+    }
+}
+
+async fn carry_out(
+    mut client: Client,
+    command: VolumeCommand,
+    output: &Output,
+) -> Result<ExitCode, UserError> {
+    match command {
+        VolumeCommand::Create { from_snapshot: Some(_), .. } => {
+            return Err(not_built(&["snapshot".to_owned()]));
+        }
+        VolumeCommand::Create { name, size, survive, replicas, zones, parameters, .. } => {
+            let request = pb::CreateVolumeRequest {
+                name,
+                size_bytes: size.0,
+                survive: survive.unwrap_or_default(),
+                replicas: replicas.unwrap_or_default(),
+                allowed: zone_terms(&zones),
+                preferred: zone_terms(&zones[..zones.len().min(1)]),
+                parameters: key_values(&parameters)?,
+                ..Default::default()
+            };
+            let volume = reply(client.create_volume(request).await)?;
+            output.show(&volume, || one(&volume, output.wide()));
+        }
+        VolumeCommand::List => {
+            let volumes = list(&mut client).await?;
+            output.show(&volumes, || many(&volumes));
+        }
+        VolumeCommand::Show { name } => {
+            let volume = reply(client.get_volume(pb::GetVolumeRequest { name }).await)?;
+            output.show(&volume, || one(&volume, output.wide()));
+        }
+        VolumeCommand::Attach { name, node, frontend, force, read_only } => {
+            let request = pb::AttachVolumeRequest { name, node, frontend, force, read_only };
+            let attached = reply(client.attach_volume(request).await)?;
+            output.show(&attached, || {
+                format!("{}  (epoch {}, node {})", attached.device, attached.epoch, attached.node)
+            });
+        }
+        VolumeCommand::Detach { name, force } => {
+            let request = pb::DetachVolumeRequest { name, force, node: String::new() };
+            let detached = reply(client.detach_volume(request).await)?;
+            output.show(&detached, || {
+                if detached.was_attached { "detached".into() } else { "it was not attached".into() }
+            });
+        }
+        VolumeCommand::Resize { name, size } => {
+            let request = pb::ResizeVolumeRequest { name, size_bytes: size.0, limit_bytes: 0 };
+            let volume = reply(client.resize_volume(request).await)?;
+            output.show(&volume, || one(&volume, output.wide()));
+        }
+        VolumeCommand::Delete { name, yes } => {
+            confirmed(yes, "deleting a volume")?;
+            let deleted = reply(client.delete_volume(pb::DeleteVolumeRequest { name }).await)?;
+            output.show(
+                &deleted,
+                || if deleted.existed { "deleted".into() } else { "it did not exist".into() },
+            );
+        }
+        VolumeCommand::Verify { name } => return verify(client, name, output).await,
+        VolumeCommand::Later(words) => return Err(not_built(&words)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn verify(mut client: Client, name: String, output: &Output) -> Result<ExitCode, UserError> {
+    let report = reply(client.verify_volume(pb::VerifyVolumeRequest { name }).await)?;
+    output.show(&report, || {
+        let rows = report.replicas.iter().map(|digest| {
+            vec![
+                digest.node.clone(),
+                or_dash(&digest.digest),
+                digest.bad_blocks.to_string(),
+                or_dash(&digest.error),
+            ]
+        });
+        let verdict = if report.equal { "equal" } else { "NOT equal" };
+        format!(
+            "at index {}: {verdict}\n{}",
+            report.index,
+            table(&["node", "digest", "bad blocks", "error"], rows.collect())
+        )
+    });
+    Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}

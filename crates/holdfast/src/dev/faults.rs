@@ -1,0 +1,82 @@
+//! The faults of a development cluster: who cannot hear whom, and how slow who is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use holdfast_node::admin::pb;
+
+/// By node name.
+#[derive(Default, Clone, Debug)]
+pub struct Faults {
+    /// (from, to): dropped without a word.
+    cut: BTreeSet<(String, String)>,
+    /// (from, to): later by so much.
+    delay: BTreeMap<(String, String), Duration>,
+}
+
+impl Faults {
+    /// Nothing passes between `inside` and everybody else.
+    pub fn partition(&mut self, inside: &BTreeSet<String>, all: &BTreeSet<String>) {
+        for a in inside {
+            for b in all.difference(inside) {
+                self.cut.insert((a.clone(), b.clone()));
+                self.cut.insert((b.clone(), a.clone()));
+            }
+        }
+    }
+    /// `inside` hears nobody else, but is heard.
+    pub fn deafen(&mut self, inside: &BTreeSet<String>, all: &BTreeSet<String>) {
+        for a in inside {
+            for b in all.difference(inside) {
+                self.cut.insert((b.clone(), a.clone()));
+            }
+        }
+    }
+    /// What passes between the two sets takes longer.
+    pub fn delay(&mut self, a: &BTreeSet<String>, b: &BTreeSet<String>, by: Duration) {
+        for x in a {
+            for y in b {
+                self.delay.insert((x.clone(), y.clone()), by);
+                self.delay.insert((y.clone(), x.clone()), by);
+            }
+        }
+    }
+    /// No faults any more.
+    pub fn heal(&mut self) {
+        *self = Self::default();
+    }
+    /// What a node must know of it. Dropped where it is received: the sender sees silence either way.
+    pub fn of(&self, node: &str) -> pb::SetFaultsRequest {
+        pb::SetFaultsRequest {
+            clear: true,
+            block_send: Vec::new(),
+            block_receive: self
+                .cut
+                .iter()
+                .filter(|(_, to)| to == node)
+                .map(|(from, _)| from.clone())
+                .collect(),
+            delay_us: self
+                .delay
+                .iter()
+                .filter(|((from, _), _)| from == node)
+                .map(|((_, to), by)| (to.clone(), u64::try_from(by.as_micros()).unwrap_or(u64::MAX)))
+                .collect(),
+        }
+    }
+    /// Whether a node is cut off from anybody.
+    pub fn touches(&self, node: &str) -> bool {
+        self.cut.iter().any(|(from, to)| from == node || to == node)
+    }
+}
+
+/// Reads a duration such as `30ms` or `2s`.
+pub fn duration(text: &str) -> Option<Duration> {
+    if let Some(number) = text.strip_suffix("ms") {
+        return number.parse().ok().map(Duration::from_millis);
+    }
+    if let Some(number) = text.strip_suffix("us") {
+        return number.parse().ok().map(Duration::from_micros);
+    }
+    text.strip_suffix('s').and_then(|number| number.parse().ok()).map(Duration::from_secs)
+}

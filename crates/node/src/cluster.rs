@@ -1,0 +1,144 @@
+//! Making a new cluster whose nodes are all known: an authority, and a data directory per node.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use holdfast_env::Driver;
+use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
+use holdfast_wire::pki::Authority;
+
+use crate::config::{Layout, NodeConfig, PeerConfig};
+
+/// Members of a catalog.
+const CATALOG_MEMBERS: usize = 3;
+/// The port on which nodes of a loopback cluster listen; their addresses differ.
+const PORT: u16 = 7400;
+
+/// What a cluster on loopback looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopbackPlan {
+    /// Regions.
+    pub regions: usize,
+    /// Zones of each region.
+    pub zones: usize,
+    /// Nodes of each zone.
+    pub nodes_per_zone: usize,
+    /// Seconds after which a silent node is lost.
+    pub lost_after_seconds: u64,
+    /// Bytes of each node's journal.
+    pub journal_bytes: u64,
+}
+
+/// Where each node of a cluster stands and what it is.
+pub type Nodes = Vec<(PathBuf, NodeConfig)>;
+
+/// A random id, from the kernel.
+pub fn random_id() -> u128 {
+    let driver = holdfast_env::real::RealDriver::new();
+    (u128::from(driver.random_u64()) << 64) | u128::from(driver.random_u64())
+}
+
+/// The locations of a plan, in order.
+fn locations(plan: &LoopbackPlan) -> Vec<Location> {
+    let mut all = Vec::new();
+    for region in 1..=plan.regions {
+        for zone in 1..=plan.zones {
+            for node in 1..=plan.nodes_per_zone {
+                all.push(Location {
+                    region: format!("r{region}"),
+                    zone: format!("r{region}-z{zone}"),
+                    node: NodeName::new(format!("r{region}-z{zone}-n{node}")),
+                });
+            }
+        }
+    }
+    all
+}
+
+/// The catalog's members: spread over regions, then zones, then nodes.
+fn catalog(nodes: &[(Location, StoreId)]) -> BTreeMap<ReplicaId, StoreId> {
+    let mut chosen: Vec<&(Location, StoreId)> = Vec::new();
+    while chosen.len() < CATALOG_MEMBERS.min(if nodes.len() < CATALOG_MEMBERS { 1 } else { CATALOG_MEMBERS })
+    {
+        let sharing = |candidate: &Location| {
+            let same_region = chosen.iter().filter(|(at, _)| at.region == candidate.region).count();
+            let same_zone = chosen.iter().filter(|(at, _)| at.zone == candidate.zone).count();
+            (same_zone, same_region)
+        };
+        let free = nodes.iter().filter(|node| !chosen.contains(node));
+        match free.min_by_key(|(at, _)| sharing(at)) {
+            Some(next) => chosen.push(next),
+            None => break,
+        }
+    }
+    chosen.into_iter().enumerate().map(|(n, (_, store))| (ReplicaId(n as u64 + 1), *store)).collect()
+}
+
+/// Makes the data directories of a cluster on loopback under `directory`. `random` is called for ids.
+pub fn create_loopback(
+    directory: &Path,
+    plan: &LoopbackPlan,
+    mut random: impl FnMut() -> u128,
+) -> Result<Nodes, UserError> {
+    let nodes: Vec<(Location, StoreId)> =
+        locations(plan).into_iter().map(|location| (location, StoreId(random().max(1)))).collect();
+    if nodes.is_empty() || nodes.len() > 250 {
+        return Err(UserError::new(ErrorCode::InvalidArgument, "a cluster has 1 to 250 nodes")
+            .hint("see --regions, --zones and --nodes-per-zone"));
+    }
+    let cluster = ClusterId(random().max(1));
+    let failed = |error: &dyn std::fmt::Display| UserError::new(ErrorCode::Internal, error.to_string());
+    let authority = Authority::create(cluster).map_err(|error| failed(&error))?;
+    // A network of its own on loopback, so that two clusters on a machine do not meet.
+    let (a, b) = ((random() % 200) as u8 + 30, (random() % 250) as u8);
+    let peers: Vec<PeerConfig> = nodes
+        .iter()
+        .enumerate()
+        .map(|(n, (location, store))| PeerConfig {
+            store: *store,
+            node: location.node.clone(),
+            address: format!("127.{a}.{b}.{}:{PORT}", n + 1),
+        })
+        .collect();
+    let mut made = Vec::new();
+    for ((location, store), peer) in nodes.iter().zip(&peers) {
+        let config = NodeConfig {
+            cluster,
+            location: location.clone(),
+            store: *store,
+            listen: peer.address.clone(),
+            peers: peers.clone(),
+            catalog: catalog(&nodes),
+            lost_after_seconds: plan.lost_after_seconds,
+            journal_bytes: plan.journal_bytes,
+            allow_faults: true,
+        };
+        let path = directory.join(location.node.as_str());
+        std::fs::create_dir_all(&path).map_err(|error| failed(&error))?;
+        let credentials = authority.issue(&location.node).map_err(|error| failed(&error))?;
+        config.write(&Layout::new(&path), &credentials)?;
+        made.push((path, config));
+    }
+    Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_catalog_spreads_over_zones() {
+        let plan = LoopbackPlan {
+            regions: 1,
+            zones: 3,
+            nodes_per_zone: 2,
+            lost_after_seconds: 600,
+            journal_bytes: 64 << 20,
+        };
+        let nodes: Vec<_> =
+            locations(&plan).into_iter().enumerate().map(|(n, at)| (at, StoreId(n as u128 + 1))).collect();
+        let members = catalog(&nodes);
+        assert_eq!(members.values().map(|store| store.0).collect::<Vec<_>>(), [1, 3, 5]);
+        assert_eq!(catalog(&nodes[..2]).len(), 1);
+    }
+}
