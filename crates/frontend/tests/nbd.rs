@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use holdfast_frontend::Edge;
-use holdfast_frontend::nbd::NbdServer;
+use holdfast_frontend::nbd::{NbdClient, NbdServer};
 use memory::Memory;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -139,5 +139,29 @@ fn a_client_that_breaks_the_protocol_is_disconnected_and_counted() {
         let mut client = Client::connect(&server).await;
         client.go("disk").await;
         assert_eq!(client.request(1, 0, 0, 1, b"x").await, 0, "others are served on");
+    });
+}
+
+#[test]
+fn the_client_speaks_with_the_server() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let memory = Memory::new(1 << 20);
+        let server = serve(&place, &memory);
+        let client = NbdClient::connect(server.path(), "disk").await.expect("connects");
+        assert_eq!(client.size(), 1 << 20);
+        let writes = (0..64u8).map(|n| client.write(u64::from(n) * 4096, vec![n; 4096].into()));
+        for written in futures_util::future::join_all(writes).await {
+            written.expect("writes");
+        }
+        client.trim(4096, 4096).await.expect("trims");
+        let read = client.read(0, 12288).await.expect("reads");
+        assert!(read[..8192].iter().all(|byte| *byte == 0) && read[8192..].iter().all(|byte| *byte == 2));
+        assert_eq!(client.read(1 << 20, 1).await.map_err(|e| e.raw_os_error()), Err(Some(22)));
+        let unknown = NbdClient::connect(server.path(), "nothing").await;
+        assert!(unknown.is_err(), "an unknown export is refused");
+        server.exports().remove("disk");
+        let ended = holdfast_env::timeout(Duration::from_secs(10), client.read(0, 1)).await;
+        assert!(ended.expect("ends").is_err());
     });
 }

@@ -8,9 +8,11 @@
 //! number and by bytes; beyond that the server stops reading. When the device has ended, every request is answered
 //! ESHUTDOWN at once; nothing hangs.
 
+mod client;
 mod handshake;
 mod proto;
 mod server;
 mod transmission;
 
+pub use client::NbdClient;
 pub use server::{Exports, NbdServer};
