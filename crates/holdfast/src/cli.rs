@@ -90,6 +90,9 @@ pub struct DevOptions {
     /// Size of each node's journal.
     #[arg(long, default_value = "256MiB", value_name = "SIZE")]
     pub journal: ByteSize,
+    /// What happens to a daemon's unflushed writes when it is killed: for trying power cuts.
+    #[arg(long, default_value = "plain", value_name = "MODE")]
+    pub disk: holdfast_node::config::DiskMode,
     /// Play a demonstration and exit: zone-loss.
     #[arg(long, value_name = "NAME")]
     pub demo: Option<String>,

@@ -7,7 +7,7 @@ use holdfast_env::Driver;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Authority;
 
-use crate::config::{Layout, NodeConfig, PeerConfig};
+use crate::config::{DiskMode, Layout, NodeConfig, PeerConfig};
 
 /// Members of a catalog.
 const CATALOG_MEMBERS: usize = 3;
@@ -27,6 +27,8 @@ pub struct LoopbackPlan {
     pub lost_after_seconds: u64,
     /// Bytes of each node's journal.
     pub journal_bytes: u64,
+    /// What happens to unflushed writes when a daemon is killed.
+    pub disk: DiskMode,
 }
 
 /// Where each node of a cluster stands and what it is.
@@ -112,6 +114,7 @@ pub fn create_loopback(
             lost_after_seconds: plan.lost_after_seconds,
             journal_bytes: plan.journal_bytes,
             allow_faults: true,
+            disk: plan.disk,
         };
         let path = directory.join(location.node.as_str());
         std::fs::create_dir_all(&path).map_err(|error| failed(&error))?;
@@ -134,6 +137,7 @@ mod tests {
             nodes_per_zone: 2,
             lost_after_seconds: 600,
             journal_bytes: 64 << 20,
+            disk: DiskMode::Plain,
         };
         let nodes: Vec<_> =
             locations(&plan).into_iter().enumerate().map(|(n, at)| (at, StoreId(n as u128 + 1))).collect();

@@ -43,6 +43,24 @@ pub struct NodeConfig {
     /// Whether faults may be put between this node and others (development and tests).
     #[serde(default)]
     pub allow_faults: bool,
+    /// What happens to unflushed writes when the daemon is killed; anything but `plain` needs `allow_faults`.
+    #[serde(default)]
+    pub disk: DiskMode,
+}
+
+/// What happens to unflushed writes when the daemon is killed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// The page cache keeps them, as it does when a process is killed.
+    #[default]
+    Plain,
+    /// They are gone, as after a power cut.
+    Discard,
+    /// They are gone in part.
+    Tear,
+    /// So is what was flushed: a disk that lies. Loses data; shows that tests notice.
+    Lie,
 }
 
 fn default_lost_after() -> u64 {

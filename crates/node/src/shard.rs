@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use holdfast_catalog::{CatalogClient, Member, MemberOptions};
 use holdfast_env::Instant;
+use holdfast_env::disk::Directory;
 use holdfast_env::real::disk::RealDirectory;
+use holdfast_env::real::powercut::{self, PowerCutDirectory};
 use holdfast_frontend::nbd::NbdServer;
 use holdfast_protocol::catalog::{CatalogCommand, NodeRecord};
 use holdfast_replica::{GroupEnvironment, Host, Timers, administration};
@@ -19,7 +21,7 @@ use holdfast_wire::tcp::{Faults, Peer, TcpNetwork};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
-use crate::config::{Layout, NodeConfig, load_credentials};
+use crate::config::{DiskMode, Layout, NodeConfig, load_credentials};
 use crate::forward;
 
 /// Segments of the journal.
@@ -64,18 +66,36 @@ fn options(config: &NodeConfig) -> StoreOptions {
     StoreOptions { segment_bytes: segment, segments: SEGMENTS as u32 }
 }
 
+/// The directory as the configuration wants it to behave when the daemon is killed.
+fn with_disk_mode(config: &NodeConfig, real: Rc<RealDirectory>) -> Result<Rc<dyn Directory>, UserError> {
+    let mode = match config.disk {
+        DiskMode::Plain => return Ok(real),
+        _ if !config.allow_faults => {
+            return Err(UserError::new(
+                ErrorCode::Refused,
+                "a disk that loses writes is for development only",
+            )
+            .hint("remove `disk` from node.json"));
+        }
+        DiskMode::Discard => powercut::Mode::Discard,
+        DiskMode::Tear => powercut::Mode::Tear,
+        DiskMode::Lie => powercut::Mode::Lie,
+    };
+    Ok(PowerCutDirectory::new(real, mode))
+}
+
 async fn open_store(
     config: &NodeConfig,
     layout: &Layout,
-) -> Result<(Rc<RealDirectory>, StoreIdentity, bool), UserError> {
-    let directory = RealDirectory::open(&layout.store()).map_err(|error| {
+) -> Result<(Rc<dyn Directory>, StoreIdentity, bool), UserError> {
+    let real = RealDirectory::open(&layout.store()).map_err(|error| {
         UserError::new(ErrorCode::Refused, error.to_string())
             .hint("stop the other daemon, or give this one its own data directory")
     })?;
+    let directory = with_disk_mode(config, real)?;
     let identity =
         StoreIdentity { cluster: config.cluster, node: config.location.node.clone(), store: config.store };
-    let dynamic: Rc<dyn holdfast_env::disk::Directory> = directory.clone();
-    let fresh = match Journal::identity_of(&dynamic).await {
+    let fresh = match Journal::identity_of(&directory).await {
         Ok(_) => false,
         Err(StoreError::NotFormatted(_)) => true,
         Err(error) => return Err(store_error(error)),

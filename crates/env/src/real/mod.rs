@@ -1,6 +1,7 @@
 //! The real environment: tokio's single-threaded runtime, the kernel's clock and randomness, and files.
 
 pub mod disk;
+pub mod powercut;
 
 use std::cell::RefCell;
 use std::future::Future;

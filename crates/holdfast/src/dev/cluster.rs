@@ -340,6 +340,7 @@ fn create(directory: &Path, options: &DevOptions) -> Result<Vec<String>, UserErr
         nodes_per_zone: options.nodes_per_zone,
         lost_after_seconds: options.lost_after,
         journal_bytes: options.journal.0,
+        disk: options.disk,
     };
     let made = create_loopback(directory, &plan, random)?;
     let names: Vec<String> = made.iter().map(|(_, config)| config.location.node.to_string()).collect();
