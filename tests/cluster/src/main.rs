@@ -1,0 +1,78 @@
+//! Tests of real processes on loopback, run by `cargo xtask cluster`: SIGKILL, SIGSTOP, partitions and power cuts
+//! under a load that verifies every answer. Each run prints its seed and its figures.
+
+mod dev;
+mod history;
+mod kills;
+mod load;
+mod partitions;
+mod random;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What went wrong, as a sentence.
+pub type Outcome<T> = Result<T, String>;
+
+#[derive(Parser)]
+struct Arguments {
+    /// The `holdfast` program to test.
+    #[arg(long)]
+    program: PathBuf,
+    /// Keep the cluster's directory here instead of removing it.
+    #[arg(long)]
+    keep: Option<PathBuf>,
+    #[command(subcommand)]
+    scenario: Scenario,
+}
+
+#[derive(Subcommand)]
+enum Scenario {
+    /// SIGKILL of leader, follower, attached node, all at once and at random, under a verifying load.
+    Kills {
+        #[arg(long)]
+        kills: u32,
+        #[arg(long)]
+        seed: u64,
+        /// What happens to unflushed writes: plain, discard, tear or lie.
+        #[arg(long, default_value = "plain")]
+        disk: String,
+        /// Kill everybody at once every time.
+        #[arg(long)]
+        all_at_once: bool,
+    },
+    /// Partition and pause of the attached node, re-attachment elsewhere, a deaf leader.
+    Partitions {
+        #[arg(long)]
+        seed: u64,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Arguments { program, keep, scenario } = arguments;
+    let result = runtime.block_on(async move {
+        match scenario {
+            Scenario::Kills { kills, seed, disk, all_at_once } => {
+                kills::run(&program, keep, &kills::Plan { kills, seed, disk, all_at_once }).await
+            }
+            Scenario::Partitions { seed } => partitions::run(&program, keep, seed).await,
+        }
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            println!("FAILED: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
