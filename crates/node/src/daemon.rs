@@ -14,6 +14,8 @@ use crate::config::Layout;
 use crate::handle::{self, ShardHandle};
 use crate::shard::Shard;
 
+/// How long replicas may take to stop. Nothing depends on it: a stop is a crash that was announced.
+const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Threads of the runtime that serves the admin API.
 const ADMIN_THREADS: usize = 1;
 
@@ -40,7 +42,9 @@ pub fn run(directory: &Path) -> Result<(), UserError> {
 
 async fn stop(shard: Rc<Shard>) {
     // Attachments stay: the next daemon takes them over. What was acknowledged is in the journals.
-    shard.host.stop().await;
+    if holdfast_env::timeout(STOP_DEADLINE, shard.host.stop()).await.is_err() {
+        tracing::warn!("the replicas did not stop in {STOP_DEADLINE:?}; the next start recovers them");
+    }
 }
 
 async fn wait_for_signal() -> Result<(), UserError> {

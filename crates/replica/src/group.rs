@@ -499,7 +499,10 @@ impl Group {
             None => {
                 let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
                 streams.insert(from, AppendStream { id, requests: sender.clone() });
-                holdfast_env::spawn("raft-stream", serve_stream(self.raft.clone(), receiver));
+                holdfast_env::spawn(
+                    "raft-stream",
+                    serve_stream(self.raft.clone(), self.log.clone(), receiver),
+                );
                 sender
             }
         };
@@ -524,13 +527,20 @@ impl Group {
 }
 
 /// Feeds one stream of appends to Raft and gives its answers to the responders, in order.
-async fn serve_stream(raft: Raft, receiver: mpsc::Receiver<(AppendEntriesRequest<Types>, Responder)>) {
+async fn serve_stream(
+    raft: Raft,
+    log: GroupLog,
+    receiver: mpsc::Receiver<(AppendEntriesRequest<Types>, Responder)>,
+) {
     let waiting: Rc<RefCell<std::collections::VecDeque<Responder>>> = Rc::default();
     let queue = waiting.clone();
     let requests = futures_util::stream::unfold(receiver, move |mut receiver| {
-        let queue = queue.clone();
+        let (queue, log) = (queue.clone(), log.clone());
         async move {
             let (request, responder) = receiver.recv().await?;
+            if !request.entries.is_empty() {
+                log.has_room().await;
+            }
             queue.borrow_mut().push_back(responder);
             Some((request, receiver))
         }

@@ -278,6 +278,7 @@ impl Volume {
         if !self.settled(tag.epoch).await {
             return self.elsewhere("the volume waits for its former holder's lease to end");
         }
+        let _admitted = self.log().admit(payload.len()).await;
         self.propose_command(AppData { head: command, payload }).await
     }
 

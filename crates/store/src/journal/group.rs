@@ -8,8 +8,8 @@ use bytes::Bytes;
 use holdfast_types::{BLOCK_BYTES, LogIndex, limits};
 use tokio::sync::oneshot;
 
-use super::Journal;
 use super::format::{EntryRecord, GroupState, HEAD_BYTES_MAX, Record, VOTE_BYTES_MAX};
+use super::{Admitted, Journal};
 use crate::{EntryId, LogEntry, ReplicaIdentity, StoreError};
 
 /// Called once when something is on stable storage, or with why it never will be.
@@ -229,6 +229,16 @@ impl GroupLog {
         let result = self.write_state(None, true).await;
         self.journal.released(&removed);
         result
+    }
+
+    /// Waits until a payload of `bytes` may be proposed.
+    pub async fn admit(&self, bytes: usize) -> Admitted {
+        self.journal.admit(bytes).await
+    }
+
+    /// Ends when the journal can take another append without a long line.
+    pub async fn has_room(&self) {
+        self.journal.has_room().await;
     }
 
     /// Keeps a vote: durable when it returns.

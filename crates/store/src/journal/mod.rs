@@ -20,7 +20,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
 use holdfast_types::{ClusterId, DecodeError, NodeName, Reader, StoreId, Writer};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 pub use group::{Done, GroupLog};
 use group::{Group, Meta, Place};
@@ -102,6 +102,24 @@ struct Inner {
     failed: RefCell<Option<StoreError>>,
     changed: Notify,
     usage: Cell<JournalUsage>,
+    /// What stands in line has become less.
+    shorter: Notify,
+    /// Payload that may be on its way into the journal, in KiB.
+    admission: Rc<Semaphore>,
+}
+
+/// The right to put a payload into the journal; given back when it is dropped.
+pub struct Admitted(#[allow(dead_code, reason = "held, not read")] OwnedSemaphorePermitLocal);
+
+struct OwnedSemaphorePermitLocal {
+    semaphore: Rc<Semaphore>,
+    permits: u32,
+}
+
+impl Drop for OwnedSemaphorePermitLocal {
+    fn drop(&mut self) {
+        self.semaphore.add_permits(self.permits as usize);
+    }
 }
 
 /// The journal of one store. Cheap to clone.
@@ -283,6 +301,37 @@ impl Journal {
     /// Ends when the pressure has changed, or the store has failed.
     pub async fn pressure_changed(&self) {
         self.0.changed.notified().await;
+    }
+
+    /// KiB of payload that may be on the way at once: half of what the line may take out of the reserve, so that a
+    /// vote is never behind more than fits (INV-ROOM).
+    fn admission_kib(options: &StoreOptions) -> u32 {
+        let reserved = (options.segments / 4).clamp(1, 4);
+        (u64::from(reserved) * options.segment_bytes / 2 / 1024) as u32
+    }
+
+    /// Waits until `bytes` of payload may be put into the journal: as it fills, this slows whoever proposes.
+    async fn admit(&self, bytes: usize) -> Admitted {
+        let most = Self::admission_kib(&self.0.options);
+        let permits = (bytes.div_ceil(1024) as u32).min(most);
+        let semaphore = self.0.admission.clone();
+        if let Ok(permit) = semaphore.acquire_many(permits).await {
+            permit.forget();
+        }
+        Admitted(OwnedSemaphorePermitLocal { semaphore: self.0.admission.clone(), permits })
+    }
+
+    /// Ends when little waits to be written, or the store has failed: as the journal fills, this slows a leader's
+    /// appends to this store.
+    async fn has_room(&self) {
+        let most = u64::from(Self::admission_kib(&self.0.options)) * 1024;
+        loop {
+            let changed = self.0.shorter.notified();
+            if self.0.state.borrow().waiting_bytes() <= most || self.failed().is_some() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Counters.

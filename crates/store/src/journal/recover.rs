@@ -17,7 +17,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, File};
 use holdfast_types::LogIndex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::format::{EntryRecord, GroupState, List, Record};
 use super::group::{Group, GroupLog, Meta, Place};
@@ -228,11 +228,16 @@ pub(super) async fn open(
         groups: RefCell::default(),
         failed: RefCell::new(None),
         changed: Notify::new(),
+        shorter: Notify::new(),
         usage: Cell::new(JournalUsage::default()),
+        admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
         options,
     };
     let journal = Journal(Rc::new(inner));
     let groups = adopt(&journal, replayed);
+    journal.log_recovered();
+    // What was freed just before the end is not yet known to be free.
+    journal.reclaim();
     Ok((journal, groups))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use holdfast_env::disk::{ALIGNMENT, Durability};
 
-use super::format::{self, List, Record};
+use super::format::{self, GroupState, List, Record};
 use super::group::{Done, Meta, Place};
 use super::{Journal, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
@@ -17,8 +17,14 @@ const IN_FLIGHT_MAX: usize = 2;
 const BATCH_BYTES_MAX: usize = 2 << 20;
 /// Largest batch, in records.
 const BATCH_RECORDS_MAX: usize = 4096;
-/// Segments that only the journal's own records may take, so that a purge can always be written.
-const RESERVE: usize = 1;
+/// Segments that only what makes room may take (purges, copies of small records, declarations), so that room can
+/// always be made (INV-ROOM).
+const RESERVE_FOR_ROOM: usize = 1;
+/// Segments that entries alone may not take: they are for a vote or a truncation, which Raft waits for, and for the
+/// entries that stand in line before it. A quarter of the journal, so that the line fits.
+const RESERVE_FOR_STATE: usize = 4;
+/// Blocks that the last segment keeps for saying that others are free.
+const DECLARATION_BLOCKS: u32 = 2;
 /// After so much idleness a closing mark says that the last batch was flushed.
 const CLOSING_MARK_AFTER: Duration = Duration::from_millis(100);
 
@@ -133,12 +139,33 @@ impl State {
         self.used.front().map_or(self.next_seq, |tail| self.segments[*tail].first_seq)
     }
 
-    /// Takes the next segment; `false` if none may be taken now.
-    fn next_segment(&mut self, urgent: bool) -> bool {
-        let usable = self.free.iter().filter(|free| free.after <= self.flushed).count();
-        if usable == 0 || (!urgent && usable <= RESERVE) {
-            return false;
+    /// Payload that stands in line.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        self.queue.iter().map(|queued| queued.payload.len() as u64).sum()
+    }
+
+    /// Segments that may be written now.
+    fn usable(&self) -> usize {
+        self.free.iter().filter(|free| free.after <= self.flushed).count()
+    }
+
+    /// Free segments that the line may not touch, now that it is made up as it is.
+    fn reserve_of_line(&self) -> usize {
+        if self.usable() > RESERVE_FOR_ROOM + RESERVE_FOR_STATE {
+            return RESERVE_FOR_ROOM;
         }
+        let state_waits = self.queue.iter().any(|queued| matches!(queued.record, Record::State(..)));
+        let few = self.segments.len() / 4;
+        RESERVE_FOR_ROOM + if state_waits { 0 } else { RESERVE_FOR_STATE.min(few) }
+    }
+
+    /// Takes the next segment; `false` if none may be taken now.
+    fn next_segment(&mut self) -> bool {
+        let keep = if self.urgent.is_empty() { self.reserve_of_line() } else { 0 };
+        self.usable() > keep && self.take_segment()
+    }
+
+    fn take_segment(&mut self) -> bool {
         let at = self.free.iter().position(|free| free.after <= self.flushed);
         let Some(free) = at.and_then(|at| self.free.remove(at)) else { return false };
         self.head = free.number;
@@ -148,14 +175,28 @@ impl State {
         true
     }
 
+    /// Whether an empty batch should say that segments are free, so that they may be written: nothing else can be.
+    fn may_declare(&self) -> bool {
+        let cooling = self.free.iter().any(|free| free.after > self.flushed);
+        let room = self.segment_blocks - self.head_block >= DECLARATION_BLOCKS;
+        cooling && room && self.usable() == 0 && self.in_flight.is_empty()
+    }
+
     /// Records for one batch that fits into what is left of the head segment.
     fn gather(&mut self) -> Vec<Queued> {
-        let room = (self.segment_blocks - self.head_block) as usize * ALIGNMENT;
+        let usable = self.usable();
+        let kept = if usable == 0 { DECLARATION_BLOCKS } else { 0 };
+        let room = (self.segment_blocks - self.head_block).saturating_sub(kept) as usize * ALIGNMENT;
         let mut taken = Vec::new();
         let (mut payload, mut list) = (0, 17);
         let fits =
             |payload: usize, list: usize| List::blocks_for(list) as usize * 2 * ALIGNMENT + payload <= room;
+        // A head segment that was taken out of the reserve stays reserved.
+        let line_may_write = usable >= self.reserve_of_line();
         for urgent in [true, false] {
+            if !urgent && !line_may_write {
+                break;
+            }
             loop {
                 let source = if urgent { &mut self.urgent } else { &mut self.queue };
                 let Some(next) = source.front() else { break };
@@ -182,6 +223,19 @@ struct Batch {
 }
 
 impl Journal {
+    pub(super) fn log_recovered(&self) {
+        let state = self.0.state.borrow();
+        tracing::info!(
+            store = %self.0.identity.store,
+            used = state.used.len(),
+            segments = state.segments.len(),
+            head_block = state.head_block,
+            segment_blocks = state.segment_blocks,
+            live_in_oldest = state.used.front().map_or(0, |tail| state.segments[*tail].live),
+            "the journal is open"
+        );
+    }
+
     pub(super) fn enqueue(&self, record: Record, payload: Bytes, done: Option<Done>) {
         self.0.state.borrow_mut().queue.push_back(Queued { record, payload, done });
     }
@@ -220,19 +274,17 @@ impl Journal {
         }
         let mut taken = state.gather();
         if taken.is_empty() {
-            let urgent = !state.urgent.is_empty();
-            if !state.next_segment(urgent) {
-                // Freed segments may only wait for a batch that no longer counts on them.
-                let cooling = state.free.iter().any(|free| free.after > state.flushed);
-                if !(cooling && state.in_flight.is_empty() && state.next_segment(true)) {
-                    return None;
-                }
-            }
+            let next = state.next_segment();
             drop(state);
-            self.0.changed.notify_waiters();
+            if next {
+                self.0.changed.notify_waiters();
+            }
             self.reclaim();
             state = self.0.state.borrow_mut();
             taken = state.gather();
+            if taken.is_empty() && !next && !state.may_declare() {
+                return None;
+            }
         }
         Some(self.build(&mut state, taken))
     }
@@ -247,7 +299,7 @@ impl Journal {
         let mut payloads = Vec::new();
         let mut done = Vec::new();
         for queued in taken {
-            records.push(queued.record);
+            records.push(self.newest(queued.record));
             done.extend(queued.done);
             if !queued.payload.is_empty() {
                 payloads.push(queued.payload);
@@ -275,6 +327,16 @@ impl Journal {
         let segment = state.head;
         state.in_flight.push_back(InFlight { seq, ended: false, entries, done });
         Batch { seq, segment, offset: start, buffer }
+    }
+
+    /// A group's state as it is now: what makes room overtakes what stands in line, and an older state that was
+    /// written after a newer one would bring back a purged position or an earlier vote.
+    fn newest(&self, record: Record) -> Record {
+        let Record::State(who, queued) = record else { return record };
+        let now = self.0.groups.borrow().get(&who).map(|group| group.borrow().state.clone());
+        let state =
+            now.map_or(queued.clone(), |now| GroupState { truncate_after: queued.truncate_after, ..now });
+        Record::State(who, state)
     }
 
     /// Notes in the groups where the batch's records stand.
@@ -338,6 +400,7 @@ impl Journal {
                 finished.push(batch);
             }
         }
+        self.0.shorter.notify_waiters();
         for batch in finished {
             {
                 let groups = self.0.groups.borrow();
@@ -373,6 +436,7 @@ impl Journal {
             done(Err(error.clone()));
         }
         self.0.changed.notify_waiters();
+        self.0.shorter.notify_waiters();
     }
 
     /// Says, some time after the last batch, that it was flushed: a later rot of it is then no torn tail.
@@ -407,7 +471,8 @@ impl Journal {
     fn write_mark(&self) {
         let batch = {
             let mut state = self.0.state.borrow_mut();
-            if state.segment_blocks - state.head_block < 2 && !state.next_segment(true) {
+            // Not worth a reserve: a full journal is not idle for long.
+            if state.segment_blocks - state.head_block < 2 * DECLARATION_BLOCKS && !state.next_segment() {
                 return;
             }
             self.build(&mut state, Vec::new())

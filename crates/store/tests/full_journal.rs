@@ -1,0 +1,143 @@
+//! INV-ROOM: whatever fills the journal, a vote and a purge can be written, and after a purge everything goes on;
+//! also when the process ends at the worst moment.
+
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use holdfast_env::disk::Directory;
+use holdfast_env::real::disk::{OpenError, RealDirectory};
+use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, StoreOptions};
+use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
+use holdfast_types::{ClusterId, GroupId, LogIndex, NodeName, ReplicaId, StoreId, Term};
+
+const WHO: ReplicaIdentity = ReplicaIdentity { group: GroupId(7), replica: ReplicaId(1) };
+
+fn identity() -> StoreIdentity {
+    StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(1) }
+}
+
+fn options() -> StoreOptions {
+    StoreOptions { segment_bytes: 4 << 20, segments: 16 }
+}
+
+async fn directory(path: &Path) -> Rc<dyn Directory> {
+    // The tasks of the journal before end one by one; its lock goes with the last of them.
+    loop {
+        match RealDirectory::open(path) {
+            Ok(directory) => return directory,
+            Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn open(path: &Path) -> (Journal, Option<RecoveredGroup>) {
+    let directory = directory(path).await;
+    if Journal::identity_of(&directory).await.is_err() {
+        Journal::format(directory.clone(), &identity(), &options()).await.expect("formats");
+    }
+    let (journal, mut groups) = Journal::open(directory, &identity(), &options()).await.expect("opens");
+    (journal, groups.pop())
+}
+
+fn id(index: u64) -> EntryId {
+    EntryId { term: Term(1), leader: ReplicaId(1), index: LogIndex(index) }
+}
+
+fn entry(index: u64) -> LogEntry {
+    LogEntry {
+        id: id(index),
+        kind: 1,
+        head: Bytes::from_static(b"head"),
+        payload: vec![index as u8; 1 << 20].into(),
+    }
+}
+
+/// Appends entries of 1 MiB as a proposer does, until no more go; the last that is durable.
+async fn fill(log: &GroupLog, first: u64) -> u64 {
+    let durable = Rc::new(Cell::new(first - 1));
+    let held = Rc::new(RefCell::new(Vec::new()));
+    for index in first.. {
+        // As Raft's core does: what was admitted is appended at once.
+        let admitted = holdfast_env::timeout(Duration::from_millis(500), log.admit(1 << 20)).await;
+        let Ok(admitted) = admitted else { break };
+        held.borrow_mut().push((index, admitted));
+        let (durable, held) = (durable.clone(), held.clone());
+        let done = Box::new(move |result: Result<(), _>| {
+            result.expect("is flushed");
+            durable.set(index);
+            held.borrow_mut().retain(|(other, _)| *other != index);
+        });
+        log.append(vec![entry(index)], done);
+    }
+    durable.get()
+}
+
+/// A new log with its first entry.
+async fn begin(journal: &Journal) -> GroupLog {
+    let log = journal.create_group(WHO).await.expect("creates");
+    log.append(vec![entry(0)], Box::new(|result| result.expect("is flushed")));
+    log
+}
+
+async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
+    holdfast_env::timeout(Duration::from_secs(10), work).await.unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+#[test]
+fn a_full_journal_takes_a_vote_and_a_purge() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let (journal, _) = open(place.path()).await;
+        let log = begin(&journal).await;
+        let mut next = 1;
+        for round in 0..4u8 {
+            let durable = fill(&log, next).await;
+            assert!(durable >= next + 20, "round {round}: only {durable} were written");
+            within("a vote", log.save_vote(vec![round; 16].into())).await.expect("is saved");
+            within("a purge", log.purge(id(durable))).await.expect("is purged");
+            // What waited for room is written now.
+            next = within("the line", async {
+                while log.flushed() < log.last().expect("entries").index {
+                    holdfast_env::yield_now().await;
+                }
+                log.flushed().0 + 1
+            })
+            .await;
+        }
+    });
+}
+
+#[test]
+fn a_restart_with_a_full_journal_goes_on() {
+    let place = tempfile::tempdir().expect("a place");
+    let mut last_vote = None;
+    for round in 0..6u8 {
+        holdfast_env::real::run(async {
+            let (journal, recovered) = open(place.path()).await;
+            let log = match recovered {
+                Some(recovered) => {
+                    assert_eq!(recovered.state, holdfast_store::journal::Recovery::Clean, "round {round}");
+                    assert_eq!(recovered.log.vote(), last_vote, "round {round}");
+                    recovered.log
+                }
+                None => begin(&journal).await,
+            };
+            // Also with nothing free, as the round before left it.
+            let vote = Bytes::from(vec![round; 16]);
+            within("a vote", log.save_vote(vote.clone())).await.expect("is saved");
+            last_vote = Some(vote);
+            if let Some(last) = log.last().filter(|last| last.index > LogIndex::ZERO) {
+                let upto = EntryId { index: last.index, ..last };
+                within("a purge", log.purge(upto)).await.expect("is purged");
+            }
+            let first = log.last().map_or(1, |last| last.index.0 + 1);
+            let durable = fill(&log, first).await;
+            assert!(durable >= first + 20, "round {round}: only {} were written", durable + 1 - first);
+            // A cold end: no purge, no stop.
+        });
+    }
+}
