@@ -18,6 +18,9 @@ const CLEAN_AT_BYTES: u64 = 16 << 20;
 const IDLE: Duration = Duration::from_secs(5);
 /// Fraction of the journal in use above which logs are purged, in percent.
 const PURGE_ABOVE_PERCENT: u32 = 50;
+/// Above this fraction the log is not kept for a rebuild any more: retention slows nobody. A rebuild that falls out of
+/// the log begins again, and sends only what differs by then.
+const HOLD_BELOW_PERCENT: u32 = 60;
 
 /// Cleans one volume until it is dropped or its store fails.
 pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHold>) {
@@ -31,7 +34,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this).await {
             return;
         }
-        if pressed && !purge(&this, &hold).await {
+        if pressed && !purge(&this, &journal, &hold).await {
             return;
         }
         let before = this.group().position().applied_index();
@@ -75,9 +78,10 @@ pub(crate) async fn clean(volume: &Rc<Volume>) -> bool {
 }
 
 /// Purges the log to the checkpoint, or to what a rebuild from this replica still needs; false if the group stopped.
-async fn purge(volume: &Rc<Volume>, hold: &PurgeHold) -> bool {
+async fn purge(volume: &Rc<Volume>, journal: &Journal, hold: &PurgeHold) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
-    let upto = hold.index().map_or(checkpoint, |index| checkpoint.min(index));
+    let held = hold.index().filter(|_| journal.pressure().used_percent < HOLD_BELOW_PERCENT);
+    let upto = held.map_or(checkpoint, |index| checkpoint.min(index));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
     if upto <= purged {
         return true;

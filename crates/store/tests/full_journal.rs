@@ -97,7 +97,10 @@ fn a_full_journal_takes_a_vote_and_a_purge() {
         for round in 0..4u8 {
             let durable = fill(&log, next).await;
             assert!(durable >= next + 20, "round {round}: only {durable} were written");
-            within("a vote", log.save_vote(vec![round; 16].into())).await.expect("is saved");
+            // A vote lets the line through; without one only the purge does.
+            if round % 2 == 0 {
+                within("a vote", log.save_vote(vec![round; 16].into())).await.expect("is saved");
+            }
             within("a purge", log.purge(id(durable))).await.expect("is purged");
             // What waited for room is written now.
             next = within("the line", async {

@@ -24,8 +24,6 @@ pub struct Dev {
 /// A refused command.
 #[derive(Debug)]
 pub struct Refused {
-    /// The exit code.
-    pub code: i32,
     /// What it said.
     pub message: String,
 }
@@ -78,7 +76,7 @@ impl Dev {
 
     /// A command of the cluster; its result as JSON.
     pub async fn try_command(&self, arguments: &[&str]) -> Result<Value, Refused> {
-        let failed = |message: String| Refused { code: -1, message };
+        let failed = |message: String| Refused { message };
         let admin = format!("unix:{}", self.directory.join("admin.sock").display());
         let run = Command::new(&self.program)
             .args(["--admin", &admin, "-o", "json"])
@@ -92,7 +90,7 @@ impl Dev {
             .map_err(|error| failed(error.to_string()))?;
         if !output.status.success() {
             let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(Refused { code: output.status.code().unwrap_or(-1), message });
+            return Err(Refused { message });
         }
         serde_json::from_slice(&output.stdout).map_err(|error| failed(format!("{arguments:?}: {error}")))
     }

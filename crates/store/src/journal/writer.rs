@@ -175,11 +175,13 @@ impl State {
         true
     }
 
-    /// Whether an empty batch should say that segments are free, so that they may be written: nothing else can be.
-    fn may_declare(&self) -> bool {
+    /// Whether an empty batch should say that segments are free: what stands in line may wait for nothing else.
+    fn may_declare(&mut self) -> bool {
         let cooling = self.free.iter().any(|free| free.after > self.flushed);
-        let room = self.segment_blocks - self.head_block >= DECLARATION_BLOCKS;
-        cooling && room && self.usable() == 0 && self.in_flight.is_empty()
+        if !cooling || !self.in_flight.is_empty() {
+            return false;
+        }
+        self.segment_blocks - self.head_block >= DECLARATION_BLOCKS || self.take_segment()
     }
 
     /// Records for one batch that fits into what is left of the head segment.
