@@ -1,4 +1,7 @@
-//! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed.
+//! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed;
+//! `cargo xtask cluster` is the kill loop over real processes, as long as one likes.
+
+mod cluster;
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -7,36 +10,53 @@ use std::time::Instant;
 struct Suite {
     name: &'static str,
     what: &'static str,
-    arguments: &'static [&'static str],
-    environment: &'static [(&'static str, &'static str)],
+    how: How,
+}
+
+/// How a suite is run.
+enum How {
+    /// Cargo with these arguments and variables.
+    Cargo(&'static [&'static str], &'static [(&'static str, &'static str)]),
+    /// The kill loop over real processes with these arguments.
+    Cluster(&'static [&'static str]),
 }
 
 const SUITES: &[Suite] = &[
-    Suite { name: "fmt", what: "the formatting", arguments: &["fmt", "--all", "--check"], environment: &[] },
+    Suite { name: "fmt", what: "the formatting", how: How::Cargo(&["fmt", "--all", "--check"], &[]) },
     Suite {
         name: "clippy",
         what: "the lints",
-        arguments: &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"],
-        environment: &[],
+        how: How::Cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], &[]),
     },
     Suite {
         name: "docs",
         what: "the docstrings",
-        arguments: &["doc", "--workspace", "--no-deps", "--locked"],
-        environment: &[("RUSTDOCFLAGS", "-D warnings")],
+        how: How::Cargo(&["doc", "--workspace", "--no-deps", "--locked"], &[("RUSTDOCFLAGS", "-D warnings")]),
     },
     Suite {
         name: "unit",
         what: "unit, property and in-process tests",
-        arguments: &["test", "--workspace", "--locked"],
-        environment: &[],
+        how: How::Cargo(&["test", "--workspace", "--locked"], &[]),
+    },
+    Suite {
+        name: "cluster",
+        what: "kills of real processes whose unflushed writes are torn, under a verifying load",
+        how: How::Cluster(&["--kills", "12", "--seed", "1", "--disk", "tear", "--profile", "dev"]),
     },
 ];
 
 fn run(suite: &Suite) -> bool {
     println!("== {}: {}", suite.name, suite.what);
+    match suite.how {
+        How::Cluster(arguments) => cluster::run(arguments),
+        How::Cargo(arguments, environment) => cargo(arguments, environment),
+    }
+}
+
+/// Runs cargo; false if it fails.
+fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> bool {
     let mut command = Command::new(env!("CARGO"));
-    command.args(suite.arguments).envs(suite.environment.iter().copied());
+    command.args(arguments).envs(environment.iter().copied());
     match command.status() {
         Ok(status) => status.success(),
         Err(error) => {
@@ -74,8 +94,15 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => test(None),
         ["test", "--suite", name] => test(Some(name)),
+        ["cluster", ref rest @ ..] => {
+            if cluster::run(rest) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
         _ => {
-            eprintln!("usage: cargo xtask test [--suite NAME]");
+            eprintln!("usage: cargo xtask test [--suite NAME]\n       {}", cluster::USAGE);
             ExitCode::from(2)
         }
     }

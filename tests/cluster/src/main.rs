@@ -1,11 +1,10 @@
-//! Tests of real processes on loopback, run by `cargo xtask cluster`: SIGKILL, SIGSTOP, partitions and power cuts
-//! under a load that verifies every answer. Each run prints its seed and its figures.
+//! Tests of real processes on loopback, run by `cargo xtask cluster`: SIGKILL and power cuts under a load that
+//! verifies every answer. Each run prints its seed and its figures.
 
 mod dev;
 mod history;
 mod kills;
 mod load;
-mod partitions;
 mod random;
 
 use std::path::PathBuf;
@@ -43,11 +42,6 @@ enum Scenario {
         #[arg(long)]
         all_at_once: bool,
     },
-    /// Partition and pause of the attached node, re-attachment elsewhere, a deaf leader.
-    Partitions {
-        #[arg(long)]
-        seed: u64,
-    },
 }
 
 fn main() -> ExitCode {
@@ -65,7 +59,6 @@ fn main() -> ExitCode {
             Scenario::Kills { kills, seed, disk, all_at_once } => {
                 kills::run(&program, keep, &kills::Plan { kills, seed, disk, all_at_once }).await
             }
-            Scenario::Partitions { seed } => partitions::run(&program, keep, seed).await,
         }
     });
     match result {
