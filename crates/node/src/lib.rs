@@ -2,8 +2,8 @@
 //! admin API.
 //!
 //! [`daemon::run`] is one node. Its shard runs on the calling thread; the admin API runs on a small ordinary runtime
-//! and speaks with the shard by messages ([`handle::ShardHandle`]). What concerns another node is forwarded over the
-//! peer network ([`forward`]), so that any node answers for the cluster.
+//! and speaks with the shard by messages (`handle::ShardHandle`). What concerns another node is forwarded over the
+//! peer network (`forward`), so that any node answers for the cluster.
 
 pub mod admin;
 mod attachments;
