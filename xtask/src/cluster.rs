@@ -45,7 +45,7 @@ fn parse(given: &[&str]) -> Option<Arguments> {
 }
 
 /// Where cargo puts the programs of a profile.
-fn programs(profile: &str) -> Result<PathBuf, String> {
+pub fn programs(profile: &str) -> Result<PathBuf, String> {
     let metadata =
         cargo_metadata::MetadataCommand::new().no_deps().exec().map_err(|error| error.to_string())?;
     let directory = if profile == "dev" { "debug" } else { profile };

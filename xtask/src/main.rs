@@ -19,6 +19,8 @@ enum How {
     Cargo(&'static [&'static str], &'static [(&'static str, &'static str)]),
     /// The kill loop over real processes with these arguments.
     Cluster(&'static [&'static str]),
+    /// The demonstration that a user sees, with less data.
+    Demo(&'static [&'static str]),
 }
 
 const SUITES: &[Suite] = &[
@@ -43,14 +45,33 @@ const SUITES: &[Suite] = &[
         what: "kills of real processes whose unflushed writes are torn, under a verifying load",
         how: How::Cluster(&["--kills", "12", "--seed", "1", "--disk", "tear", "--profile", "dev"]),
     },
+    Suite {
+        name: "demo",
+        what: "the demonstration zone-loss with a small tree, unflushed writes discarded at the kills",
+        how: How::Demo(&["--demo", "zone-loss", "--demo-data", "32MiB", "--disk", "discard"]),
+    },
 ];
 
 fn run(suite: &Suite) -> bool {
     println!("== {}: {}", suite.name, suite.what);
     match suite.how {
         How::Cluster(arguments) => cluster::run(arguments),
+        How::Demo(arguments) => demo(arguments).unwrap_or_else(|why| {
+            println!("{why}");
+            false
+        }),
         How::Cargo(arguments, environment) => cargo(arguments, environment),
     }
+}
+
+/// Builds the program and plays a demonstration; false if a check of it did not hold.
+fn demo(arguments: &[&str]) -> Result<bool, String> {
+    if !cargo(&["build", "--locked", "-p", "holdfast"], &[]) {
+        return Ok(false);
+    }
+    let program = cluster::programs("dev")?.join("holdfast");
+    let status = Command::new(program).arg("dev").args(arguments).status();
+    status.map(|status| status.success()).map_err(|error| format!("the demonstration: {error}"))
 }
 
 /// Runs cargo; false if it fails.

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use holdfast_node::cluster::LoopbackPlan;
 use holdfast_types::{ByteSize, ErrorCode, UserError};
 
 use crate::output::Format;
@@ -72,30 +73,66 @@ pub struct DevOptions {
     /// Zones of each region.
     #[arg(long, default_value_t = 3)]
     pub zones: usize,
-    /// Nodes of each zone.
-    #[arg(long, default_value_t = 1)]
-    pub nodes_per_zone: usize,
+    /// Nodes of each zone; 1, or 2 in a demonstration.
+    #[arg(long, value_name = "N")]
+    pub nodes_per_zone: Option<usize>,
     /// Add a witness node in a domain of its own.
     #[arg(long)]
     pub witness: bool,
-    /// Where everything is kept.
-    #[arg(long, default_value = "holdfast-dev", value_name = "DIR")]
-    pub dir: PathBuf,
+    /// Where everything is kept; holdfast-dev, or in a demonstration a directory that is removed at its end.
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
     /// Delay between regions, one way: for example 30ms.
     #[arg(long, value_name = "DELAY")]
     pub wan: Option<String>,
     /// Seconds after which a silent node is lost and its replicas are placed elsewhere.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     pub lost_after: u64,
-    /// Size of each node's journal.
-    #[arg(long, default_value = "256MiB", value_name = "SIZE")]
-    pub journal: ByteSize,
+    /// Size of each node's journal; 256MiB, or 64MiB in a demonstration.
+    #[arg(long, value_name = "SIZE")]
+    pub journal: Option<ByteSize>,
     /// What happens to a daemon's unflushed writes when it is killed: for trying power cuts.
     #[arg(long, default_value = "plain", value_name = "MODE")]
     pub disk: holdfast_node::config::DiskMode,
-    /// Play a demonstration and exit: zone-loss.
-    #[arg(long, value_name = "NAME")]
-    pub demo: Option<String>,
+    /// Play a demonstration, print what it showed, and exit; 0 only if every check held.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["regions", "zones", "nodes_per_zone"])]
+    pub demo: Option<Demo>,
+    /// How much of a directory tree the demonstration loads.
+    #[arg(long, value_name = "SIZE", default_value = "300MiB", hide = true, requires = "demo")]
+    pub demo_data: ByteSize,
+}
+
+impl DevOptions {
+    /// The directory of a cluster that stays.
+    pub fn directory(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DIRECTORY))
+    }
+
+    /// The cluster that is asked for.
+    pub fn plan(&self) -> LoopbackPlan {
+        let demo = self.demo.is_some();
+        LoopbackPlan {
+            regions: self.regions,
+            zones: self.zones,
+            nodes_per_zone: self.nodes_per_zone.unwrap_or(if demo { 2 } else { 1 }),
+            lost_after_seconds: self.lost_after,
+            // A demonstration wants to see the log purged soon.
+            journal_bytes: self.journal.map_or(if demo { 64 << 20 } else { 256 << 20 }, |size| size.0),
+            disk: self.disk,
+        }
+    }
+}
+
+/// Where `dev` keeps a cluster if nothing else is said.
+const DEFAULT_DIRECTORY: &str = "holdfast-dev";
+
+/// A demonstration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Demo {
+    /// A volume with a directory tree outlives the loss of zones.
+    ZoneLoss,
+    /// The same under PostgreSQL on ext4; needs root and PostgreSQL.
+    Postgres,
 }
 
 #[derive(Subcommand)]
@@ -103,7 +140,7 @@ pub enum DevCommand {
     /// Faults on a running development cluster.
     Ctl {
         /// The cluster's directory.
-        #[arg(long, default_value = "holdfast-dev", value_name = "DIR")]
+        #[arg(long, default_value = DEFAULT_DIRECTORY, value_name = "DIR")]
         dir: PathBuf,
         #[command(subcommand)]
         action: CtlAction,
@@ -301,6 +338,13 @@ pub enum ReplicaCommand {
         /// Really.
         #[arg(long)]
         yes: bool,
+    },
+    /// Give the leadership to a replica, without an error and with a stall of milliseconds.
+    Lead {
+        /// The volume.
+        volume: String,
+        /// The replica's number.
+        replica: u64,
     },
     /// Replace a replica by one on another node.
     Move {

@@ -47,6 +47,10 @@ impl Output {
     pub fn new(format: Format) -> Self {
         Self { format }
     }
+    /// Whether it is for people.
+    pub fn is_human(&self) -> bool {
+        matches!(self.format, Format::Table | Format::Wide)
+    }
     /// Whether there is room for more columns.
     pub fn wide(&self) -> bool {
         self.format == Format::Wide

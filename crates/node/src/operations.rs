@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use holdfast_catalog::volumes;
+use holdfast_env::Instant;
 use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, ReplicaPhase, VolumePhase, VolumeRecord};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
+use holdfast_replica::administration::ShardRequest;
 use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_types::{ErrorCode, LogIndex, NodeName, ReplicaId, UserError, VolumeId};
 
@@ -388,6 +390,42 @@ impl Shard {
         }
         self.mark_leaving(&record, ReplicaId(replica)).await?;
         self.settled(record.id).await
+    }
+
+    /// Gives the leadership to a replica; it is refused while that replica is behind, and may be asked for again.
+    pub(crate) async fn lead_replica(
+        self: Rc<Self>,
+        volume: String,
+        replica: u64,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&volume).await?;
+        let to = ReplicaId(replica);
+        if !record.replicas.iter().any(|at| at.id == to && at.phase == ReplicaPhase::Voter) {
+            let message = format!("volume {volume} has no voting replica {replica}");
+            return Err(UserError::new(ErrorCode::NotFound, message)
+                .hint(format!("`holdfast replica list {volume}` shows them")));
+        }
+        let until = Instant::now() + PATIENCE;
+        let mut asked = false;
+        loop {
+            let reports = volumes::replica_reports(&self.rpc, &record).await;
+            let leader = volumes::leader_of(&reports).map(|(id, _)| id);
+            if leader == Some(to) {
+                return Ok(self.show(&record).await);
+            }
+            if let Some(at) = record.replicas.iter().find(|at| Some(at.id) == leader)
+                && !std::mem::replace(&mut asked, true)
+            {
+                let request = ShardRequest::Transfer { group: record.group, to };
+                volumes::shard(&self.rpc, at.store, &request).await?;
+            }
+            if Instant::now() >= until {
+                let message = format!("replica {replica} of volume {volume} does not lead in time");
+                return Err(UserError::new(ErrorCode::TimedOut, message)
+                    .hint("`holdfast volume show` tells which replicas answer"));
+            }
+            holdfast_env::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// A new replica joins, then the old one leaves.

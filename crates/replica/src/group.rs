@@ -24,6 +24,7 @@ use openraft::raft::AppendEntriesRequest;
 use openraft::{ChangeMembers, ReadPolicy, ServerState};
 use tokio::sync::{Notify, mpsc};
 
+use crate::catch_up::{CatchUp, Heard};
 use crate::codec;
 use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
 use crate::log::Log;
@@ -84,6 +85,9 @@ pub struct Group {
     leading_since: Cell<Option<(Term, Instant)>>,
     leadership: Notify,
     transferring: Cell<bool>,
+    catch_up: RefCell<CatchUp>,
+    /// Bytes of the last catch-up by log that has ended.
+    caught_up: Cell<Option<u64>>,
 }
 
 fn stopped(error: impl std::fmt::Display) -> GroupError {
@@ -119,6 +123,8 @@ impl Group {
             leading_since: Cell::new(None),
             leadership: Notify::new(),
             transferring: Cell::new(false),
+            catch_up: RefCell::default(),
+            caught_up: Cell::new(None),
         });
         holdfast_env::spawn("group-silence", Self::end_silence(Rc::downgrade(&group), silent_until));
         holdfast_env::spawn("group-leadership", Self::watch_leadership(Rc::downgrade(&group)));
@@ -415,13 +421,17 @@ impl Group {
         match head.method {
             Method::StreamAppend => {
                 let stream = input.u64()?;
+                let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
+                self.hear(&request, bytes);
                 if self.check_entries(&request.entries) {
                     self.stream_append(head.from, stream, request, responder);
                 }
             }
             Method::Append => {
+                let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
+                self.hear(&request, bytes);
                 if self.check_entries(&request.entries) {
                     self.answer(responder, |raft| async move {
                         raft.append_entries(request).await.map(|r| codec::append_response(&r))
@@ -455,6 +465,29 @@ impl Group {
             Method::InstallSnapshot => responder.refuse("snapshots are taken by the shard"),
         }
         Ok(())
+    }
+
+    fn hear(&self, request: &AppendEntriesRequest<Types>, bytes: usize) {
+        let heard = Heard {
+            last: self.log.last().map_or(LogIndex::ZERO, |id| id.index),
+            committed: request.leader_commit.map_or(LogIndex::ZERO, |id| LogIndex(id.index)),
+            first: request.entries.first().map(|entry| LogIndex(entry.log_id.index)),
+            bytes: bytes as u64,
+        };
+        if let Some(bytes) = self.catch_up.borrow_mut().hear(heard) {
+            self.caught_up.set(Some(bytes));
+        }
+    }
+
+    /// Bytes of a catch-up by log that has ended since the last call.
+    pub(crate) fn take_caught_up(&self) -> Option<u64> {
+        self.caught_up.take()
+    }
+
+    /// The content has come by chunks: the log that follows is not counted as another catch-up.
+    pub(crate) fn note_rebuilt(&self) {
+        self.catch_up.borrow_mut().rebuilt();
+        self.caught_up.set(None);
     }
 
     /// Refuses entries whose block data does not match its checksums: a flipped bit on the way must not be stored.

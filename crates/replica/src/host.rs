@@ -417,6 +417,7 @@ async fn receive(
         data.staged = Some(received.staged);
         data.serve_floor = received.serve_floor;
         *volume.healed.borrow_mut() = ("chunks".into(), received.bytes);
+        group.note_rebuilt();
     }
     Ok(group.install(vote, meta, data).await?)
 }

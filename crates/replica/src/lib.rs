@@ -8,6 +8,7 @@
 //! `config`, `log`, `machine`, `network` and `group` names an openraft type.
 
 pub mod administration;
+mod catch_up;
 mod cleaner;
 mod codec;
 pub mod config;

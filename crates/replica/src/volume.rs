@@ -460,6 +460,9 @@ impl Volume {
             report.holder = state.holder().map(|holder| holder.node.to_string()).unwrap_or_default();
             report.size = state.size().0;
         }
+        if let Some(bytes) = self.group.take_caught_up() {
+            *self.healed.borrow_mut() = ("log".into(), bytes);
+        }
         let healed = self.healed.borrow().clone();
         (report.healed_by, report.healed_bytes) = healed;
         match self.data().space().await {

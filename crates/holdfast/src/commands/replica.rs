@@ -25,6 +25,9 @@ pub fn run(command: ReplicaCommand, admin: Option<String>, output: &Output) -> R
                 confirmed(yes, "removing a replica")?;
                 reply(client.remove_replica(pb::RemoveReplicaRequest { volume, replica }).await)
             }
+            ReplicaCommand::Lead { volume, replica } => {
+                reply(client.lead_replica(pb::LeadReplicaRequest { volume, replica }).await)
+            }
             ReplicaCommand::Move { volume, replica, to } => {
                 let node = to.unwrap_or_default();
                 reply(client.replace_replica(pb::ReplaceReplicaRequest { volume, replica, node }).await)

@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use holdfast_node::admin::pb;
-use holdfast_node::cluster::{LoopbackPlan, create_loopback};
+use holdfast_node::cluster::create_loopback;
 use holdfast_node::config::{Layout, NodeConfig};
 use holdfast_types::{ErrorCode, UserError};
 use rustix::process::{Pid, Signal, kill_process};
@@ -334,15 +334,7 @@ impl Cluster {
 }
 
 fn create(directory: &Path, options: &DevOptions) -> Result<Vec<String>, UserError> {
-    let plan = LoopbackPlan {
-        regions: options.regions,
-        zones: options.zones,
-        nodes_per_zone: options.nodes_per_zone,
-        lost_after_seconds: options.lost_after,
-        journal_bytes: options.journal.0,
-        disk: options.disk,
-    };
-    let made = create_loopback(directory, &plan, random)?;
+    let made = create_loopback(directory, &options.plan(), random)?;
     let names: Vec<String> = made.iter().map(|(_, config)| config.location.node.to_string()).collect();
     let json = serde_json::to_vec(&names).map_err(|error| failed("nodes.json", error))?;
     // Last, so that an interrupted creation begins anew.

@@ -6,6 +6,7 @@
 
 pub mod cluster;
 pub mod ctl;
+mod demo;
 mod faults;
 mod proxy;
 
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use holdfast_types::{ErrorCode, UserError};
 use tokio::sync::Mutex;
 
-use crate::cli::{DevOptions, not_built, usage};
+use crate::cli::{DevOptions, usage};
 use crate::client::runtime;
 use crate::output::Output;
 use cluster::Cluster;
@@ -28,32 +29,29 @@ pub fn follow_parent() -> Result<(), UserError> {
 }
 
 fn checked(options: &DevOptions) -> Result<(), UserError> {
-    if options.witness {
-        let mut error = not_built(&["explain".to_owned()]);
-        error.message = "witness nodes are not built yet".into();
-        return Err(error);
+    if !options.witness {
+        return Ok(());
     }
-    match options.demo.as_deref() {
-        None => Ok(()),
-        Some(demo @ ("zone-loss" | "postgres")) => {
-            let mut error = not_built(&["explain".to_owned()]);
-            error.message = format!("the demonstration {demo} is not built yet");
-            Err(error)
-        }
-        Some(other) => Err(usage(format!("there is no demonstration '{other}'"), "use zone-loss")),
-    }
+    Err(UserError::new(ErrorCode::Unimplemented, "witness nodes are not built yet")
+        .hint("leave --witness out: three zones with a whole replica in each keep a quorum without one"))
 }
 
-/// Runs the cluster until SIGINT or SIGTERM.
+/// The running cluster, as everything that serves it holds it.
+pub(crate) type Shared = Arc<Mutex<Cluster>>;
+
+/// Runs the cluster until SIGINT or SIGTERM, or until its demonstration has ended.
 pub fn run(options: DevOptions, output: &Output) -> Result<ExitCode, UserError> {
     checked(&options)?;
-    let directory = absolute(&options.dir)?;
+    if let Some(which) = options.demo {
+        return demo::run(which, &options, output);
+    }
+    let directory = absolute(&options.directory())?;
     runtime()?.block_on(async move {
-        let cluster = Cluster::open(&directory, &options)?;
-        let cluster = Arc::new(Mutex::new(cluster));
-        let result = serve(&cluster, &directory, &options, output).await;
-        cluster.lock().await.stop().await;
-        result.map(|()| ExitCode::SUCCESS)
+        let work = async |cluster: Shared| {
+            greet(&cluster, &directory, output).await;
+            std::future::pending::<Result<(), UserError>>().await
+        };
+        with_cluster(&directory, &options, work).await.map(|_interrupted| ExitCode::SUCCESS)
     })
 }
 
@@ -72,38 +70,46 @@ fn absolute(path: &Path) -> Result<PathBuf, UserError> {
     Ok(full)
 }
 
-async fn serve(
-    cluster: &Arc<Mutex<Cluster>>,
+/// Starts the cluster of a directory, serves its sockets, does `work`, and stops all that was started, whatever
+/// happens. None if SIGINT or SIGTERM came before the work had ended.
+async fn with_cluster<T>(
     directory: &Path,
     options: &DevOptions,
-    output: &Output,
-) -> Result<(), UserError> {
+    work: impl AsyncFnOnce(Shared) -> Result<T, UserError>,
+) -> Result<Option<T>, UserError> {
     let stop = stop_signal()?;
-    let starting = async {
-        let mut starting = cluster.lock().await;
-        starting.start_all()?;
-        starting.wait_until_serving().await?;
-        if let Some(wan) = &options.wan {
-            starting.delay_regions(wan).await?;
+    let cluster = Arc::new(Mutex::new(Cluster::open(directory, options)?));
+    let serving = async {
+        start(&cluster, options).await?;
+        let admin = proxy::serve(&directory.join("admin.sock"), cluster.clone())?;
+        let control = ctl::serve(&directory.join("ctl.sock"), cluster.clone())?;
+        // Last: who waits for it finds everything else there.
+        cluster.lock().await.write_description()?;
+        tokio::select! {
+            done = work(cluster.clone()) => done.map(Some),
+            ended = admin => ended.map(|()| None),
+            ended = control => ended.map(|()| None),
         }
-        starting.write_description()
     };
-    tokio::pin!(stop);
-    tokio::select! {
-        started = starting => started?,
-        () = &mut stop => return Ok(()),
-    }
-    let admin = proxy::serve(&directory.join("admin.sock"), cluster.clone())?;
-    let control = ctl::serve(&directory.join("ctl.sock"), cluster.clone())?;
-    greet(cluster, directory, output).await;
-    tokio::select! {
-        () = &mut stop => Ok(()),
-        ended = admin => ended,
-        ended = control => ended,
+    let result = tokio::select! {
+        result = serving => result,
+        () = stop => Ok(None),
+    };
+    cluster.lock().await.stop().await;
+    result
+}
+
+async fn start(cluster: &Shared, options: &DevOptions) -> Result<(), UserError> {
+    let mut starting = cluster.lock().await;
+    starting.start_all()?;
+    starting.wait_until_serving().await?;
+    match &options.wan {
+        Some(wan) => starting.delay_regions(wan).await,
+        None => Ok(()),
     }
 }
 
-async fn greet(cluster: &Arc<Mutex<Cluster>>, directory: &Path, output: &Output) {
+async fn greet(cluster: &Shared, directory: &Path, output: &Output) {
     let description = cluster.lock().await.description();
     output.show(&description, || {
         let names = description.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>().join(", ");

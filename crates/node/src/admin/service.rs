@@ -101,6 +101,10 @@ impl Admin for AdminService {
         let request = request.into_inner();
         reply(self.0.run(move |shard| shard.remove_replica(request.volume, request.replica)).await)
     }
+    async fn lead_replica(&self, request: Request<pb::LeadReplicaRequest>) -> Reply<pb::Volume> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.lead_replica(request.volume, request.replica)).await)
+    }
     async fn set_faults(&self, request: Request<pb::SetFaultsRequest>) -> Reply<pb::SetFaultsReply> {
         let request = request.into_inner();
         let work = move |shard: std::rc::Rc<crate::shard::Shard>| async move {
