@@ -26,6 +26,7 @@ use stage::Stage;
 const VOLUME_BYTES: u64 = 1 << 30;
 /// Where the blocks begin that the guest overwrites; what is loaded lies before them.
 const SCRATCH_AT: u64 = VOLUME_BYTES / 2;
+const _: () = assert!(SCRATCH_AT + guest::AREA_BYTES <= VOLUME_BYTES);
 
 fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
@@ -152,7 +153,6 @@ mod tests {
         for (bytes, fits) in [(0, false), (32 << 20, true), (300 << 20, true), (500 << 20, false)] {
             assert_eq!(check_data(bytes).is_ok(), fits, "{bytes}");
         }
-        assert!(SCRATCH_AT + guest::AREA_BYTES <= VOLUME_BYTES);
         assert!(needed_bytes(6, 64 << 20, 300 << 20) > 2 << 30);
     }
 }
