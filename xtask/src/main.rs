@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed;
-//! `cargo xtask cluster` is the kill loop over real processes, as long as one likes.
+//! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask bench first` measures.
 
+mod bench;
 mod cluster;
 
 use std::process::{Command, ExitCode};
@@ -115,6 +116,13 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => test(None),
         ["test", "--suite", name] => test(Some(name)),
+        ["bench", "first", ref rest @ ..] => {
+            if bench::run(rest) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
         ["cluster", ref rest @ ..] => {
             if cluster::run(rest) {
                 ExitCode::SUCCESS
@@ -123,7 +131,11 @@ fn main() -> ExitCode {
             }
         }
         _ => {
-            eprintln!("usage: cargo xtask test [--suite NAME]\n       {}", cluster::USAGE);
+            eprintln!(
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}",
+                cluster::USAGE,
+                bench::USAGE
+            );
             ExitCode::from(2)
         }
     }

@@ -30,6 +30,10 @@ pub enum Command {
         /// The node's data directory; runs its daemon in the foreground.
         #[arg(long, value_name = "DIR")]
         data_dir: Option<PathBuf>,
+        /// Serve metrics over HTTP at this address instead of the configured one; without TLS or password, so keep
+        /// it on loopback.
+        #[arg(long, value_name = "HOST:PORT")]
+        metrics: Option<String>,
         /// End when the process that started this one ends.
         #[arg(long, hide = true)]
         follow_parent: bool,

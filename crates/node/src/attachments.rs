@@ -112,6 +112,13 @@ impl Attachments {
         self.running.borrow().len()
     }
 
+    /// The name of an attached volume.
+    pub(crate) fn name_of(&self, group: GroupId) -> Option<String> {
+        let running = self.running.borrow();
+        let found = running.values().find(|attached| attached.session.group() == group);
+        found.map(|attached| attached.name.clone())
+    }
+
     /// Writes the notes: whole or not at all.
     fn save(&self) -> Result<(), UserError> {
         let wrong = |error: &dyn std::fmt::Display| {

@@ -13,6 +13,8 @@ use crate::config::{DiskMode, Layout, NodeConfig, PeerConfig};
 const CATALOG_MEMBERS: usize = 3;
 /// The port on which nodes of a loopback cluster listen; their addresses differ.
 const PORT: u16 = 7400;
+/// The port on which they serve their metrics.
+const METRICS_PORT: u16 = 7401;
 
 /// What a cluster on loopback looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +113,10 @@ pub fn create_loopback(
             listen: peer.address.clone(),
             peers: peers.clone(),
             catalog: catalog(&nodes),
+            metrics: peer
+                .address
+                .strip_suffix(&format!(":{PORT}"))
+                .map(|host| format!("{host}:{METRICS_PORT}")),
             lost_after_seconds: plan.lost_after_seconds,
             journal_bytes: plan.journal_bytes,
             allow_faults: true,

@@ -34,6 +34,9 @@ pub struct NodeConfig {
     pub peers: Vec<PeerConfig>,
     /// The catalog's members.
     pub catalog: BTreeMap<ReplicaId, StoreId>,
+    /// Where it serves its metrics over HTTP, `host:port`; not at all if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
     /// Seconds without an answer after which a node is lost and its replicas are placed elsewhere.
     #[serde(default = "default_lost_after")]
     pub lost_after_seconds: u64,

@@ -12,24 +12,31 @@ use crate::admin::pb::admin_server::AdminServer;
 use crate::admin::service::AdminService;
 use crate::config::Layout;
 use crate::handle::{self, ShardHandle};
+use crate::metrics;
 use crate::shard::Shard;
 
 /// How long replicas may take to stop. Nothing depends on it: a stop is a crash that was announced.
 const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
-/// Threads of the runtime that serves the admin API.
+/// Threads of the runtime that serves the admin API and the metrics.
 const ADMIN_THREADS: usize = 1;
 
 fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
 }
 
-/// Runs the node of a data directory until SIGTERM or SIGINT.
-pub fn run(directory: &Path) -> Result<(), UserError> {
+/// Runs the node of a data directory until SIGTERM or SIGINT. `metrics` is where it serves its metrics over HTTP; if it
+/// is left out, its configuration tells.
+pub fn run(directory: &Path, metrics: Option<String>) -> Result<(), UserError> {
     let layout = Layout::new(directory);
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {
         let shard = Shard::start(layout.clone()).await?;
-        let admin = AdminThread::start(&layout, handle)?;
+        let metrics = metrics.or_else(|| shard.config.metrics.clone());
+        let metrics = metrics.as_deref().map(metrics::bind).transpose()?;
+        if let Some(metrics) = &metrics {
+            tracing::info!(url = %format_args!("http://{}/metrics", metrics.address()), "serving metrics");
+        }
+        let admin = AdminThread::start(&layout, handle, metrics)?;
         holdfast_env::spawn("jobs", jobs.serve(shard.clone()));
         tracing::info!(node = %shard.config.location.node, address = %shard.network.address(), "serving");
         wait_for_signal().await?;
@@ -66,7 +73,11 @@ struct AdminThread {
 
 impl AdminThread {
     /// Serves the admin API on the node's unix socket, for its owner only.
-    fn start(layout: &Layout, handle: ShardHandle) -> Result<Self, UserError> {
+    fn start(
+        layout: &Layout,
+        handle: ShardHandle,
+        metrics: Option<metrics::Server>,
+    ) -> Result<Self, UserError> {
         let path = layout.admin_socket();
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -85,7 +96,7 @@ impl AdminThread {
         let thread = std::thread::Builder::new()
             .name("admin".into())
             .spawn(move || {
-                if let Err(error) = serve(listener, handle, stopped) {
+                if let Err(error) = serve(listener, handle, metrics, stopped) {
                     tracing::error!(%error, "the admin API has ended");
                 }
             })
@@ -105,6 +116,7 @@ impl AdminThread {
 fn serve(
     listener: std::os::unix::net::UnixListener,
     handle: ShardHandle,
+    metrics: Option<metrics::Server>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let runtime =
@@ -112,11 +124,18 @@ fn serve(
     runtime.block_on(async {
         let incoming = UnixListenerStream::new(UnixListener::from_std(listener)?);
         let serving = tonic::transport::Server::builder()
-            .add_service(AdminServer::new(AdminService(handle)))
+            .add_service(AdminServer::new(AdminService(handle.clone())))
             .serve_with_incoming(incoming);
+        let metrics = async {
+            match metrics {
+                Some(server) => server.serve(handle).await,
+                None => std::future::pending().await,
+            }
+        };
         // Calls under way end with the daemon: each is safe to repeat.
         tokio::select! {
             result = serving => result?,
+            result = metrics => result?,
             _ = stopped => {}
         }
         Ok(())

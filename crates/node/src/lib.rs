@@ -13,6 +13,7 @@ pub mod daemon;
 mod device;
 mod forward;
 mod handle;
+mod metrics;
 mod operations;
 mod parameters;
 mod shard;

@@ -31,6 +31,7 @@ use crate::log::Log;
 use crate::machine::{Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
+use crate::usage::{Counters, GroupUsage};
 
 /// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
 const STREAM_QUEUE_MAX: usize = 64;
@@ -88,6 +89,7 @@ pub struct Group {
     catch_up: RefCell<CatchUp>,
     /// Bytes of the last catch-up by log that has ended.
     caught_up: Cell<Option<u64>>,
+    counters: Counters,
 }
 
 fn stopped(error: impl std::fmt::Display) -> GroupError {
@@ -106,8 +108,20 @@ impl Group {
         fresh: bool,
     ) -> Result<Rc<Self>, GroupError> {
         let config = raft_config(&environment.timers, &id.group.to_string());
-        let networks = Networks { rpc: environment.rpc.clone(), group: id.group, local: id.replica };
-        let machine = Machine { inner: machine, position: position.clone() };
+        let counters = Counters::default();
+        let networks = Networks {
+            rpc: environment.rpc.clone(),
+            group: id.group,
+            local: id.replica,
+            counters: counters.clone(),
+        };
+        let machine = Machine {
+            inner: machine,
+            position: position.clone(),
+            log: log.clone(),
+            counters: counters.clone(),
+            captures: Rc::default(),
+        };
         let storage = Log::new(log.clone(), position);
         let raft =
             Raft::new(id.replica.0, config, networks, storage, machine.clone()).await.map_err(stopped)?;
@@ -125,6 +139,7 @@ impl Group {
             transferring: Cell::new(false),
             catch_up: RefCell::default(),
             caught_up: Cell::new(None),
+            counters,
         });
         holdfast_env::spawn("group-silence", Self::end_silence(Rc::downgrade(&group), silent_until));
         holdfast_env::spawn("group-leadership", Self::watch_leadership(Rc::downgrade(&group)));
@@ -151,6 +166,9 @@ impl Group {
                 let before = group.leading_since.get().map(|(term, _)| term);
                 if leading != before {
                     group.leading_since.set(leading.map(|term| (term, Instant::now())));
+                    if leading.is_some() {
+                        group.counters.count(|usage| usage.leaderships += 1);
+                    }
                     group.transferring.set(false);
                     group.leadership.notify_waiters();
                 }
@@ -176,6 +194,13 @@ impl Group {
     /// Its part of the journal.
     pub fn log(&self) -> &GroupLog {
         &self.log
+    }
+    /// Counters since the daemon started.
+    pub fn usage(&self) -> GroupUsage {
+        self.counters.now()
+    }
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
     }
     /// Since when it leads, and in which term.
     pub fn leading_since(&self) -> Option<(Term, Instant)> {
@@ -209,6 +234,7 @@ impl Group {
         if self.transferring.get() {
             return Err(GroupError::NotLeader { leader: None });
         }
+        self.counters.count(|usage| usage.proposals += 1);
         let write = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.client_write(data)).await;
         match write {
             Err(_) => Err(GroupError::TimedOut),
@@ -351,6 +377,7 @@ impl Group {
         };
         holdfast_env::timeout(PROPOSE_DEADLINE, shown).await.map_err(|_| GroupError::TimedOut)??;
         let upto = upto.min(checkpoint.id.index);
+        self.counters.count(|usage| usage.purges += 1);
         self.raft.trigger().purge_log(upto.0).await.map_err(stopped)
     }
 
@@ -492,6 +519,10 @@ impl Group {
 
     /// Refuses entries whose block data does not match its checksums: a flipped bit on the way must not be stored.
     fn check_entries(&self, entries: &[Entry]) -> bool {
+        self.counters.count(|usage| {
+            usage.appends_received += 1;
+            usage.entries_received += entries.len() as u64;
+        });
         entries.iter().all(|entry| match &entry.payload {
             openraft::EntryPayload::Normal(data) => match self.machine.inner.check(data) {
                 Ok(()) => true,
@@ -591,6 +622,9 @@ async fn serve_stream(
 impl holdfast_store::volume::CheckpointSource for Machine {
     fn capture(&self) -> holdfast_store::volume::Checkpoint {
         Machine::capture(self)
+    }
+    fn captured_up_to(&self, index: LogIndex) -> Option<holdfast_store::volume::Checkpoint> {
+        Machine::captured_up_to(self, index)
     }
 }
 

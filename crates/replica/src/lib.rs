@@ -19,10 +19,12 @@ pub mod machine;
 pub mod messages;
 mod network;
 pub mod rebuild;
+mod usage;
 pub mod volume;
 
 pub use config::{AppData, AppReply, Timers};
 pub use group::{Group, GroupEnvironment, GroupError};
 pub use host::{Faulty, Host, NewReplica};
 pub use machine::{ApplyError, Position, Staged, StateMachine};
+pub use usage::GroupUsage;
 pub use volume::Volume;

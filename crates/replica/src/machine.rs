@@ -4,12 +4,14 @@
 //! and is repeated from the journal after a restart.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::io;
 use std::rc::Rc;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use futures_util::{Stream, TryStreamExt};
+use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::Checkpoint;
 use holdfast_store::{EntryId, StoreError};
 use holdfast_types::LogIndex;
@@ -20,6 +22,7 @@ use tokio::sync::Notify;
 
 use crate::codec;
 use crate::config::{AppData, AppReply, LogId, Snapshot, SnapshotMeta, StoredMembership, Types};
+use crate::usage::Counters;
 
 /// Why an entry could not be applied. Fatal: a replica that skipped an entry would diverge, so it stops.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -151,9 +154,61 @@ impl Position {
 pub(crate) struct Machine {
     pub(crate) inner: Rc<dyn StateMachine>,
     pub(crate) position: Rc<Position>,
+    pub(crate) log: GroupLog,
+    pub(crate) counters: Counters,
+    /// States of the near past, for a cleaner that has to stay behind the local flush.
+    pub(crate) captures: Rc<Captures>,
+}
+
+/// States of the near past, by index: those that wait for the local flush, and the newest that does not.
+#[derive(Default)]
+pub(crate) struct Captures {
+    kept: RefCell<VecDeque<Checkpoint>>,
+    /// Applied since the last one.
+    bytes: Cell<usize>,
+    entries: Cell<usize>,
+}
+
+/// So many bytes of payload, or so many entries, lie between two captures.
+const CAPTURE_EVERY_BYTES: usize = 2 << 20;
+const CAPTURE_EVERY_ENTRIES: usize = 1024;
+/// Captures at once: more than what admission lets stand in line before the local flush.
+const CAPTURES_MAX: usize = 48;
+
+impl Captures {
+    fn applied(&self, payload: usize) {
+        self.bytes.set(self.bytes.get() + payload);
+        self.entries.set(self.entries.get() + 1);
+    }
+    fn is_due(&self) -> bool {
+        self.bytes.get() >= CAPTURE_EVERY_BYTES || self.entries.get() >= CAPTURE_EVERY_ENTRIES
+    }
+    fn keep(&self, checkpoint: Checkpoint, flushed: LogIndex) {
+        self.bytes.set(0);
+        self.entries.set(0);
+        let mut kept = self.kept.borrow_mut();
+        while kept.get(1).is_some_and(|second| second.id.index <= flushed) {
+            kept.pop_front();
+        }
+        if kept.len() < CAPTURES_MAX {
+            kept.push_back(checkpoint);
+        }
+    }
+    fn up_to(&self, index: LogIndex) -> Option<Checkpoint> {
+        self.kept.borrow().iter().rev().find(|kept| kept.id.index <= index).cloned()
+    }
+    fn clear(&self) {
+        self.kept.borrow_mut().clear();
+    }
 }
 
 impl Machine {
+    /// The newest known state that is not after `index`.
+    pub(crate) fn captured_up_to(&self, index: LogIndex) -> Option<Checkpoint> {
+        let now = self.position.applied_index() <= index;
+        if now { Some(self.capture()) } else { self.captures.up_to(index) }
+    }
+
     /// The state at exactly the last applied entry.
     pub(crate) fn capture(&self) -> Checkpoint {
         Checkpoint {
@@ -188,9 +243,13 @@ impl Machine {
                 *self.position.membership.borrow_mut() = stored;
                 AppReply::Nothing
             }
-            EntryPayload::Normal(data) => self.inner.apply(id, data).map_err(io::Error::other)?,
+            EntryPayload::Normal(data) => {
+                self.captures.applied(data.payload.len());
+                self.inner.apply(id, data).map_err(io::Error::other)?
+            }
         };
         self.position.advance(id);
+        self.counters.count(|usage| usage.entries_applied += 1);
         Ok(reply)
     }
 }
@@ -223,6 +282,9 @@ impl RaftStateMachine<Types> for Machine {
                 responder.send(reply);
             }
         }
+        if self.captures.is_due() {
+            self.captures.keep(self.capture(), self.log.flushed());
+        }
         self.position.changed.notify_waiters();
         self.inner.after_apply(self.position.applied_index());
         Ok(())
@@ -251,6 +313,7 @@ impl RaftStateMachine<Types> for Machine {
         };
         // INV-STAGE: from here on nothing is served until everything that is being switched in is applied.
         self.position.lasting_floor.set(checkpoint.serve_floor.max(id.index));
+        self.captures.clear();
         self.inner.install(checkpoint.clone(), data.staged).await.map_err(crate::log::io_error)?;
         self.position.set_checkpoint(&checkpoint).map_err(crate::log::io_error)?;
         self.inner.after_apply(self.position.applied_index());

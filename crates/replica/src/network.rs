@@ -25,6 +25,7 @@ use crate::codec;
 use crate::config::{Peer, Snapshot, Types, Vote};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
+use crate::usage::Counters;
 
 /// Appends of one stream that are under way at once. Two keep the link and the disk busy; more only queue.
 const STREAM_IN_FLIGHT_MAX: usize = 4;
@@ -39,6 +40,7 @@ pub(crate) struct Networks {
     pub(crate) rpc: Rpc,
     pub(crate) group: GroupId,
     pub(crate) local: ReplicaId,
+    pub(crate) counters: Counters,
 }
 
 /// A client of one peer.
@@ -49,6 +51,7 @@ pub(crate) struct Client {
     target: ReplicaId,
     store: StoreId,
     lane: Lane,
+    counters: Counters,
 }
 
 impl Networks {
@@ -60,6 +63,7 @@ impl Networks {
             target: ReplicaId(target),
             store: peer.store,
             lane,
+            counters: self.counters.clone(),
         }
     }
 }
@@ -104,10 +108,23 @@ impl Client {
         answer.map(|frame| frame.head).map_err(|error| unreachable(&error))
     }
 
+    fn note_append(&self, request: &AppendEntriesRequest<Types>, body: &[Bytes]) {
+        let last = request.entries.last().map(openraft::entry::RaftEntry::log_id);
+        let is_catch_up = last.is_some() && last <= request.leader_commit;
+        self.counters.count(|usage| {
+            usage.appends_sent += 1;
+            usage.entries_sent += request.entries.len() as u64;
+            if is_catch_up {
+                usage.catch_up_bytes_sent += body.iter().map(|part| part.len() as u64).sum::<u64>();
+            }
+        });
+    }
+
     fn start_append(&self, stream: u64, request: &AppendEntriesRequest<Types>) -> Pending {
         let mut head = self.head(Method::StreamAppend);
         head.u64(stream);
         let body = codec::append_request(request, &mut head);
+        self.note_append(request, &body);
         let frame = Frame { head: head.finish(), body };
         self.rpc.start(self.store, self.lane, messages::RAFT, frame, APPEND_DEADLINE)
     }
@@ -123,6 +140,7 @@ impl RaftNetworkV2<Types> for Client {
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
         let mut head = self.head(Method::Append);
         let body = codec::append_request(&request, &mut head);
+        self.note_append(&request, &body);
         let answer = self.call(self.lane, head, body, option.hard_ttl()).await?;
         codec::append_response_from(&answer).map_err(malformed)
     }

@@ -27,6 +27,7 @@ use tokio::sync::Notify;
 use crate::group::GroupError;
 use crate::machine::Staged;
 use crate::messages;
+use crate::usage::Counters;
 use crate::volume::Volume;
 
 /// A receiver answers an offer at least this often, done or not.
@@ -223,7 +224,9 @@ pub(crate) async fn serve(
         POSITION => volume.group().position().applied_index().encode(&mut out),
         other => return Err(DecodeError::Unknown { what: "rebuild call", value: other.into() }.into()),
     }
-    Ok(Frame { head: out.finish(), body })
+    let frame = Frame { head: out.finish(), body };
+    volume.group().counters().count(|usage| usage.chunk_bytes_sent += frame.bytes() as u64);
+    Ok(frame)
 }
 
 /// The receiver's side: pulls from one source.
@@ -233,6 +236,7 @@ struct Source {
     group: GroupId,
     hold_from: LogIndex,
     received: Cell<u64>,
+    counters: Counters,
 }
 
 impl Source {
@@ -245,6 +249,7 @@ impl Source {
         let frame = Frame::small(head.finish());
         let answer = self.rpc.call(self.store, Lane::Bulk, messages::REBUILD, frame, CALL_DEADLINE).await?;
         self.received.set(self.received.get() + answer.bytes() as u64);
+        self.counters.count(|usage| usage.chunk_bytes_received += answer.bytes() as u64);
         Ok(answer)
     }
 
@@ -312,8 +317,14 @@ pub(crate) async fn pull(
     target: &Checkpoint,
 ) -> Result<Received, RebuildError> {
     let group = volume.group().id().group;
-    let source =
-        Source { rpc: rpc.clone(), store, group, hold_from: target.id.index, received: Cell::new(0) };
+    let source = Source {
+        rpc: rpc.clone(),
+        store,
+        group,
+        hold_from: target.id.index,
+        received: Cell::new(0),
+        counters: volume.group().counters().clone(),
+    };
     source.position().await?;
     let state = holdfast_protocol::volume::VolumeState::decode(&target.state)?;
     let chunks = state.size().chunks();

@@ -12,6 +12,8 @@ mod floor;
 mod lease;
 mod service;
 mod session;
+mod usage;
 
 pub use service::Sessions;
 pub use session::{AttachOptions, Closed, Session, SessionError, VolumeTarget};
+pub use usage::SessionUsage;

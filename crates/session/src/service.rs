@@ -7,14 +7,22 @@ use std::rc::{Rc, Weak};
 use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_replica::messages::{SESSION, SessionRequest};
-use holdfast_types::{SessionId, StoreId};
+use holdfast_types::{GroupId, SessionId, StoreId};
 use holdfast_wire::rpc::{Handler, Responder, Rpc};
 
 use crate::session::{Closed, Session};
+use crate::usage::SessionUsage;
 
 /// The running sessions of a shard.
 #[derive(Default)]
-pub struct Sessions(RefCell<BTreeMap<SessionId, Weak<Session>>>);
+pub struct Sessions {
+    running: RefCell<BTreeMap<SessionId, Weak<Session>>>,
+    /// By the volume's group; outlives the sessions, so that counters never fall.
+    usage: RefCell<BTreeMap<GroupId, Rc<RefCell<SessionUsage>>>>,
+}
+
+/// Volumes of which counters are kept.
+const USAGES_MAX: usize = 4096;
 
 impl Sessions {
     /// Registers for the shard's calls to sessions.
@@ -25,9 +33,23 @@ impl Sessions {
     }
 
     pub(crate) fn add(&self, session: &Rc<Session>) {
-        let mut sessions = self.0.borrow_mut();
+        let mut sessions = self.running.borrow_mut();
         sessions.retain(|_, weak| weak.strong_count() > 0);
         sessions.insert(session.id(), Rc::downgrade(session));
+    }
+
+    /// The counters that sessions of a group share.
+    pub(crate) fn usage_of(&self, group: GroupId) -> Rc<RefCell<SessionUsage>> {
+        let mut usage = self.usage.borrow_mut();
+        if usage.len() >= USAGES_MAX && !usage.contains_key(&group) {
+            usage.retain(|_, counters| Rc::strong_count(counters) > 1);
+        }
+        usage.entry(group).or_default().clone()
+    }
+
+    /// What the sessions of each group did since the daemon started, ended ones included.
+    pub fn usage(&self) -> Vec<(GroupId, SessionUsage)> {
+        self.usage.borrow().iter().map(|(group, usage)| (*group, usage.borrow().clone())).collect()
     }
 }
 
@@ -40,7 +62,7 @@ impl Handler for Service {
             Err(error) => return responder.refuse(error.to_string()),
         };
         let session =
-            self.0.upgrade().and_then(|sessions| sessions.0.borrow().get(&id).and_then(Weak::upgrade));
+            self.0.upgrade().and_then(|sessions| sessions.running.borrow().get(&id).and_then(Weak::upgrade));
         if let Some(session) = session {
             if session.epoch() >= epoch {
                 return responder.refuse("the session holds that epoch or a later one");

@@ -25,6 +25,7 @@ use crate::calls::{self, Members};
 use crate::floor::{Floor, InFlight};
 use crate::lease;
 use crate::service::Sessions;
+use crate::usage::SessionUsage;
 
 /// How long one call to a replica may take before it is repeated elsewhere. Writes are repeated under the same
 /// number, so a slow answer costs a repetition, never a second effect.
@@ -124,6 +125,7 @@ pub struct Session {
     /// Writes under way by first block: overlapping ones go one after the other, as a disk's queue would.
     writes: RefCell<BTreeMap<Seq, BlockRange>>,
     write_done: Notify,
+    usage: Rc<RefCell<SessionUsage>>,
 }
 
 impl Session {
@@ -197,6 +199,7 @@ impl Session {
             closed_notify: Rc::new(Notify::new()),
             writes: RefCell::default(),
             write_done: Notify::new(),
+            usage: sessions.usage_of(target.group),
         });
         sessions.add(&session);
         holdfast_env::spawn("session-lease", lease::keep(Rc::downgrade(&session)));
@@ -384,6 +387,27 @@ impl Session {
         payload: Bytes,
         command: impl FnOnce(Tag) -> VolumeCommand,
     ) -> Result<(), SessionError> {
+        let (began, bytes) = (Instant::now(), payload.len() as u64);
+        let result = self.submit_tagged(range, payload, command).await;
+        let took = Instant::now().since(began);
+        let mut usage = self.usage.borrow_mut();
+        match &result {
+            Ok(()) if bytes > 0 => {
+                usage.writes.record(took);
+                usage.written_bytes += bytes;
+            }
+            Ok(()) => usage.clears.record(took),
+            Err(_) => usage.errors += 1,
+        }
+        result
+    }
+
+    async fn submit_tagged(
+        &self,
+        range: BlockRange,
+        payload: Bytes,
+        command: impl FnOnce(Tag) -> VolumeCommand,
+    ) -> Result<(), SessionError> {
         let _slot = self.slots.acquire().await.map_err(|_| SessionError::Closed(Closed::Detached))?;
         self.wait_for_overlaps(range).await?;
         let seq = self.in_flight.begin();
@@ -459,6 +483,7 @@ impl Session {
                     self.members.set_leader(None);
                 }
             }
+            self.usage.borrow_mut().repeats += 1;
             holdfast_env::sleep(RETRY_PAUSE).await;
         }
     }
@@ -482,8 +507,20 @@ impl Session {
     /// Reads whole blocks, at most 1 MiB: the newest acknowledged content, or newer.
     pub async fn read(&self, range: BlockRange) -> Result<Bytes, SessionError> {
         self.check(range, false)?;
-        let _slot = self.slots.acquire().await.map_err(|_| SessionError::Closed(Closed::Detached))?;
-        self.bounded(self.read_somewhere(range)).await
+        let began = Instant::now();
+        let slot = self.slots.acquire().await.map_err(|_| SessionError::Closed(Closed::Detached))?;
+        let result = self.bounded(self.read_somewhere(range)).await;
+        drop(slot);
+        let took = Instant::now().since(began);
+        let mut usage = self.usage.borrow_mut();
+        match &result {
+            Ok(data) => {
+                usage.reads.record(took);
+                usage.read_bytes += data.len() as u64;
+            }
+            Err(_) => usage.errors += 1,
+        }
+        result
     }
 
     /// Which blocks hold data: runs of (count, 0 data, 1 zero, 2 absent).
@@ -560,6 +597,7 @@ impl Session {
                     Ok(answer) => answer,
                     Err(error) => {
                         tracing::debug!(%error, "a read goes to another replica");
+                        self.usage.borrow_mut().repeats += 1;
                         continue;
                     }
                 };

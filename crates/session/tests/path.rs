@@ -1,6 +1,8 @@
 //! The whole path in one process: three stores on a real file system, their groups, and sessions, over a network in
 //! memory whose links can be cut.
 
+mod slow;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
@@ -9,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
+use holdfast_env::disk::Directory;
 use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
 use holdfast_env::real::disk::{OpenError, RealDirectory};
 use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
@@ -24,6 +27,8 @@ use holdfast_wire::rpc::Rpc;
 struct Switch {
     handlers: RefCell<BTreeMap<StoreId, Rc<dyn FrameHandler>>>,
     cut: RefCell<BTreeSet<(StoreId, StoreId)>>,
+    /// Stores whose disk is slow.
+    slow: RefCell<BTreeSet<StoreId>>,
 }
 
 struct Port {
@@ -78,13 +83,16 @@ async fn start(place: &std::path::Path, switch: &Rc<Switch>, number: u64, fresh:
             }
         }
     };
-    let directory =
+    let mut directory: Rc<dyn Directory> =
         holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
     let name = NodeName::new(format!("n{number}"));
     let identity = StoreIdentity { cluster: CLUSTER, node: name.clone(), store: StoreId(number.into()) };
     let options = StoreOptions { segment_bytes: 4 << 20, segments: 6 };
     if fresh {
         Journal::format(directory.clone(), &identity, &options).await.expect("formats");
+    }
+    if switch.slow.borrow().contains(&identity.store) {
+        directory = Rc::new(slow::Slow { inner: directory, delay: Duration::from_millis(30) });
     }
     let network = Rc::new(Port { switch: switch.clone(), local: identity.store });
     let rpc = Rpc::new(network);
@@ -228,6 +236,45 @@ fn a_follower_that_was_left_behind_is_healed_by_chunks() {
             digests.insert(digest.to_string());
         }
         assert_eq!(digests.len(), 1, "all replicas are equal");
+        for member in &group {
+            member.host.stop().await;
+        }
+    });
+}
+
+#[test]
+fn a_leader_whose_disk_is_slow_goes_on_when_its_journal_is_full() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        switch.slow.borrow_mut().insert(StoreId(1));
+        let group = members(place.path(), &switch).await;
+        let session = attach(&group[0], false).await.expect("attaches");
+        let leads = || group[0].host.volume(GROUP).is_some_and(|volume| volume.group().is_leader());
+        assert!(leads(), "the slow one began the group and leads it");
+        // Followers commit without it: it has applied what is not durable on its own disk, and its journal of 24 MiB
+        // fills up four times.
+        let writing = async {
+            for round in 0..48u64 {
+                let writes = (0..8u64).map(|n| {
+                    let start = BlockIndex(64 * (8 * (round % 8) + n));
+                    session.write(BlockRange::new(start, 64), block(round as u8, 64))
+                });
+                let all = futures_util::future::join_all(writes).await;
+                all.into_iter().collect::<Result<Vec<()>, _>>().expect("writes");
+            }
+        };
+        holdfast_env::timeout(Duration::from_secs(60), writing).await.expect("the writes go on");
+        let volume = group[0].host.volume(GROUP).expect("runs");
+        let flushed = async {
+            while volume.log().flushed() < volume.log().last().expect("entries").index {
+                holdfast_env::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        holdfast_env::timeout(Duration::from_secs(30), flushed)
+            .await
+            .expect("everything is durable here, too");
+        assert!(volume.log().purged().is_some(), "the journal was filled more than once");
         for member in &group {
             member.host.stop().await;
         }

@@ -144,3 +144,23 @@ fn a_restart_with_a_full_journal_goes_on() {
         });
     }
 }
+
+#[test]
+fn nothing_is_admitted_while_a_long_line_stands() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let (journal, _) = open(place.path()).await;
+        let log = begin(&journal).await;
+        // As on a leader whose followers commit without it: proposals are over, their entries stand in line. More than
+        // the journal holds, so that the line stays.
+        for index in 1..=60 {
+            log.append(vec![entry(index)], Box::new(|result| result.expect("is flushed")));
+        }
+        let admitted = holdfast_env::timeout(Duration::from_secs(1), log.admit(4096)).await;
+        let usage = journal.usage();
+        assert!(usage.waiting_bytes > 8 << 20, "a full journal: {usage:?}");
+        assert!(admitted.is_err(), "nothing is admitted behind {} bytes", usage.waiting_bytes);
+        within("a purge", log.purge(id(log.flushed().0))).await.expect("is purged");
+        drop(within("an admission", log.admit(4096)).await);
+    });
+}

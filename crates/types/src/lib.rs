@@ -7,6 +7,7 @@
 pub mod checksum;
 pub mod codec;
 pub mod error;
+pub mod histogram;
 pub mod ids;
 pub mod limits;
 pub mod sizes;
@@ -16,6 +17,7 @@ pub mod topology;
 pub use checksum::block_checksum;
 pub use codec::{DecodeError, Reader, Writer};
 pub use error::{ErrorCode, UserError};
+pub use histogram::{LATENCY_BOUNDS_US, LatencyHistogram};
 pub use ids::*;
 pub use sizes::*;
 pub use spec::*;

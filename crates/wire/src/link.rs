@@ -55,6 +55,11 @@ impl Link {
         })
     }
 
+    /// Bytes that wait.
+    pub(crate) fn queued(&self) -> u64 {
+        self.bytes.get() as u64
+    }
+
     pub(crate) fn send(
         self: &Rc<Self>,
         shared: &Rc<Shared>,

@@ -222,6 +222,11 @@ impl TcpNetwork {
         *self.shared.counters.borrow()
     }
 
+    /// Bytes that wait for each peer and lane.
+    pub fn queued(&self) -> Vec<(StoreId, Lane, u64)> {
+        self.links.borrow().iter().map(|((to, lane), link)| (*to, *lane, link.queued())).collect()
+    }
+
     fn link(&self, to: StoreId, lane: Lane) -> Rc<Link> {
         self.links.borrow_mut().entry((to, lane)).or_insert_with(|| Link::new(to, lane)).clone()
     }

@@ -50,7 +50,7 @@ pub struct NodeDescription {
     pub admin: String,
     /// Its CSI socket; empty until there is one.
     pub csi: String,
-    /// Its metrics; empty until there are some.
+    /// Where its metrics are; empty for a cluster that was made before there were any.
     pub metrics: String,
     /// Its data directory.
     pub data_dir: String,
@@ -76,6 +76,10 @@ pub struct Cluster {
 
 fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
+}
+
+fn metrics_url(address: &String) -> String {
+    format!("http://{address}/metrics")
 }
 
 fn random() -> u128 {
@@ -150,7 +154,7 @@ impl Cluster {
             pid: node.pid().unwrap_or(0),
             admin: format!("unix:{}", node.layout().admin_socket().display()),
             csi: String::new(),
-            metrics: String::new(),
+            metrics: node.config.metrics.as_ref().map_or_else(String::new, metrics_url),
             data_dir: node.path.display().to_string(),
             witness: false,
         });

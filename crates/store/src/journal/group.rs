@@ -231,8 +231,10 @@ impl GroupLog {
         result
     }
 
-    /// Waits until a payload of `bytes` may be proposed.
+    /// Waits until a payload of `bytes` may be proposed. A proposal may be committed by others long before it is
+    /// durable here, so that it is over does not mean that it has left the line.
     pub async fn admit(&self, bytes: usize) -> Admitted {
+        self.journal.has_room().await;
         self.journal.admit(bytes).await
     }
 

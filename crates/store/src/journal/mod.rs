@@ -19,7 +19,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
-use holdfast_types::{ClusterId, DecodeError, NodeName, Reader, StoreId, Writer};
+use holdfast_types::{ClusterId, DecodeError, LatencyHistogram, NodeName, Reader, StoreId, Writer};
 use tokio::sync::{Notify, Semaphore};
 
 pub use group::{Done, GroupLog};
@@ -61,12 +61,18 @@ pub struct JournalUsage {
     pub bytes_total: u64,
     /// Bytes of segments that hold something needed.
     pub bytes_used: u64,
-    /// Batches written, which is also the number of flushes.
+    /// Batches written, which is also the number of flushes: closing marks and declarations included.
     pub flushes: u64,
-    /// Bytes written.
+    /// Bytes written, with lists, copies and padding.
     pub bytes_written: u64,
+    /// Bytes of payload among them.
+    pub payload_bytes_written: u64,
     /// Log entries written.
     pub entries_written: u64,
+    /// Records that stand in line.
+    pub waiting_records: u64,
+    /// Bytes of payload that stand in line.
+    pub waiting_bytes: u64,
 }
 
 /// What recovery found out about a group.
@@ -102,6 +108,7 @@ struct Inner {
     failed: RefCell<Option<StoreError>>,
     changed: Notify,
     usage: Cell<JournalUsage>,
+    flush_latency: RefCell<LatencyHistogram>,
     /// What stands in line has become less.
     shorter: Notify,
     /// Payload that may be on its way into the journal, in KiB.
@@ -337,8 +344,19 @@ impl Journal {
     /// Counters.
     pub fn usage(&self) -> JournalUsage {
         let total = u64::from(self.0.options.segments) * self.0.options.segment_bytes;
-        let used = self.0.state.borrow().used_segments() as u64 * self.0.options.segment_bytes;
-        JournalUsage { bytes_total: total, bytes_used: used, ..self.0.usage.get() }
+        let state = self.0.state.borrow();
+        JournalUsage {
+            bytes_total: total,
+            bytes_used: state.used_segments() as u64 * self.0.options.segment_bytes,
+            waiting_records: state.waiting_records(),
+            waiting_bytes: state.waiting_bytes(),
+            ..self.0.usage.get()
+        }
+    }
+
+    /// How long batches took from their hand-over to the disk until they were durable.
+    pub fn flush_latency(&self) -> LatencyHistogram {
+        self.0.flush_latency.borrow().clone()
     }
 
     async fn read_place(&self, place: Option<Place>, start: u64, length: usize) -> Result<Bytes, StoreError> {

@@ -230,6 +230,7 @@ pub(super) async fn open(
         changed: Notify::new(),
         shorter: Notify::new(),
         usage: Cell::new(JournalUsage::default()),
+        flush_latency: RefCell::default(),
         admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
         options,
     };

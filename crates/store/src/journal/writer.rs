@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
+use holdfast_env::Instant;
 use holdfast_env::disk::{ALIGNMENT, Durability};
 
 use super::format::{self, GroupState, List, Record};
@@ -144,6 +145,11 @@ impl State {
         self.queue.iter().map(|queued| queued.payload.len() as u64).sum()
     }
 
+    /// Records that stand in line.
+    pub(super) fn waiting_records(&self) -> u64 {
+        (self.queue.len() + self.urgent.len()) as u64
+    }
+
     /// Segments that may be written now.
     fn usable(&self) -> usize {
         self.free.iter().filter(|free| free.after <= self.flushed).count()
@@ -222,6 +228,7 @@ struct Batch {
     segment: usize,
     offset: u64,
     buffer: holdfast_env::disk::AlignedBuffer,
+    payload_bytes: u64,
 }
 
 impl Journal {
@@ -251,21 +258,31 @@ impl Journal {
     pub(super) fn kick(&self) {
         while self.failed().is_none() {
             let Some(batch) = self.next_batch() else { return };
-            let file = self.0.files[batch.segment].clone();
-            let journal = self.clone();
-            let bytes = batch.buffer.len() as u64;
-            let mut usage = self.0.usage.get();
-            usage.flushes += 1;
-            usage.bytes_written += bytes;
-            self.0.usage.set(usage);
-            let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
-            holdfast_env::spawn("journal-batch", async move {
-                match write.await {
-                    Ok(_) => journal.completed(batch.seq),
-                    Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
-                }
-            });
+            self.write_batch(batch);
         }
+    }
+
+    /// Hands a batch to the disk.
+    fn write_batch(&self, batch: Batch) {
+        let file = self.0.files[batch.segment].clone();
+        let journal = self.clone();
+        let mut usage = self.0.usage.get();
+        usage.flushes += 1;
+        usage.bytes_written += batch.buffer.len() as u64;
+        usage.payload_bytes_written += batch.payload_bytes;
+        self.0.usage.set(usage);
+        let began = Instant::now();
+        let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
+        holdfast_env::spawn("journal-batch", async move {
+            match write.await {
+                Ok(_) => {
+                    let took = Instant::now().since(began);
+                    journal.0.flush_latency.borrow_mut().record(took);
+                    journal.completed(batch.seq);
+                }
+                Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
+            }
+        });
     }
 
     /// Makes the next batch, if there is something to write and room for it.
@@ -328,7 +345,8 @@ impl Journal {
         state.head_block += list.total_blocks;
         let segment = state.head;
         state.in_flight.push_back(InFlight { seq, ended: false, entries, done });
-        Batch { seq, segment, offset: start, buffer }
+        let payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
+        Batch { seq, segment, offset: start, buffer, payload_bytes }
     }
 
     /// A group's state as it is now: what makes room overtakes what stands in line, and an older state that was
@@ -479,15 +497,7 @@ impl Journal {
             }
             self.build(&mut state, Vec::new())
         };
-        let file = self.0.files[batch.segment].clone();
-        let journal = self.clone();
-        let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
-        holdfast_env::spawn("journal-mark-write", async move {
-            match write.await {
-                Ok(_) => journal.completed(batch.seq),
-                Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
-            }
-        });
+        self.write_batch(batch);
     }
 
     /// Frees the oldest segments that nothing needs, while few are free. What is small and still needed is written

@@ -28,22 +28,14 @@ impl VolumeData {
     /// before, from which the journal repeats everything.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
-        let target = source.capture();
-        if target.id.index <= self.checkpoint().id.index {
-            return Ok(self.checkpoint());
-        }
-        // Apply may come before the local flush; what is not durable here must not be moved (the journal would not
-        // repeat it).
-        if !planted("move-unflushed-home") && !self.wait_until_flushed(target.id.index).await {
-            return Ok(self.checkpoint());
-        }
+        let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
         let runs = self.0.map.borrow().up_to(target.id.index);
         let lines = self.changed_lines(&runs).await?;
         if planted("checkpoint-before-home-flush") {
             self.write_manifest(target.clone(), false).await?;
         }
         self.write_home(&runs).await?;
-        self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
+        self.flush_home().await?;
         let emptied: Vec<ChunkIndex> = lines
             .iter()
             .filter(|(_, (had, line))| *had && !line.has_data())
@@ -51,6 +43,7 @@ impl VolumeData {
             .collect();
         self.0.table.write(lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect()).await?;
         self.write_manifest(target.clone(), false).await?;
+        self.count(|usage| usage.checkpoints += 1);
         self.0.map.borrow_mut().drop_up_to(target.id.index);
         self.changed();
         self.punch(&emptied).await?;
@@ -58,13 +51,27 @@ impl VolumeData {
         Ok(target)
     }
 
-    async fn wait_until_flushed(&self, index: LogIndex) -> bool {
-        let flushed = async {
-            while self.0.payloads.flushed() < index {
-                holdfast_env::sleep(FLUSH_LOOK).await;
+    /// The state to clean up to: the newest that is durable here. Apply may come before the local flush, and what is
+    /// not durable must not be moved (the journal would not repeat it). In a full journal what is not durable waits
+    /// for the room that only cleaning makes, so an older state must do (INV-ROOM).
+    async fn target(&self, source: &dyn CheckpointSource) -> Option<Checkpoint> {
+        if planted("move-unflushed-home") {
+            return Some(source.capture());
+        }
+        let before = self.checkpoint().id.index;
+        if source.capture().id.index <= before {
+            return None;
+        }
+        let durable = async {
+            loop {
+                let found = source.captured_up_to(self.0.payloads.flushed());
+                match found.filter(|found| found.id.index > before) {
+                    Some(found) => return found,
+                    None => holdfast_env::sleep(FLUSH_LOOK).await,
+                }
             }
         };
-        holdfast_env::timeout(FLUSH_PATIENCE, flushed).await.is_ok()
+        holdfast_env::timeout(FLUSH_PATIENCE, durable).await.ok()
     }
 
     /// The table lines of every chunk that the runs change, and whether the chunk held data before.
@@ -154,6 +161,7 @@ impl VolumeData {
             let oldest = writes.remove(0);
             oldest.await.map_err(|error| StoreError::io("home", &error))?;
         }
+        self.count(|usage| usage.home_bytes_written += buffer.len() as u64);
         writes.push(self.0.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
         Ok(())
     }
@@ -181,6 +189,7 @@ impl VolumeData {
                     .punch(offset, CHUNK_BYTES)
                     .await
                     .map_err(|error| StoreError::io("home", &error))?;
+                self.count(|usage| usage.chunks_punched += 1);
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The manifest: who a replica is, and its last checkpoint. A small file in two generations, each checksummed.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -132,6 +133,7 @@ impl Manifest {
 pub(super) struct ManifestFile {
     file: Rc<dyn File>,
     name: String,
+    bytes_written: Cell<u64>,
 }
 
 impl ManifestFile {
@@ -140,13 +142,18 @@ impl ManifestFile {
         directory.remove(&name).await.map_err(wrap)?;
         let file = directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         file.set_length(2 * SLOT_BYTES as u64).await.map_err(wrap)?;
-        Ok(Self { file, name })
+        Ok(Self { file, name, bytes_written: Cell::new(0) })
     }
 
     pub(super) async fn open(directory: &Rc<dyn Directory>, name: String) -> Result<Self, StoreError> {
         let file =
             directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
-        Ok(Self { file, name })
+        Ok(Self { file, name, bytes_written: Cell::new(0) })
+    }
+
+    /// Bytes written, each generation with a flush.
+    pub(super) fn bytes_written(&self) -> u64 {
+        self.bytes_written.get()
     }
 
     /// Writes a generation over the older one; durable when it returns.
@@ -159,6 +166,7 @@ impl ManifestFile {
             )));
         }
         let offset = (manifest.generation % 2) * SLOT_BYTES as u64;
+        self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
         let written = self.file.write_at(offset, bytes, Durability::Durable).await;
         written.map_err(|error| StoreError::io(&self.name, &error)).map(drop)
     }

@@ -68,6 +68,10 @@ pub struct Checkpoint {
 pub trait CheckpointSource {
     /// The state now.
     fn capture(&self) -> Checkpoint;
+    /// The newest state that is known of those not after `index`, if any is.
+    fn captured_up_to(&self, index: LogIndex) -> Option<Checkpoint> {
+        Some(self.capture()).filter(|now| now.id.index <= index)
+    }
 }
 
 /// How blocks are cleared.
@@ -108,6 +112,27 @@ pub struct SpaceUsed {
     pub allocated: u64,
     /// Allocated for the table.
     pub table: u64,
+}
+
+/// Counters of a replica's blocks since it was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct VolumeUsage {
+    /// Bytes written home, by the cleaner and by rebuilds.
+    pub home_bytes_written: u64,
+    /// Bytes read from home.
+    pub home_bytes_read: u64,
+    /// Bytes of table pages written.
+    pub table_bytes_written: u64,
+    /// Bytes of manifests written.
+    pub manifest_bytes_written: u64,
+    /// Bytes of staging layers written.
+    pub staging_bytes_written: u64,
+    /// Flushes of home, table, manifest and staging files.
+    pub flushes: u64,
+    /// Checkpoints made by the cleaner.
+    pub checkpoints: u64,
+    /// Chunks given back to the file system.
+    pub chunks_punched: u64,
 }
 
 /// A digest of a volume's whole content: equal content, equal digest; zero and absent blocks are equal.
@@ -152,6 +177,7 @@ struct Inner {
     cleaning: tokio::sync::Mutex<()>,
     /// Counts up whenever home or table have changed, for readers that were under way.
     changes: Cell<u64>,
+    usage: Cell<VolumeUsage>,
 }
 
 /// The blocks of one replica. Cheap to clone.
@@ -224,6 +250,7 @@ impl VolumeData {
             size: Cell::new(SIZE_UNKNOWN),
             cleaning: tokio::sync::Mutex::new(()),
             changes: Cell::new(0),
+            usage: Cell::default(),
         }));
         data.finish_staging().await?;
         Ok(data)
@@ -255,6 +282,11 @@ impl VolumeData {
             directory.remove(&name).await.map_err(wrap)?;
         }
         directory.sync().await.map_err(wrap)
+    }
+
+    /// The volume's specification, as it was when the replica was made.
+    pub fn spec_json(&self) -> Bytes {
+        self.0.manifest.borrow().spec_json.clone()
     }
 
     /// The last durable checkpoint.
@@ -300,6 +332,29 @@ impl VolumeData {
         Ok(SpaceUsed { allocated: home.allocated, table: table.allocated })
     }
 
+    /// Counters.
+    pub fn usage(&self) -> VolumeUsage {
+        let (table_bytes_written, table_flushes) = self.0.table.written();
+        let usage = self.0.usage.get();
+        VolumeUsage {
+            table_bytes_written,
+            manifest_bytes_written: self.0.manifest_file.bytes_written(),
+            flushes: usage.flushes + table_flushes,
+            ..usage
+        }
+    }
+
+    fn count(&self, more: impl FnOnce(&mut VolumeUsage)) {
+        let mut usage = self.0.usage.get();
+        more(&mut usage);
+        self.0.usage.set(usage);
+    }
+
+    async fn flush_home(&self) -> Result<(), StoreError> {
+        self.count(|usage| usage.flushes += 1);
+        self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))
+    }
+
     fn changed(&self) {
         self.0.changes.set(self.0.changes.get() + 1);
     }
@@ -309,6 +364,7 @@ impl VolumeData {
         next.checkpoint = checkpoint;
         next.staged = staged;
         next.generation += 1;
+        self.count(|usage| usage.flushes += 1);
         self.0.manifest_file.write(&next).await?;
         *self.0.manifest.borrow_mut() = next;
         Ok(())

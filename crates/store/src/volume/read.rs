@@ -135,6 +135,7 @@ impl VolumeData {
             }
             let run = sums[at..].iter().take_while(|sum| matches!(sum, BlockSum::Data(_))).count();
             let first = BlockIndex(start.0 + at as u64);
+            self.count(|usage| usage.home_bytes_read += (run * BLOCK_BYTES) as u64);
             let read = self.0.home.read_at(first.byte_offset(), run * BLOCK_BYTES).await;
             let data = read.map_err(|error| StoreError::io("home", &error))?;
             let part = &mut place[at * BLOCK_BYTES..(at + run) * BLOCK_BYTES];

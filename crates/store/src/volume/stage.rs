@@ -105,7 +105,7 @@ impl VolumeData {
         let checkpoint = self.checkpoint();
         let staged = self.move_home(&file, &name).await?;
         let (lines, emptied) = self.staged_lines(&staged, checkpoint.id.index).await?;
-        self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
+        self.flush_home().await?;
         self.0.table.write(lines).await?;
         self.write_manifest(checkpoint, false).await?;
         self.changed();
@@ -143,6 +143,7 @@ impl VolumeData {
                     }
                     at += head.range.bytes();
                     let offset = head.range.start.byte_offset();
+                    self.count(|usage| usage.home_bytes_written += head.range.bytes());
                     let written = self.0.home.write_at(offset, bytes, Durability::Volatile).await;
                     written.map_err(|error| StoreError::io("home", &error))?;
                 }
@@ -162,6 +163,7 @@ impl StagingLayer {
         whole.as_mut_slice()[head.len()..head.len() + data.len()].copy_from_slice(&data);
         let at = staging.at.get();
         staging.at.set(at + whole.len() as u64);
+        staging.data.count(|usage| usage.staging_bytes_written += whole.len() as u64);
         staging.file.write_at(at, whole, Durability::Volatile).await.map_err(wrap)?;
         Ok(())
     }
@@ -198,6 +200,7 @@ impl StagingLayer {
         let _alone = data.0.cleaning.lock().await;
         self.record(KIND_END, BlockRange::new(BlockIndex(0), 0), Bytes::new()).await?;
         let name = data.staging_name();
+        data.count(|usage| usage.flushes += 1);
         self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
         data.write_manifest(checkpoint, true).await?;
         // What the map still holds is of entries that the checkpoint covers.

@@ -1,7 +1,7 @@
 //! The chunk table: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
 //! 4 KiB, each with two alternating copies, loaded when first touched.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -170,6 +170,8 @@ pub(super) struct Table {
     name: String,
     who: ReplicaIdentity,
     pages: RefCell<BTreeMap<u64, Rc<Page>>>,
+    bytes_written: Cell<u64>,
+    flushes: Cell<u64>,
 }
 
 fn place_of(chunk: ChunkIndex) -> (u64, usize) {
@@ -178,7 +180,8 @@ fn place_of(chunk: ChunkIndex) -> (u64, usize) {
 
 impl Table {
     pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity) -> Self {
-        Self { file, name, who, pages: RefCell::default() }
+        let (bytes_written, flushes) = (Cell::new(0), Cell::new(0));
+        Self { file, name, who, pages: RefCell::default(), bytes_written, flushes }
     }
 
     async fn page(&self, number: u64) -> Result<Rc<Page>, StoreError> {
@@ -253,15 +256,21 @@ impl Table {
             let offset = (number * 2 + copy) * BLOCK_BYTES as u64;
             let bytes = page.encode(number, self.who);
             self.pages.borrow_mut().insert(number, Rc::new(page));
+            self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
             let written = self.file.write_at(offset, bytes, Durability::Volatile).await;
             written.map_err(|error| StoreError::io(&self.name, &error))?;
         }
         if any {
+            self.flushes.set(self.flushes.get() + 1);
             self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
         }
         Ok(())
     }
 
+    /// Bytes written, and flushes.
+    pub(super) fn written(&self) -> (u64, u64) {
+        (self.bytes_written.get(), self.flushes.get())
+    }
     pub(super) fn file(&self) -> &Rc<dyn File> {
         &self.file
     }

@@ -1,0 +1,81 @@
+//! Measures the data path beside the floors of the machine that it runs on: `cargo xtask bench first`.
+//!
+//! Everything that is measured is a child process that is told what to do line by line; floor and subject take turns
+//! in every round, so that what disturbs the machine disturbs both. Nothing here passes or fails on time.
+
+mod child;
+mod client;
+mod daemons;
+mod echo;
+mod first;
+mod floors;
+mod load;
+mod member;
+mod report;
+mod trio;
+mod usage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What went wrong, as a sentence.
+pub type Outcome<T> = Result<T, String>;
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The first table: durable writes and reads of a replicated volume, in-process and over NBD.
+    First(first::Plan),
+    /// One process of three that hold a volume (a part of `first`).
+    #[command(hide = true)]
+    Member {
+        #[arg(long)]
+        directory: PathBuf,
+        #[arg(long)]
+        number: usize,
+    },
+    /// An NBD client (a part of `first`).
+    #[command(hide = true)]
+    Client {
+        #[arg(long)]
+        socket: PathBuf,
+        #[arg(long)]
+        export: String,
+    },
+    /// Answers every frame with a small one (a part of `first`).
+    #[command(hide = true)]
+    Echo {
+        #[arg(long)]
+        address: String,
+    },
+    /// Sends a frame to both echoes and waits for the first answer (a part of `first`).
+    #[command(hide = true)]
+    Ask {
+        #[arg(long)]
+        address: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::First(plan) => first::run(&plan),
+        Command::Member { directory, number } => member::run(&directory, number),
+        Command::Client { socket, export } => client::run(&socket, &export),
+        Command::Echo { address } => echo::answer(&address),
+        Command::Ask { address } => echo::ask(&address),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("FAILED: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}

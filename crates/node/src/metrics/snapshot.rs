@@ -1,0 +1,120 @@
+//! A copy of everything that a shard counts, taken on its thread in one go.
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use holdfast_env::net::Lane;
+use holdfast_replica::GroupUsage;
+use holdfast_session::SessionUsage;
+use holdfast_store::journal::JournalUsage;
+use holdfast_store::volume::VolumeUsage;
+use holdfast_types::{GroupId, LatencyHistogram, VolumeId};
+use holdfast_wire::tcp::Counters;
+
+use crate::shard::Shard;
+
+/// One replica.
+#[derive(Clone, Debug)]
+pub(super) struct ReplicaSnapshot {
+    pub(super) volume: VolumeId,
+    pub(super) group: GroupId,
+    /// The volume's specification as the disk has it, which names it.
+    pub(super) spec_json: Bytes,
+    pub(super) replica: u64,
+    pub(super) is_leader: bool,
+    pub(super) term: u64,
+    pub(super) last_log: u64,
+    pub(super) committed: u64,
+    pub(super) applied: u64,
+    pub(super) purged: u64,
+    pub(super) dirty_bytes: u64,
+    pub(super) group_usage: GroupUsage,
+    pub(super) volume_usage: VolumeUsage,
+}
+
+/// The sessions of one volume.
+#[derive(Clone, Debug)]
+pub(super) struct SessionSnapshot {
+    pub(super) group: GroupId,
+    /// The volume's name, while it is attached here.
+    pub(super) name: Option<String>,
+    pub(super) usage: SessionUsage,
+}
+
+/// A whole node.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshot {
+    pub(super) node: String,
+    pub(super) zone: String,
+    pub(super) region: String,
+    pub(super) cluster: String,
+    pub(super) journal: JournalUsage,
+    pub(super) flush_latency: LatencyHistogram,
+    pub(super) store_failed: bool,
+    pub(super) replicas: Vec<ReplicaSnapshot>,
+    pub(super) faulty_replicas: u64,
+    pub(super) sessions: Vec<SessionSnapshot>,
+    pub(super) attached: u64,
+    pub(super) wire: Counters,
+    /// Bytes that wait for peers on the control and on the bulk lane.
+    pub(super) wire_queued: (u64, u64),
+    pub(super) rpc_malformed: u64,
+    pub(super) nbd_malformed: u64,
+}
+
+impl Snapshot {
+    /// As of now.
+    pub(crate) fn take(shard: &Rc<Shard>) -> Self {
+        let journal = shard.host.journal();
+        let mut wire_queued = (0, 0);
+        for (_, lane, bytes) in shard.network.queued() {
+            match lane {
+                Lane::Control => wire_queued.0 += bytes,
+                Lane::Bulk => wire_queued.1 += bytes,
+            }
+        }
+        Self {
+            node: shard.config.location.node.to_string(),
+            zone: shard.config.location.zone.clone(),
+            region: shard.config.location.region.clone(),
+            cluster: shard.config.cluster.to_string(),
+            journal: journal.usage(),
+            flush_latency: journal.flush_latency(),
+            store_failed: journal.failed().is_some(),
+            replicas: shard.host.volumes().into_iter().map(|(of, volume)| replica(of, &volume)).collect(),
+            faulty_replicas: shard.host.faulty().len() as u64,
+            sessions: sessions(shard),
+            attached: shard.attachments.count() as u64,
+            wire: shard.network.counters(),
+            wire_queued,
+            rpc_malformed: shard.rpc.malformed(),
+            nbd_malformed: shard.nbd.malformed(),
+        }
+    }
+}
+
+fn replica(volume: VolumeId, of: &holdfast_replica::Volume) -> ReplicaSnapshot {
+    let report = of.group().report();
+    ReplicaSnapshot {
+        volume,
+        group: of.group().id().group,
+        spec_json: of.data().spec_json(),
+        replica: report.replica.0,
+        is_leader: report.is_leader,
+        term: report.term.0,
+        last_log: report.last_log.0,
+        committed: report.committed.0,
+        applied: report.applied.0,
+        purged: report.purged.0,
+        dirty_bytes: of.data().dirty().bytes,
+        group_usage: of.group().usage(),
+        volume_usage: of.data().usage(),
+    }
+}
+
+fn sessions(shard: &Shard) -> Vec<SessionSnapshot> {
+    let usage = shard.sessions.usage().into_iter();
+    usage
+        .map(|(group, usage)| SessionSnapshot { group, name: shard.attachments.name_of(group), usage })
+        .collect()
+}
