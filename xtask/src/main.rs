@@ -3,6 +3,7 @@
 
 mod bench;
 mod cluster;
+mod csi;
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -22,6 +23,8 @@ enum How {
     Cluster(&'static [&'static str]),
     /// The demonstration that a user sees, with less data.
     Demo(&'static [&'static str]),
+    /// Our tests of the CSI driver.
+    Csi(&'static [&'static str]),
 }
 
 const SUITES: &[Suite] = &[
@@ -51,6 +54,11 @@ const SUITES: &[Suite] = &[
         what: "the demonstration zone-loss with a small tree, unflushed writes discarded at the kills",
         how: How::Demo(&["--demo", "zone-loss", "--demo-data", "32MiB", "--disk", "discard"]),
     },
+    Suite {
+        name: "csi",
+        what: "the CSI driver over a cluster of real processes",
+        how: How::Csi(&["--unprivileged"]),
+    },
 ];
 
 fn run(suite: &Suite) -> bool {
@@ -61,6 +69,7 @@ fn run(suite: &Suite) -> bool {
             println!("{why}");
             false
         }),
+        How::Csi(arguments) => csi::scenarios(arguments),
         How::Cargo(arguments, environment) => cargo(arguments, environment),
     }
 }
@@ -111,6 +120,10 @@ fn test(only: Option<&str>) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+fn success(passed: bool) -> ExitCode {
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -130,11 +143,14 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
+        ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
+        ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}",
                 cluster::USAGE,
-                bench::USAGE
+                bench::USAGE,
+                csi::USAGE
             );
             ExitCode::from(2)
         }

@@ -58,6 +58,11 @@ pub enum Command {
         #[command(subcommand)]
         command: ReplicaCommand,
     },
+    /// Serve CSI, on a unix socket, over the admin API (--admin).
+    Csi {
+        #[command(subcommand)]
+        command: CsiCommand,
+    },
     /// Cluster health at a glance, what is wrong and what is being done about it.
     Status,
     /// Print a completion script for a shell.
@@ -319,6 +324,22 @@ pub enum VolumeCommand {
 }
 
 #[derive(Subcommand)]
+pub enum CsiCommand {
+    /// The controller service; any number of them in a cluster.
+    Controller {
+        /// Where to serve: `unix:PATH`.
+        #[arg(long, env = "CSI_ENDPOINT", value_name = "ADDRESS")]
+        endpoint: String,
+    },
+    /// The node service, on each node, over the admin API of that node's daemon.
+    Node {
+        /// Where to serve: `unix:PATH`.
+        #[arg(long, env = "CSI_ENDPOINT", value_name = "ADDRESS")]
+        endpoint: String,
+    },
+}
+
+#[derive(Subcommand)]
 pub enum ReplicaCommand {
     /// The replicas of a volume.
     List {
@@ -374,7 +395,6 @@ pub fn not_built(words: &[String]) -> UserError {
         "snapshot",
         "fence",
         "bench",
-        "csi",
         "kube",
         "keeper",
         "set",

@@ -55,6 +55,10 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
         }
         Command::Volume { command } => commands::volume::run(command, cli.admin, output),
         Command::Replica { command } => commands::replica::run(command, cli.admin, output),
+        Command::Csi { command } => {
+            log("info");
+            commands::csi::run(command, cli.admin)
+        }
         Command::Status => commands::status(cli.admin, output),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();

@@ -23,6 +23,8 @@ use crate::{parameters, views};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a volume may take to be created.
 const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+/// Between tries while a volume has no leader.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Volumes on one page of a list.
 const PAGE_MAX: usize = 1000;
 /// How long a digest of one replica may take: it reads everything.
@@ -200,14 +202,22 @@ impl Shard {
     ) -> Result<(), UserError> {
         let state = self.catalog.state(PATIENCE).await?;
         let Some(record) = state.find(&request.name) else { return Ok(()) };
-        let node = (!request.node.is_empty()).then(|| request.node.clone());
-        // What is attached there ends first, confirmed by its node or by force: an unpublished node writes nothing.
-        let shown = self.show(record).await;
-        if !shown.attached_to.is_empty() && node.as_ref().is_none_or(|node| *node == shown.attached_to) {
-            self.clone().detach_volume(record.spec.name.clone(), true, shown.attached_to.clone()).await?;
+        // The permission ends first, and then what is attached: by its node or by force. A node that attaches
+        // meanwhile looks for its permission again afterwards, so an unpublished node writes nothing. Only a leader
+        // with a quorum knows that nothing is attached: without one this fails and is repeated.
+        let node = (!request.node.is_empty()).then(|| NodeName::new(&request.node));
+        self.catalog.apply(CatalogCommand::Unpublish { id: record.id, node }, PATIENCE).await?;
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.clone().detach_volume(record.spec.name.clone(), true, request.node.clone()).await {
+                Err(error) if error.code == ErrorCode::NotFound => return Ok(()),
+                // The node that dies may have led.
+                Err(error) if error.code == ErrorCode::Unavailable && Instant::now() < until => {
+                    holdfast_env::sleep(RETRY_PAUSE).await;
+                }
+                ended => return ended.map(drop),
+            }
         }
-        let node = node.map(NodeName::new);
-        self.catalog.apply(CatalogCommand::Unpublish { id: record.id, node }, PATIENCE).await.map(drop)
     }
 
     pub(crate) async fn attach_volume(
@@ -249,6 +259,7 @@ impl Shard {
         };
         let (holder, epoch) = (leader.holder.clone(), leader.epoch);
         if holder.is_empty() || (!node.is_empty() && node != holder) {
+            self.take_down_ended(&record, &node).await;
             return Ok(false);
         }
         let at_node = async {
@@ -273,6 +284,18 @@ impl Shard {
             Err(error) => {
                 Err(error.hint("`--force` ends the attachment of a node that is dead or unreachable"))
             }
+        }
+    }
+
+    /// A node that was fenced may still show the device of its ended session: it goes with the detach.
+    async fn take_down_ended(self: &Rc<Self>, record: &VolumeRecord, node: &str) {
+        if node.is_empty() {
+            return;
+        }
+        let Ok(store) = self.config.store_of(node) else { return };
+        let ask = NodeRequest::Detach { id: record.id };
+        if let Err(error) = self.ask_node(store, ask, Some(Duration::from_secs(3))).await {
+            tracing::info!(volume = record.spec.name, node, %error, "an ended session's device stays for now");
         }
     }
 
@@ -338,7 +361,8 @@ impl Shard {
         let state = self.catalog.state(PATIENCE).await?;
         let reports = volumes::store_reports(&self.rpc, &state).await;
         let candidates = volumes::candidates(&state, &reports);
-        let largest = placement::largest(&spec, &candidates).min(holdfast_types::limits::VOLUME_BYTES_MAX);
+        let largest = placement::largest(&spec, &candidates, &spec.preferred)
+            .min(holdfast_types::limits::VOLUME_BYTES_MAX);
         Ok(pb::Capacity { available_bytes: largest, maximum_volume_bytes: largest })
     }
 

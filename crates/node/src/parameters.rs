@@ -9,6 +9,10 @@ use holdfast_types::{
 
 use crate::admin::pb;
 
+/// What CSI sidecars add about the claim. Kept with the volume, of no other effect.
+const METADATA: &[&str] =
+    &["csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pv/name"];
+
 /// Parameters that a StorageClass may have, for the error that names them.
 const KNOWN: &[&str] = &[
     "survive",
@@ -108,6 +112,7 @@ pub(crate) fn parameters(
             "csi.storage.k8s.io/fstype" => {
                 return Err(wrong(format!("the file system '{value}' is not supported"), "use ext4 or xfs"));
             }
+            metadata if METADATA.contains(&metadata) => {}
             "timers" if value == "auto" => {}
             "encryption" if value == "none" => {}
             "asyncReplicas" | "timers" | "encryption" | "iops" | "bandwidth" => return Err(not_built(key)),
@@ -177,7 +182,8 @@ mod tests {
     #[test]
     fn what_is_asked_is_understood_or_refused_by_name() {
         let spec =
-            spec(&request(&[("survive", "node"), ("onQuorumLoss", "error:30s")])).expect("is understood");
+            spec(&request(&[("survive", "node"), ("onQuorumLoss", "error:30s"), (METADATA[0], "claim")]))
+                .expect("is understood");
         assert_eq!((spec.size, spec.survive), (ByteSize(8192), Survive::Node));
         assert_eq!(spec.on_quorum_loss, OnQuorumLoss::Error { after_seconds: 30 });
         for (parameters, code, word) in [

@@ -189,16 +189,27 @@ fn enough(rule: &Rule, candidates: &[&Candidate]) -> bool {
     room.values().map(|nodes| (*nodes).min(rule.most)).sum::<usize>() >= rule.voters
 }
 
-/// The largest volume of this kind that could be placed now, zero if none.
-pub fn largest(spec: &VolumeSpec, candidates: &[Candidate]) -> u64 {
+/// The largest volume of this kind that could be placed now and used from one of these places (empty: no matter), zero
+/// if none.
+pub fn largest(spec: &VolumeSpec, candidates: &[Candidate], from: &[TopologyTerm]) -> u64 {
     let mut sizes: Vec<u64> = candidates.iter().map(|c| c.available_bytes).collect();
     sizes.sort_unstable();
     sizes.dedup();
     let possible = |size: &u64| {
         let asked = VolumeSpec { size: ByteSize(*size), ..spec.clone() };
-        place(&asked, candidates).is_ok()
+        place(&asked, candidates).is_ok_and(|placed| {
+            let locations: Vec<Location> = placed.into_iter().map(|at| at.location).collect();
+            let terms = accessible(spec, &locations);
+            terms.is_empty() || from.is_empty() || terms.iter().any(|term| from.iter().any(|f| meet(term, f)))
+        })
     };
     sizes.into_iter().rev().find(possible).unwrap_or(0)
+}
+
+/// Whether a place can be within both terms.
+fn meet(a: &TopologyTerm, b: &TopologyTerm) -> bool {
+    let fits = |a: &str, b: &str| a.is_empty() || b.is_empty() || a == b;
+    fits(&a.region, &b.region) && fits(&a.zone, &b.zone) && fits(&a.node, &b.node)
 }
 
 /// From where a volume may be used: terms for the node affinity of its PersistentVolume; empty for anywhere.

@@ -1,5 +1,6 @@
 //! Commands that ask the cluster.
 
+pub mod csi;
 pub mod node;
 pub mod replica;
 pub mod volume;

@@ -48,7 +48,7 @@ pub struct NodeDescription {
     pub pid: u32,
     /// Its admin socket.
     pub admin: String,
-    /// Its CSI socket; empty until there is one.
+    /// Its CSI socket.
     pub csi: String,
     /// Where its metrics are; empty for a cluster that was made before there were any.
     pub metrics: String,
@@ -153,8 +153,8 @@ impl Cluster {
             zone: node.config.location.zone.clone(),
             pid: node.pid().unwrap_or(0),
             admin: format!("unix:{}", node.layout().admin_socket().display()),
-            csi: String::new(),
             metrics: node.config.metrics.as_ref().map_or_else(String::new, metrics_url),
+            csi: format!("unix:{}", node.path.join("csi.sock").display()),
             data_dir: node.path.display().to_string(),
             witness: false,
         });

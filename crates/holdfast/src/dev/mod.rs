@@ -5,6 +5,7 @@
 //! cluster is there with all data.
 
 pub mod cluster;
+mod csi;
 pub mod ctl;
 mod demo;
 mod faults;
@@ -46,13 +47,17 @@ pub fn run(options: DevOptions, output: &Output) -> Result<ExitCode, UserError> 
         return demo::run(which, &options, output);
     }
     let directory = absolute(&options.directory())?;
-    runtime()?.block_on(async move {
+    let runtime = runtime()?;
+    let result = runtime.block_on(async move {
         let work = async |cluster: Shared| {
             greet(&cluster, &directory, output).await;
             std::future::pending::<Result<(), UserError>>().await
         };
         with_cluster(&directory, &options, work).await.map(|_interrupted| ExitCode::SUCCESS)
-    })
+    });
+    // CSI calls may hang in the kernel with the volume that they are about.
+    runtime.shutdown_background();
+    result
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, UserError> {
@@ -83,6 +88,7 @@ async fn with_cluster<T>(
         start(&cluster, options).await?;
         let admin = proxy::serve(&directory.join("admin.sock"), cluster.clone())?;
         let control = ctl::serve(&directory.join("ctl.sock"), cluster.clone())?;
+        csi::serve(&cluster.lock().await.description())?;
         // Last: who waits for it finds everything else there.
         cluster.lock().await.write_description()?;
         tokio::select! {
@@ -127,7 +133,8 @@ async fn greet(cluster: &Shared, directory: &Path, output: &Output) {
     });
 }
 
-fn stop_signal() -> Result<impl Future<Output = ()>, UserError> {
+/// Ends at SIGINT or SIGTERM.
+pub fn stop_signal() -> Result<impl Future<Output = ()>, UserError> {
     use tokio::signal::unix::{SignalKind, signal};
     let wrong = |error| UserError::new(ErrorCode::Internal, format!("signals: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(wrong)?;

@@ -202,8 +202,8 @@ fn refusals_teach() {
         candidates(1, 3, 1).into_iter().map(|c| Candidate { available_bytes: 1, ..c }).collect();
     let refused = place(&spec("a", Survive::Zone), &full).expect_err("there is no room");
     assert_eq!(refused.code, ErrorCode::ResourceExhausted);
-    assert_eq!(largest(&spec("a", Survive::Zone), &candidates(1, 3, 1)), 10 << 30);
-    assert_eq!(largest(&spec("a", Survive::Zone), &two_zones), 0);
+    assert_eq!(largest(&spec("a", Survive::Zone), &candidates(1, 3, 1), &[]), 10 << 30);
+    assert_eq!(largest(&spec("a", Survive::Zone), &two_zones, &[]), 0);
 }
 
 prop_compose! {
