@@ -8,48 +8,29 @@ use std::time::Duration;
 
 use holdfast_catalog::volumes;
 use holdfast_frontend::Edge;
+use holdfast_frontend::kernel::{Close, KernelError};
 use holdfast_protocol::catalog::{VolumePhase, VolumeRecord};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::volume::Refusal;
 use holdfast_replica::administration::ShardRequest;
 use holdfast_session::{AttachOptions, Closed, Session, SessionError, VolumeTarget};
-use holdfast_types::{Epoch, ErrorCode, GroupId, StoreId, UserError, VolumeId};
+use holdfast_types::{ByteSize, Epoch, ErrorCode, GroupId, StoreId, UserError, VolumeId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::config::Layout;
 use crate::device::SessionDevice;
 use crate::shard::Shard;
+use crate::shown::{FrontendChoice, FrontendKind, Shown, device_error};
 
 /// How long an attach waits for a quorum and for a former holder's lease.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a detach waits for requests under way.
 const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a session may take to learn that its volume has grown.
+const RESIZE_PATIENCE: Duration = Duration::from_secs(5);
 /// Between tries to take over what was attached before a restart.
 const RESUME_PAUSE: Duration = Duration::from_millis(500);
-
-/// How a guest reaches the volume.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum FrontendKind {
-    /// An export on the node's NBD socket.
-    Nbd,
-}
-
-impl std::str::FromStr for FrontendKind {
-    type Err = UserError;
-    fn from_str(text: &str) -> Result<Self, UserError> {
-        match text {
-            "" | "auto" | "nbd" => Ok(Self::Nbd),
-            "fuse" | "loop" => {
-                let message = format!("the frontend {text} is not built yet");
-                Err(UserError::new(ErrorCode::Unimplemented, message).hint("use --frontend nbd"))
-            }
-            other => Err(UserError::new(ErrorCode::InvalidArgument, format!("there is no frontend {other}"))
-                .hint("use nbd or auto")),
-        }
-    }
-}
 
 /// What a restarted daemon must know to take an attachment over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,8 +46,7 @@ struct Note {
 #[derive(Clone)]
 pub(crate) struct Attached {
     pub(crate) session: Rc<Session>,
-    pub(crate) frontend: FrontendKind,
-    pub(crate) device: String,
+    pub(crate) shown: Rc<Shown>,
     name: String,
 }
 
@@ -172,10 +152,8 @@ impl Shard {
         AttachmentView {
             epoch: attached.session.epoch(),
             node: self.config.location.node.to_string(),
-            frontend: match attached.frontend {
-                FrontendKind::Nbd => "nbd".into(),
-            },
-            device: attached.device.clone(),
+            frontend: attached.shown.kind().as_str().into(),
+            device: attached.shown.device(),
         }
     }
 
@@ -193,7 +171,8 @@ impl Shard {
         force: bool,
         read_only: bool,
     ) -> Result<AttachmentView, UserError> {
-        let frontend: FrontendKind = frontend.parse()?;
+        let choice: FrontendChoice = frontend.parse()?;
+        let frontend = choice.resolve()?;
         let state = self.catalog.state(ATTACH_PATIENCE).await?;
         let record = state.get(name)?;
         if record.phase != VolumePhase::Ready {
@@ -203,12 +182,14 @@ impl Shard {
         let _one_at_a_time = self.attachments.changing.lock().await;
         if let Some(attached) = self.attachments.get(record.id) {
             match attached.session.closed_now() {
-                None if attached.session.read_only() == read_only => return Ok(self.view(&attached)),
+                None if attached.session.read_only() == read_only && choice.allows(attached.shown.kind()) => {
+                    return Ok(self.view(&attached));
+                }
                 None => {
                     let message = format!("volume {name} is attached here in another mode");
                     return Err(UserError::new(ErrorCode::AlreadyExists, message).hint("detach it first"));
                 }
-                Some(_) => self.take_down(record.id)?,
+                Some(_) => self.take_down(record.id).await?,
             }
         }
         let note = Note {
@@ -244,14 +225,19 @@ impl Shard {
             .await
             .map_err(|error| user_error(&note.name, error))?;
         let edge = Edge::new(Rc::new(SessionDevice(session.clone())));
-        self.nbd.exports().add(&note.name, edge);
-        let attached = Attached {
-            session: session.clone(),
-            frontend: note.frontend,
-            device: format!("nbd+unix:///{}?socket={}", note.name, self.nbd.path().display()),
-            name: note.name.clone(),
+        let shown = match Shown::open(self, &note.name, note.frontend, edge).await {
+            Ok(shown) => Rc::new(shown),
+            Err(error) => {
+                // Nothing half-done: what cannot be shown is not held.
+                if let Err(error) = session.detach(DETACH_PATIENCE).await {
+                    tracing::warn!(volume = note.name, %error, "a volume that cannot be shown stays attached");
+                }
+                return Err(device_error(&note.name, &error));
+            }
         };
+        let attached = Attached { session: session.clone(), shown, name: note.name.clone() };
         self.attachments.running.borrow_mut().insert(id, attached.clone());
+        holdfast_env::spawn("watch-size", Self::watch_size(attached.clone()));
         holdfast_env::spawn("watch-session", Self::watch(Rc::downgrade(self), id, session));
         Ok(attached)
     }
@@ -272,16 +258,65 @@ impl Shard {
         }
     }
 
-    /// Ends frontend and note of an attachment.
-    fn take_down(&self, id: VolumeId) -> Result<(), UserError> {
-        if let Some(attached) = self.attachments.get(id) {
-            self.nbd.exports().remove(&attached.name);
+    /// A device of the kernel learns that its volume has grown.
+    async fn watch_size(attached: Attached) {
+        let Attached { session, shown, name } = attached;
+        let mut known = session.size();
+        while let Some(size) = session.grown_beyond(known).await {
+            known = size;
+            if let Err(error) = shown.resized().await {
+                tracing::warn!(volume = name, %error, "the device does not show that its volume has grown");
+            }
+        }
+    }
+
+    /// Waits until the device shows at least `size`; false if the volume is not attached here.
+    pub(crate) async fn show_size(&self, id: VolumeId, size: ByteSize) -> Result<bool, UserError> {
+        let Some(attached) = self.attachments.get(id) else { return Ok(false) };
+        let grown = async {
+            let mut known = attached.session.size();
+            while known < size {
+                match attached.session.grown_beyond(known).await {
+                    Some(size) => known = size,
+                    None => return false,
+                }
+            }
+            true
+        };
+        let late = |_| {
+            let message = format!("the session of volume {} has not learnt the new size", attached.name);
+            UserError::new(ErrorCode::TimedOut, message)
+        };
+        if !holdfast_env::timeout(RESIZE_PATIENCE, grown).await.map_err(late)? {
+            return Ok(false);
+        }
+        attached.shown.resized().await.map_err(|error| device_error(&attached.name, &error))?;
+        Ok(true)
+    }
+
+    /// Ends frontend and note of an attachment, whoever uses it.
+    async fn take_down(&self, id: VolumeId) -> Result<(), UserError> {
+        if let Some(attached) = self.attachments.get(id)
+            && let Err(error) = attached.shown.close(self, &attached.name, Close::Forced).await
+        {
+            tracing::warn!(volume = attached.name, %error, "a device was not taken away");
         }
         self.attachments.forget(id)
     }
 
-    /// Detaches a volume that is attached here; false if it was not.
-    pub(crate) async fn detach_here(&self, id: VolumeId) -> Result<bool, UserError> {
+    /// Takes the devices of all attachments away and keeps the notes: the next daemon makes them anew.
+    pub(crate) async fn hide_all(&self) {
+        let running: Vec<Attached> = self.attachments.running.borrow().values().cloned().collect();
+        for attached in running {
+            if let Err(error) = attached.shown.close(self, &attached.name, Close::Forced).await {
+                tracing::warn!(volume = attached.name, %error, "a device was not taken away");
+            }
+        }
+    }
+
+    /// Detaches a volume that is attached here; false if it was not. Without `force` it is refused while its device
+    /// is mounted or open.
+    pub(crate) async fn detach_here(&self, id: VolumeId, force: bool) -> Result<bool, UserError> {
         let _one_at_a_time = self.attachments.changing.lock().await;
         let Some(attached) = self.attachments.get(id) else {
             self.attachments.forget(id)?;
@@ -289,11 +324,19 @@ impl Shard {
         };
         let held = attached.session.closed_now().is_none();
         if held {
+            if !force && let Err(error) = attached.shown.close(self, &attached.name, Close::Orderly).await {
+                let refused = matches!(error, KernelError::InUse(_));
+                let error = device_error(&attached.name, &error);
+                if refused {
+                    return Err(error);
+                }
+                tracing::warn!(volume = attached.name, %error, "a device is taken away by force");
+            }
             let ended = attached.session.detach(DETACH_PATIENCE).await;
-            self.take_down(id)?;
+            self.take_down(id).await?;
             ended.map_err(|error| user_error(&attached.name, error))?;
         }
-        self.take_down(id)?;
+        self.take_down(id).await?;
         Ok(held)
     }
 

@@ -103,6 +103,10 @@ impl Layout {
     pub fn attachments(&self) -> PathBuf {
         self.0.join("attachments.json")
     }
+    /// Where attached volumes are mounted as files.
+    pub fn devices(&self) -> PathBuf {
+        self.0.join("devices")
+    }
     fn pki(&self, name: &str) -> PathBuf {
         self.0.join("pki").join(name)
     }

@@ -48,7 +48,9 @@ pub fn run(directory: &Path, metrics: Option<String>) -> Result<(), UserError> {
 }
 
 async fn stop(shard: Rc<Shard>) {
-    // Attachments stay: the next daemon takes them over. What was acknowledged is in the journals.
+    // Attachments stay: the next daemon takes them over. What was acknowledged is in the journals. Devices of the
+    // kernel go: without a daemon they would only answer with errors.
+    shard.hide_all().await;
     if holdfast_env::timeout(STOP_DEADLINE, shard.host.stop()).await.is_err() {
         tracing::warn!("the replicas did not stop in {STOP_DEADLINE:?}; the next start recovers them");
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
-use holdfast_types::{ErrorCode, StoreId, UserError, VolumeId};
+use holdfast_types::{ByteSize, ErrorCode, StoreId, UserError, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder, Service};
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,14 @@ pub(crate) enum NodeRequest {
     },
     Detach {
         id: VolumeId,
+        /// Even if its device is in use.
+        #[serde(default)]
+        force: bool,
+    },
+    /// The volume has grown: the device should show it.
+    ShowSize {
+        id: VolumeId,
+        size: ByteSize,
     },
     /// Whether and how a volume is attached there.
     Look {
@@ -38,8 +46,16 @@ pub(crate) enum NodeRequest {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "kebab-case")]
 pub(crate) enum NodeAnswer {
-    Attached { view: Option<AttachmentView> },
-    Detached { held: bool },
+    Attached {
+        view: Option<AttachmentView>,
+    },
+    Detached {
+        held: bool,
+    },
+    /// Whether the volume is attached there, and its device shows its size.
+    SizeShown {
+        held: bool,
+    },
 }
 
 type Outcome = Result<NodeAnswer, UserError>;
@@ -78,7 +94,12 @@ async fn carry_out(shard: &Rc<Shard>, request: NodeRequest) -> Outcome {
             let view = shard.attach(&name, &frontend, force, read_only).await?;
             Ok(NodeAnswer::Attached { view: Some(view) })
         }
-        NodeRequest::Detach { id } => Ok(NodeAnswer::Detached { held: shard.detach_here(id).await? }),
+        NodeRequest::Detach { id, force } => {
+            Ok(NodeAnswer::Detached { held: shard.detach_here(id, force).await? })
+        }
+        NodeRequest::ShowSize { id, size } => {
+            Ok(NodeAnswer::SizeShown { held: shard.show_size(id, size).await? })
+        }
         NodeRequest::Look { id } => Ok(NodeAnswer::Attached { view: shard.look(id) }),
     }
 }

@@ -17,6 +17,14 @@ mod metrics;
 mod operations;
 mod parameters;
 mod shard;
+mod shown;
 mod views;
 
 pub use config::NodeConfig;
+
+/// Removes the mounts and block devices that the killed daemon of a data directory left; tells how many there were.
+/// The daemon does so itself when it starts. Blocks.
+pub fn clean_devices(directory: &std::path::Path) -> Result<usize, holdfast_types::UserError> {
+    let layout = config::Layout::new(directory);
+    holdfast_frontend::kernel::clean(&layout.devices()).map_err(|error| shown::user_error(&error))
+}

@@ -12,7 +12,7 @@ use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
 use holdfast_replica::administration::ShardRequest;
 use holdfast_replica::messages::{DataReply, DataRequest};
-use holdfast_types::{ErrorCode, LogIndex, NodeName, ReplicaId, UserError, VolumeId};
+use holdfast_types::{ByteSize, ErrorCode, LogIndex, NodeName, ReplicaId, UserError, VolumeId};
 
 use crate::admin::pb;
 use crate::forward::{NodeAnswer, NodeRequest};
@@ -27,6 +27,8 @@ const CREATE_PATIENCE: Duration = Duration::from_secs(30);
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Volumes on one page of a list.
 const PAGE_MAX: usize = 1000;
+/// How long a device may take to show its new size.
+const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a digest of one replica may take: it reads everything.
 const VERIFY_DEADLINE: Duration = Duration::from_secs(600);
 /// Times that a verification of a volume that is being written begins anew.
@@ -183,7 +185,24 @@ impl Shard {
             volumes::control(&self.rpc, record.group, &record.stores(), &command, PATIENCE).await?;
         }
         let reply = self.catalog.apply(CatalogCommand::SetSize { id: record.id, size }, PATIENCE).await?;
-        Ok(self.show(&expect_volume(reply)?).await)
+        let shown = self.show(&expect_volume(reply)?).await;
+        if !shown.attached_to.is_empty()
+            && let Err(error) = self.show_size_at(&shown.attached_to, record.id, size).await
+        {
+            // Its session learns it by itself; only the caller cannot rely on it yet.
+            tracing::info!(volume = shown.name, %error, "the device does not show yet that its volume has grown");
+        }
+        Ok(shown)
+    }
+
+    async fn show_size_at(
+        self: &Rc<Self>,
+        node: &str,
+        id: VolumeId,
+        size: ByteSize,
+    ) -> Result<NodeAnswer, UserError> {
+        let store = self.config.store_of(node)?;
+        self.ask_node(store, NodeRequest::ShowSize { id, size }, Some(RESIZE_DEADLINE)).await
     }
 
     pub(crate) async fn publish(self: Rc<Self>, request: pb::PublishVolumeRequest) -> Result<(), UserError> {
@@ -265,7 +284,7 @@ impl Shard {
         let at_node = async {
             let store = self.config.store_of(&holder)?;
             let deadline = force.then_some(Duration::from_secs(3));
-            self.ask_node(store, NodeRequest::Detach { id: record.id }, deadline).await
+            self.ask_node(store, NodeRequest::Detach { id: record.id, force }, deadline).await
         };
         match at_node.await {
             Ok(NodeAnswer::Detached { held: true }) => Ok(true),
@@ -281,9 +300,10 @@ impl Shard {
                 self.detach_by_force(&record, epoch).await?;
                 Ok(true)
             }
-            Err(error) => {
+            Err(error) if error.code == ErrorCode::Unavailable => {
                 Err(error.hint("`--force` ends the attachment of a node that is dead or unreachable"))
             }
+            Err(error) => Err(error),
         }
     }
 
@@ -293,7 +313,7 @@ impl Shard {
             return;
         }
         let Ok(store) = self.config.store_of(node) else { return };
-        let ask = NodeRequest::Detach { id: record.id };
+        let ask = NodeRequest::Detach { id: record.id, force: true };
         if let Err(error) = self.ask_node(store, ask, Some(Duration::from_secs(3))).await {
             tracing::info!(volume = record.spec.name, node, %error, "an ended session's device stays for now");
         }

@@ -9,6 +9,7 @@ use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_env::real::disk::RealDirectory;
 use holdfast_env::real::powercut::{self, PowerCutDirectory};
+use holdfast_frontend::kernel;
 use holdfast_frontend::nbd::NbdServer;
 use holdfast_protocol::catalog::{CatalogCommand, NodeRecord};
 use holdfast_replica::{GroupEnvironment, Host, Timers, administration};
@@ -132,6 +133,12 @@ impl Shard {
         let member = Member::start(&host, &config.catalog, member_options).await?;
         administration::serve(&host);
         host.load().await.map_err(store_error)?;
+        // Before anything is attached: what is made later stands in the same places.
+        match kernel::clean_aside(layout.devices()).await {
+            Ok(0) => {}
+            Ok(left) => tracing::info!(left, "removed mounts and devices that a killed daemon left"),
+            Err(error) => tracing::error!(%error, "what a killed daemon left cannot be removed"),
+        }
         let nbd = NbdServer::bind(&layout.nbd_socket()).map_err(|error| failed("the NBD socket", error))?;
         let shard = Rc::new(Self {
             catalog: CatalogClient::new(rpc.clone(), config.catalog.values().copied().collect()),

@@ -227,6 +227,19 @@ impl Session {
     pub fn size(&self) -> ByteSize {
         self.size.get()
     }
+    /// Ends when the volume is known to be larger than `known`, with its size; `None` if the session has ended.
+    pub async fn grown_beyond(&self, known: ByteSize) -> Option<ByteSize> {
+        loop {
+            let changed = self.lease_changed.notified();
+            if self.closed_now().is_some() {
+                return None;
+            }
+            if self.size.get() > known {
+                return Some(self.size.get());
+            }
+            changed.await;
+        }
+    }
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only

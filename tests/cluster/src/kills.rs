@@ -63,7 +63,7 @@ pub async fn run(program: &Path, keep: Option<PathBuf>, plan: &Plan) -> Outcome<
     let mut random = Random::new(plan.seed);
     let attached = random.pick(&nodes).clone();
     dev.command(&["volume", "create", VOLUME, "--size", "256MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", &attached]).await?;
+    dev.command(&["volume", "attach", VOLUME, "--node", &attached, "--frontend", "nbd"]).await?;
     let load = Load::start(VOLUME, dev.nbd(&attached), WORKERS, plan.seed);
     let mut run = Run { dev, load, random, nodes, attached, stalls: BTreeMap::new() };
     for round in 0..plan.kills {
@@ -134,7 +134,7 @@ impl Run {
     async fn move_guest(&mut self) -> Outcome<()> {
         let others: Vec<String> = self.nodes.iter().filter(|node| **node != self.attached).cloned().collect();
         let to = self.random.pick(&others).clone();
-        let attach = ["volume", "attach", VOLUME, "--node", &to, "--force"];
+        let attach = ["volume", "attach", VOLUME, "--node", &to, "--frontend", "nbd", "--force"];
         self.dev.insist(&attach, RECOVERY).await?;
         self.attached = to;
         self.load.moved(self.dev.nbd(&self.attached));

@@ -12,25 +12,34 @@ use holdfast_types::{BLOCK_BYTES, BlockRange, limits};
 /// Blocks that were written; `None` stands for zeros that were written without payload.
 #[derive(Default)]
 pub struct Memory {
-    pub size: u64,
+    pub size: Cell<u64>,
     pub read_only: bool,
     pub blocks: RefCell<BTreeMap<u64, Option<Bytes>>>,
     pub ended: RefCell<Option<String>>,
     /// Times that a request lets others run before it takes effect.
     pub slowness: Cell<usize>,
+    /// Requests wait until this is false or the device has ended.
+    pub stuck: Cell<bool>,
+    /// Requests that wait.
+    pub waiting: Cell<usize>,
 }
 
 impl Memory {
     pub fn new(size: u64) -> Rc<Self> {
-        Rc::new(Self { size, ..Self::default() })
+        Rc::new(Self { size: Cell::new(size), ..Self::default() })
     }
 
     async fn pass(&self, range: BlockRange, most: u32) -> Result<(), DeviceError> {
         for _ in 0..self.slowness.get() {
             holdfast_env::yield_now().await;
         }
+        self.waiting.set(self.waiting.get() + 1);
+        while self.stuck.get() && self.ended().is_none() {
+            holdfast_env::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        self.waiting.set(self.waiting.get() - 1);
         assert!(range.count > 0 && range.count <= most, "the edge splits: {range:?}");
-        assert!(range.end().byte_offset() <= self.size, "the edge checks: {range:?}");
+        assert!(range.end().byte_offset() <= self.size.get(), "the edge checks: {range:?}");
         match self.ended() {
             Some(why) => Err(DeviceError::Ended(why)),
             None => Ok(()),
@@ -40,7 +49,7 @@ impl Memory {
 
 impl Device for Memory {
     fn size_bytes(&self) -> u64 {
-        self.size
+        self.size.get()
     }
     fn read_only(&self) -> bool {
         self.read_only

@@ -325,6 +325,7 @@ impl Cluster {
                 tracing::warn!(%error, "a daemon could not be killed");
             }
             node.child = None;
+            node.clean_devices().await;
         }
         for name in ["dev.json", "admin.sock", "ctl.sock"] {
             match std::fs::remove_file(self.directory.join(name)) {
@@ -355,6 +356,16 @@ impl Node {
     }
     fn pid(&self) -> Option<u32> {
         self.child.as_ref().and_then(Child::id)
+    }
+
+    /// Removes what a daemon that was killed left mounted: it will not be there to do so.
+    async fn clean_devices(&self) {
+        let path = self.path.clone();
+        match tokio::task::spawn_blocking(move || holdfast_node::clean_devices(&path)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "a mount stays behind"),
+            Err(error) => tracing::warn!(%error, "a mount may stay behind"),
+        }
     }
 
     fn start(&mut self) -> Result<(), UserError> {
