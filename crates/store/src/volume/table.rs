@@ -1,5 +1,9 @@
 //! The chunk table: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
 //! 4 KiB, each with two alternating copies, loaded when first touched.
+//!
+//! Invariant: what memory shows of a page is never older than what was last written of it. A page that is being
+//! written stays in memory until the write has ended, and what was read from disk meanwhile is read again: an older
+//! page that came back would be changed and written over the newer one, whose blocks then read as zeros.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -172,6 +176,11 @@ pub(super) struct Table {
     pages: RefCell<BTreeMap<u64, Rc<Page>>>,
     bytes_written: Cell<u64>,
     flushes: Cell<u64>,
+    pages_max: usize,
+    /// Pages that are being written: the disk may still show what they were before.
+    writing: RefCell<BTreeMap<u64, Rc<Page>>>,
+    /// Writes that have ended.
+    writes: Cell<u64>,
 }
 
 fn place_of(chunk: ChunkIndex) -> (u64, usize) {
@@ -180,14 +189,54 @@ fn place_of(chunk: ChunkIndex) -> (u64, usize) {
 
 impl Table {
     pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity) -> Self {
-        let (bytes_written, flushes) = (Cell::new(0), Cell::new(0));
-        Self { file, name, who, pages: RefCell::default(), bytes_written, flushes }
+        Self {
+            file,
+            name,
+            who,
+            pages: RefCell::default(),
+            pages_max: PAGES_MAX,
+            writing: RefCell::default(),
+            writes: Cell::new(0),
+            bytes_written: Cell::new(0),
+            flushes: Cell::new(0),
+        }
+    }
+
+    fn cached(&self, number: u64) -> Option<Rc<Page>> {
+        let writing = self.writing.borrow().get(&number).cloned();
+        writing.or_else(|| self.pages.borrow().get(&number).cloned())
+    }
+
+    fn keep(&self, number: u64, page: Rc<Page>) {
+        let mut pages = self.pages.borrow_mut();
+        if pages.len() >= self.pages_max && !pages.contains_key(&number) {
+            pages.pop_first();
+        }
+        pages.insert(number, page);
     }
 
     async fn page(&self, number: u64) -> Result<Rc<Page>, StoreError> {
-        if let Some(page) = self.pages.borrow().get(&number) {
-            return Ok(page.clone());
+        loop {
+            if let Some(page) = self.cached(number) {
+                return Ok(page);
+            }
+            let before = self.writes.get();
+            let loaded = self.load(number).await;
+            // Somebody may have loaded or changed it meanwhile: theirs is at least as new.
+            if let Some(newer) = self.cached(number) {
+                return Ok(newer);
+            }
+            if self.writes.get() != before {
+                continue; // it may have been written since it was read
+            }
+            let page = Rc::new(loaded?);
+            self.keep(number, page.clone());
+            return Ok(page);
         }
+    }
+
+    /// A page as the disk has it.
+    async fn load(&self, number: u64) -> Result<Page, StoreError> {
         let read = self.file.read_at(number * 2 * BLOCK_BYTES as u64, 2 * BLOCK_BYTES).await;
         let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
         let (first, second) = bytes.as_slice().split_at(BLOCK_BYTES);
@@ -202,28 +251,21 @@ impl Table {
                 Err(error) => problem = Some(error),
             }
         }
-        let page = match (newest, problem) {
+        match (newest, problem) {
             (Some(page), problem) => {
                 if let Some(error) = problem {
                     // A crash tore the copy that was being written; what it said is repeated from the journal.
                     tracing::warn!(file = %self.name, page = number, %error, "one copy of a table page is damaged");
                 }
-                page
+                Ok(page)
             }
             (None, Some(error))
                 if second.iter().chain(first).any(|byte| *byte != 0) && !torn_first(first, second) =>
             {
-                return Err(StoreError::damaged(format!("page {number} of {}", self.name), &error));
+                Err(StoreError::damaged(format!("page {number} of {}", self.name), &error))
             }
-            (None, _) => Page::default(),
-        };
-        let page = Rc::new(page);
-        let mut pages = self.pages.borrow_mut();
-        if pages.len() >= PAGES_MAX {
-            pages.pop_first();
+            (None, _) => Ok(Page::default()),
         }
-        // Somebody may have loaded or changed it meanwhile: theirs is at least as new.
-        Ok(pages.entry(number).or_insert(page).clone())
     }
 
     pub(super) async fn chunk(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
@@ -237,14 +279,27 @@ impl Table {
     }
 
     /// Writes changed chunks: each page into its older copy, then one flush. In memory the change shows at once; the
-    /// block map still covers what it is about.
+    /// block map still covers what it is about. After an error memory forgets the change, so that trying again writes
+    /// over the same copy and never over the only whole one.
     pub(super) async fn write(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<(), StoreError> {
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let written = self.write_pages(changed).await;
+        let pages = self.writing.take();
+        if written.is_err() {
+            self.pages.borrow_mut().retain(|number, _| !pages.contains_key(number));
+        }
+        self.writes.set(self.writes.get() + 1);
+        written
+    }
+
+    async fn write_pages(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<(), StoreError> {
         let mut by_page: BTreeMap<u64, Vec<(usize, Chunk)>> = BTreeMap::new();
         for (chunk, line) in changed {
             let (page, within) = place_of(chunk);
             by_page.entry(page).or_default().push((within, line));
         }
-        let any = !by_page.is_empty();
         for (number, lines) in by_page {
             let mut page = (*self.page(number).await?).clone();
             for (within, line) in lines {
@@ -255,16 +310,15 @@ impl Table {
             let copy = if in_place { 0 } else { page.generation % 2 };
             let offset = (number * 2 + copy) * BLOCK_BYTES as u64;
             let bytes = page.encode(number, self.who);
-            self.pages.borrow_mut().insert(number, Rc::new(page));
+            let page = Rc::new(page);
+            self.writing.borrow_mut().insert(number, page.clone());
+            self.keep(number, page);
             self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
             let written = self.file.write_at(offset, bytes, Durability::Volatile).await;
             written.map_err(|error| StoreError::io(&self.name, &error))?;
         }
-        if any {
-            self.flushes.set(self.flushes.get() + 1);
-            self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
-        }
-        Ok(())
+        self.flushes.set(self.flushes.get() + 1);
+        self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))
     }
 
     /// Bytes written, and flushes.
@@ -283,4 +337,132 @@ impl Table {
 /// copy, so the first is still empty. What it was to say is repeated from the journal.
 fn torn_first(first: &[u8], second: &[u8]) -> bool {
     first.iter().all(|byte| *byte == 0) && second.iter().any(|byte| *byte != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use futures_util::FutureExt;
+    use futures_util::future::LocalBoxFuture;
+    use holdfast_env::disk::FileSize;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    /// A file in memory whose writes wait for permits, one each, and fail when it is full.
+    struct Gated {
+        bytes: Rc<RefCell<Vec<u8>>>,
+        gate: Rc<Semaphore>,
+        full: Rc<Cell<bool>>,
+    }
+
+    impl File for Gated {
+        fn write_at(
+            &self,
+            offset: u64,
+            buffer: AlignedBuffer,
+            _: Durability,
+        ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+            let (bytes, gate, full) = (self.bytes.clone(), self.gate.clone(), self.full.get());
+            async move {
+                gate.acquire().await.expect("the gate is never closed").forget();
+                if full {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                let at = offset as usize;
+                bytes.borrow_mut()[at..at + buffer.len()].copy_from_slice(buffer.as_slice());
+                Ok(buffer)
+            }
+            .boxed_local()
+        }
+        fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+            let found = AlignedBuffer::copy_of(&self.bytes.borrow()[offset as usize..][..length]);
+            async move { Ok(found) }.boxed_local()
+        }
+        fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+            async { Ok(()) }.boxed_local()
+        }
+        fn allocate(&self, _: u64, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+            async { Ok(()) }.boxed_local()
+        }
+        fn punch(&self, _: u64, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+            async { Ok(()) }.boxed_local()
+        }
+        fn set_length(&self, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
+            async { Ok(()) }.boxed_local()
+        }
+        fn size(&self) -> LocalBoxFuture<'static, io::Result<FileSize>> {
+            async { Ok(FileSize::default()) }.boxed_local()
+        }
+    }
+
+    struct Place {
+        table: Table,
+        bytes: Rc<RefCell<Vec<u8>>>,
+        gate: Rc<Semaphore>,
+        full: Rc<Cell<bool>>,
+    }
+
+    fn place() -> Place {
+        let who = ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) };
+        let bytes = Rc::new(RefCell::new(vec![0; 64 * BLOCK_BYTES]));
+        let (gate, full) = (Rc::new(Semaphore::new(0)), Rc::new(Cell::new(false)));
+        let file = Gated { bytes: bytes.clone(), gate: gate.clone(), full: full.clone() };
+        let table = Table { pages_max: 1, ..Table::new(Rc::new(file), "table".into(), who) };
+        Place { table, bytes, gate, full }
+    }
+
+    fn line(chunk: u64, index: u64) -> BTreeMap<ChunkIndex, Chunk> {
+        let mut line = Chunk { last_index: LogIndex(index), ..Chunk::default() };
+        line.set(0, BlockSum::Data(index as u32));
+        BTreeMap::from([(ChunkIndex(chunk), line)])
+    }
+
+    async fn index_of(table: &Table, chunk: u64) -> u64 {
+        table.chunk(ChunkIndex(chunk)).await.expect("is read").last_index.0
+    }
+
+    #[test]
+    fn a_page_that_is_read_while_it_is_written_is_not_older_afterwards() {
+        holdfast_env::real::run(async {
+            let Place { table, gate, .. } = place();
+            let (other_page, same_page) = (5 * PAGE_CHUNKS, 1);
+            {
+                let mut writing = std::pin::pin!(table.write(line(0, 7)));
+                assert!(futures_util::poll!(&mut writing).is_pending(), "the write is under way");
+                // Memory has room for one page: this one drives out the page that is being written.
+                assert_eq!(index_of(&table, other_page).await, 0);
+                assert_eq!(index_of(&table, 0).await, 7, "the disk still shows the page as it was");
+                gate.add_permits(1);
+                writing.await.expect("is written");
+            }
+            gate.add_permits(1);
+            table.write(line(same_page, 8)).await.expect("is written");
+            assert_eq!(index_of(&table, other_page).await, 0);
+            assert_eq!(index_of(&table, 0).await, 7, "the newer line was written over by an older one");
+            assert_eq!(index_of(&table, same_page).await, 8);
+        });
+    }
+
+    #[test]
+    fn a_write_that_failed_is_tried_again_over_the_same_copy() {
+        holdfast_env::real::run(async {
+            let Place { table, bytes, gate, full } = place();
+            gate.add_permits(3);
+            table.write(line(0, 1)).await.expect("is written");
+            let whole = bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES].to_vec();
+            full.set(true);
+            table.write(line(0, 2)).await.expect_err("the medium is full");
+            assert_eq!(index_of(&table, 0).await, 1, "memory shows what was not written");
+            full.set(false);
+            table.write(line(0, 3)).await.expect("is written");
+            assert_eq!(
+                bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES],
+                whole,
+                "the only whole copy was written over"
+            );
+            assert_eq!(index_of(&table, 0).await, 3);
+        });
+    }
 }
