@@ -318,8 +318,11 @@ impl Journal {
         let mut payloads = Vec::new();
         let mut done = Vec::new();
         for queued in taken {
-            records.push(self.newest(queued.record));
             done.extend(queued.done);
+            if self.is_outdated_copy(&queued.record) {
+                continue;
+            }
+            records.push(self.newest(queued.record));
             if !queued.payload.is_empty() {
                 payloads.push(queued.payload);
             }
@@ -357,6 +360,16 @@ impl Journal {
         let state =
             now.map_or(queued.clone(), |now| GroupState { truncate_after: queued.truncate_after, ..now });
         Record::State(who, state)
+    }
+
+    /// Whether a record is the copy of an entry that the group has cut off or purged since the copy was queued. It may
+    /// have been overtaken by what replaced the entry, and recovery would bring the old one back (INV-TERM).
+    fn is_outdated_copy(&self, record: &Record) -> bool {
+        let Record::Entry(who, entry) = record else { return false };
+        let is_there = |group: &std::rc::Rc<std::cell::RefCell<super::group::Group>>| {
+            group.borrow().get(entry.id.index).is_some_and(|meta| meta.id == entry.id)
+        };
+        entry.copy && !self.0.groups.borrow().get(who).is_some_and(is_there)
     }
 
     /// Notes in the groups where the batch's records stand.
@@ -560,5 +573,55 @@ impl Journal {
             }
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_env::disk::Directory;
+    use holdfast_env::real::disk::RealDirectory;
+    use holdfast_types::{ClusterId, GroupId, LogIndex, NodeName, ReplicaId, StoreId, Term};
+
+    use super::super::StoreOptions;
+    use super::*;
+    use crate::{LogEntry, StoreIdentity};
+
+    fn entry(term: u64) -> LogEntry {
+        let id = EntryId { term: Term(term), leader: ReplicaId(1), index: LogIndex(1) };
+        LogEntry { id, kind: 1, head: Bytes::from_static(b"head"), payload: Bytes::new() }
+    }
+
+    async fn append(log: &super::super::GroupLog, entry: LogEntry) {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        log.append(vec![entry], Box::new(|result| sender.send(result).expect("somebody waits")));
+        receiver.await.expect("is answered").expect("is flushed");
+    }
+
+    /// What makes room goes first, but not when it does not fit into what is left of a segment and the rest does.
+    #[test]
+    fn a_copy_that_was_overtaken_does_not_bring_back_what_was_cut() {
+        let place = tempfile::tempdir().expect("a place");
+        let identity = StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(1) };
+        let options = StoreOptions { segment_bytes: 4 << 20, segments: 4 };
+        let who = ReplicaIdentity { group: GroupId(7), replica: ReplicaId(1) };
+        holdfast_env::real::run(async {
+            let directory: std::rc::Rc<dyn Directory> = RealDirectory::open(place.path()).expect("opens");
+            Journal::format(directory.clone(), &identity, &options).await.expect("formats");
+            let (journal, _) = Journal::open(directory.clone(), &identity, &options).await.expect("opens");
+            let log = journal.create_group(who).await.expect("creates");
+            append(&log, LogEntry { id: EntryId::default(), ..entry(0) }).await;
+            append(&log, entry(1)).await;
+            let copy = log.group.borrow().get(LogIndex(1)).map(|meta| meta.record(LogIndex(0), true));
+            log.truncate_after(Some(LogIndex(0))).await.expect("is cut");
+            append(&log, entry(2)).await;
+            let (sender, written) = tokio::sync::oneshot::channel();
+            let done: Done = Box::new(|result| sender.send(result).expect("somebody waits"));
+            journal.enqueue_urgent(Record::Entry(who, copy.expect("an entry")), Some(done));
+            journal.kick();
+            written.await.expect("is answered").expect("is written");
+            let (_, mut groups) = Journal::open(directory, &identity, &options).await.expect("opens");
+            let log = groups.pop().expect("the group").log;
+            assert_eq!(log.last().map(|id| id.term), Some(Term(2)), "an entry that was cut is back");
+        });
     }
 }
