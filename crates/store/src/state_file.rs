@@ -125,6 +125,8 @@ impl StateFile {
     }
 
     async fn load(&self) -> Result<(), StoreError> {
+        // A killed daemon may have left the newest generation in a cache, and the log is purged by what it says.
+        self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
         let mut problem = None;
         for slot in 0..2u64 {
             let read = self.file.read_at(slot * SLOT_BYTES as u64, SLOT_BYTES).await;

@@ -180,7 +180,9 @@ fn replay(scan: &Scan) -> (Replay, End) {
         let found = scan.batches.get(&seq);
         let whole = found.is_some_and(|found| found.intact.iter().all(|intact| *intact));
         if seq > scan.flushed && !whole {
-            void = Some((seq, scan.highest));
+            // From the last valid batch on: what lies between was cut by a batch that is now void itself, and its word
+            // goes with it. Cut again, else the next recovery would stumble over it and cut what came after.
+            void = Some((last.0 + 1, scan.highest));
             break;
         }
         match found {
@@ -214,6 +216,9 @@ pub(super) async fn open(
         let name = segment_name(number as u32);
         let bytes = read_segment(file, &name, options.segment_bytes).await?;
         scan.segment(number as u32, bytes.as_slice(), identity.store, salt);
+        // A daemon that was killed may have left a batch in the kernel's or the disk's cache only. What is read from
+        // there is counted on from now on (Raft tells others that it has it), so it must be on the medium first.
+        file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
     }
     let (replayed, end) = replay(&scan);
     if let Some((from, to)) = end.void {

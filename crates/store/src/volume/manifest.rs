@@ -171,8 +171,10 @@ impl ManifestFile {
         written.map_err(|error| StoreError::io(&self.name, &error)).map(drop)
     }
 
-    /// The newest generation that is whole.
+    /// The newest generation that is whole. On stable storage when it returns: a killed daemon may have left it in a
+    /// cache, and the log is purged by what it says.
     pub(super) async fn read(&self) -> Result<Manifest, StoreError> {
+        self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
         let mut newest: Option<Manifest> = None;
         let mut problem = DecodeError::Short { missing: 0 };
         for slot in 0..2 {
