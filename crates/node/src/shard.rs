@@ -131,8 +131,8 @@ impl Shard {
             Host::open(environment, directory, identity, &options(&config)).await.map_err(store_error)?;
         let member_options = MemberOptions { lost_after: Duration::from_secs(config.lost_after_seconds) };
         let member = Member::start(&host, &config.catalog, member_options).await?;
-        administration::serve(&host);
         host.load().await.map_err(store_error)?;
+        administration::serve(&host);
         // Before anything is attached: what is made later stands in the same places.
         match kernel::clean_aside(layout.devices()).await {
             Ok(0) => {}

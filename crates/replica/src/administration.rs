@@ -162,7 +162,7 @@ impl ShardRequest {
                 volume: VolumeId::decode(input)?,
                 id: get_id(input)?,
                 size: ByteSize(input.u64()?),
-                spec_json: Bytes::copy_from_slice(input.bytes(limits::TEXT_LENGTH_MAX)?),
+                spec_json: Bytes::copy_from_slice(input.bytes(limits::LOG_HEAD_BYTES_MAX)?),
             },
             BOOTSTRAP => {
                 let group = GroupId::decode(input)?;
@@ -341,10 +341,17 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
 }
 
 async fn report(host: &Host) -> Result<StoreReport, UserError> {
+    if !host.is_loaded() {
+        // A replica that is missing in a report counts as lost.
+        return Err(
+            UserError::new(ErrorCode::Unavailable, "the store is loading its replicas").hint("ask again")
+        );
+    }
     let space = host.directory().space().await.map_err(|error| {
         UserError::new(ErrorCode::Internal, format!("the store's space is unknown: {error}"))
     })?;
-    let running = host.volumes().into_iter().map(|(of, volume)| (of, volume.group().id(), String::new()));
+    let running = host.volumes().into_iter();
+    let running = running.map(|(of, volume)| (of, volume.group().id(), volume.fault().unwrap_or_default()));
     let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
     Ok(StoreReport {
         total_bytes: space.total,

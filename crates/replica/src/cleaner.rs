@@ -3,9 +3,11 @@
 //! Cleaning moves applied blocks home and makes a checkpoint. Purging drops log entries that a checkpoint covers. A
 //! follower that is away is healed by log for as long as the journal has room, and slows nobody when it has not.
 
+use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use holdfast_store::StoreError;
 use holdfast_store::journal::Journal;
 use holdfast_types::LogIndex;
 
@@ -16,6 +18,8 @@ use crate::volume::Volume;
 const CLEAN_AT_BYTES: u64 = 16 << 20;
 /// A volume that has been quiet for this long is cleaned, so that restarts are short.
 const IDLE: Duration = Duration::from_secs(5);
+/// Between tries while the medium is full.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// Fraction of the journal in use above which logs are purged, in percent.
 const PURGE_ABOVE_PERCENT: u32 = 50;
 /// Above this fraction the log is not kept for a rebuild any more: retention slows nobody. A rebuild that falls out of
@@ -29,6 +33,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         if journal.failed().is_some() {
             return;
         }
+        let pressure_changed = journal.pressure_changed();
         let pressed = journal.pressure().used_percent >= PURGE_ABOVE_PERCENT;
         let dirty = this.data().dirty();
         if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this).await {
@@ -38,16 +43,16 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
             return;
         }
         let before = this.group().position().applied_index();
-        wait(&this, &journal).await;
-        let quiet = this.group().position().applied_index() == before;
+        let idle = wait(&this, pressure_changed).await;
+        let quiet = idle && this.group().position().applied_index() == before;
         if quiet && this.data().dirty().any && !clean(&this).await {
             return;
         }
     }
 }
 
-/// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while.
-async fn wait(volume: &Rc<Volume>, journal: &Journal) {
+/// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while (then true).
+async fn wait(volume: &Rc<Volume>, pressure_changed: impl Future<Output = ()>) -> bool {
     let dirtied = async {
         loop {
             volume.machine().dirtied.notified().await;
@@ -56,23 +61,33 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal) {
             }
         }
     };
-    let pressed = journal.pressure_changed();
-    futures_util::pin_mut!(dirtied, pressed);
-    let work = futures_util::future::select(dirtied, pressed);
+    futures_util::pin_mut!(dirtied, pressure_changed);
+    let work = futures_util::future::select(dirtied, pressure_changed);
     // Quiet for a while is a reason to look, too.
-    let _quiet = holdfast_env::timeout(IDLE, work).await;
+    holdfast_env::timeout(IDLE, work).await.is_err()
 }
 
-/// One cleaning pass; false if the store has failed.
+/// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
 pub(crate) async fn clean(volume: &Rc<Volume>) -> bool {
-    match volume.data().clean(volume.group().machine()).await {
-        Ok(checkpoint) => {
-            tracing::trace!(group = %volume.group().id().group, index = %checkpoint.id.index, "cleaned");
-            true
-        }
-        Err(error) => {
-            tracing::error!(group = %volume.group().id().group, %error, "the cleaner has stopped");
-            false
+    let group = volume.group().id().group;
+    loop {
+        match volume.data().clean(volume.group().machine()).await {
+            Ok(checkpoint) => {
+                tracing::trace!(%group, index = %checkpoint.id.index, "cleaned");
+                return true;
+            }
+            Err(error @ StoreError::Io { full: true, .. }) => {
+                tracing::warn!(%group, %error, "the medium is full: blocks wait in the journal until there is room");
+                holdfast_env::sleep(FULL_PAUSE).await;
+                if volume.is_stopped() {
+                    return false;
+                }
+            }
+            Err(error) => {
+                tracing::error!(%group, %error, "the cleaner has stopped: the replica must be replaced");
+                volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
+                return false;
+            }
         }
     }
 }

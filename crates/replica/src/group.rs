@@ -22,7 +22,7 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::AppendEntriesRequest;
 use openraft::{ChangeMembers, ReadPolicy, ServerState};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::catch_up::{CatchUp, Heard};
 use crate::codec;
@@ -72,6 +72,8 @@ pub enum GroupError {
 struct AppendStream {
     id: u64,
     requests: mpsc::Sender<(AppendEntriesRequest<Types>, Responder)>,
+    /// Dropped with the stream: what it still holds goes then. A disk that hangs would gather one stream after another.
+    _ended: oneshot::Sender<()>,
 }
 
 /// A running replica.
@@ -318,6 +320,18 @@ impl Group {
         if !self.is_leader() {
             return Err(GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) });
         }
+        if target == self.id.replica {
+            return Ok(());
+        }
+        // Raft itself would let a learner campaign, and one that does not answer leaves the group without a leader.
+        let is_voter = {
+            let metrics = self.raft.server_metrics();
+            let now = metrics.borrow_watched();
+            now.membership_config.membership().voter_ids().any(|voter| voter == target.0)
+        };
+        if !is_voter {
+            return Err(GroupError::Refused(format!("replica {target} is no voter of the group")));
+        }
         if self.transferring.replace(true) {
             return Err(GroupError::Refused("a transfer of leadership is already under way".into()));
         }
@@ -417,6 +431,11 @@ impl Group {
         }
     }
 
+    /// Why Raft has stopped here, if it has.
+    pub fn fault(&self) -> Option<String> {
+        self.raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
+    }
+
     /// Stops the replica. What was acknowledged stays in the journal.
     pub async fn stop(&self) {
         self.streams.borrow_mut().clear();
@@ -465,7 +484,9 @@ impl Group {
                     });
                 }
             }
-            Method::Vote | Method::PreVote if Instant::now() < self.silent_until.get() => {
+            Method::Vote | Method::PreVote | Method::TransferLeader
+                if Instant::now() < self.silent_until.get() =>
+            {
                 // A lease that this voter granted before its restart may still live (INV-LEASE).
                 responder.refuse("the voter is in its start-up silence");
             }
@@ -562,11 +583,13 @@ impl Group {
             Some(stream) => stream.requests.clone(),
             None => {
                 let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
-                streams.insert(from, AppendStream { id, requests: sender.clone() });
-                holdfast_env::spawn(
-                    "raft-stream",
-                    serve_stream(self.raft.clone(), self.log.clone(), receiver),
-                );
+                let (_ended, replaced) = oneshot::channel::<()>();
+                streams.insert(from, AppendStream { id, requests: sender.clone(), _ended });
+                let serving = serve_stream(self.raft.clone(), self.log.clone(), receiver);
+                holdfast_env::spawn("raft-stream", async move {
+                    futures_util::pin_mut!(serving);
+                    futures_util::future::select(replaced, serving).await;
+                });
                 sender
             }
         };

@@ -19,7 +19,7 @@ use crate::codec;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
-use crate::rebuild::{self, PurgeHold, RebuildError, Receivers};
+use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::volume::{Volume, VolumeMachine};
 use crate::{cleaner, config};
 
@@ -197,8 +197,10 @@ impl Host {
         self.groups.borrow_mut().insert(group.id().group, group);
     }
 
-    /// Creates a replica, durably. Creating it again gives the one that is there.
+    /// Creates a replica, durably. Creating it again gives the one that is there. Refused until everything that the
+    /// disk holds is loaded: making the files of a replica that is there would empty it.
     pub async fn create(self: &Rc<Self>, new: &NewReplica) -> Result<Rc<Volume>, GroupError> {
+        self.check_loaded()?;
         if let Some(volume) = self.volume(new.id.group) {
             if volume.group().id() == new.id {
                 return Ok(volume);
@@ -216,9 +218,26 @@ impl Host {
         }
         let log = match self.claim(new.id) {
             // A crash came between the two steps of an earlier creation.
-            Some(recovered) => recovered.log,
+            Some(recovered) if is_empty(&recovered.log) => recovered.log,
+            Some(used) => {
+                self.unclaimed.borrow_mut().push(used);
+                return Err(GroupError::Refused(
+                    "the replica's log is here, but its files are not: remove it before it is made anew"
+                        .into(),
+                ));
+            }
             None => self.journal.create_group(new.id).await?,
         };
+        let made = self.make_files(new, log.clone()).await;
+        if made.is_err() && is_empty(&log) {
+            // No room, perhaps: the next try finds the log as after a crash.
+            let (state, vote_lost) = (Recovery::Clean, false);
+            self.unclaimed.borrow_mut().push(RecoveredGroup { id: new.id, log, state, vote_lost });
+        }
+        made
+    }
+
+    async fn make_files(self: &Rc<Self>, new: &NewReplica, log: GroupLog) -> Result<Rc<Volume>, GroupError> {
         let initial = Checkpoint {
             id: EntryId::default(),
             membership: Bytes::new(),
@@ -244,8 +263,21 @@ impl Host {
         }
     }
 
+    fn check_loaded(&self) -> Result<(), GroupError> {
+        if self.is_loaded() {
+            return Ok(());
+        }
+        Err(GroupError::Refused("the store is loading its replicas: ask again".into()))
+    }
+
+    /// Whether every replica that the disk holds was loaded.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.get()
+    }
+
     /// Removes a replica and gives its space back. Removing it again is fine.
     pub async fn destroy(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
+        self.check_loaded()?;
         let hosted = {
             let mut volumes = self.volumes.borrow_mut();
             let is_it = volumes.get(&id.group).is_some_and(|hosted| hosted.volume.group().id() == id);
@@ -253,6 +285,7 @@ impl Host {
         };
         if let Some(hosted) = hosted {
             hosted.volume.stop().await;
+            self.receivers.forget(id.group).await;
         }
         let was_faulty = self.faulty.borrow().get(&id.group).is_some_and(|faulty| faulty.id == id);
         if was_faulty {
@@ -327,8 +360,9 @@ impl Host {
         };
         let index = LogIndex(meta.last_log_id.map_or(0, |id| id.index));
         let rpc = self.environment.rpc.clone();
-        self.receivers.poll(head.group, index, responder, || {
-            Box::pin(async move { receive(volume, group, rpc, from, vote, meta, state).await })
+        let offer = Offer { replica: head.to, vote, index };
+        self.receivers.poll(head.group, offer, responder, |receiving| {
+            Box::pin(async move { receive(receiving, volume, group, rpc, from, vote, meta, state).await })
         });
     }
 
@@ -378,6 +412,11 @@ impl Host {
     }
 }
 
+/// Whether a log was never written to since it was made.
+fn is_empty(log: &GroupLog) -> bool {
+    log.last().is_none() && log.purged().is_none() && log.vote().is_none()
+}
+
 /// Whether a recovered log may be run. INV-TERM, FAULTS §8: what may have been acknowledged and cannot be read is
 /// never cut; such a replica does not vote.
 pub fn usable(recovered: &RecoveredGroup) -> Result<(), String> {
@@ -399,7 +438,9 @@ pub fn usable(recovered: &RecoveredGroup) -> Result<(), String> {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of one call, used once")]
 async fn receive(
+    receiving: Rc<Receiving>,
     volume: Option<Rc<Volume>>,
     group: Rc<Group>,
     rpc: holdfast_wire::rpc::Rpc,
@@ -413,7 +454,8 @@ async fn receive(
     if let Some(volume) = &volume {
         let membership = codec::membership_bytes(&meta.last_membership);
         let target = Checkpoint { id, membership, state, serve_floor: id.index };
-        let received = rebuild::pull(volume, &rpc, from, &target).await?;
+        let pull = rebuild::pull(volume, &rpc, from, &target);
+        let received = receiving.unless_given_up(pull).await?;
         data.staged = Some(received.staged);
         data.serve_floor = received.serve_floor;
         *volume.healed.borrow_mut() = ("chunks".into(), received.bytes);

@@ -5,9 +5,13 @@
 //! (INV-STAGE). The leader's content moves on meanwhile, so what is staged is the checkpoint or newer, all of it
 //! committed; the receiver serves nothing until it has applied the log up to the leader's applied index at the end,
 //! after which it is exact. The leader holds its purge while somebody pulls.
+//!
+//! A replica takes one offer at a time: a newer one ends the comparison for the older, and waits for it if it is being
+//! switched in. Two at once would write into one staging file.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -19,11 +23,12 @@ use holdfast_store::StoreError;
 use holdfast_store::volume::{BlockSum, Checkpoint, ChunkSummary, StagingLayer};
 use holdfast_types::{
     BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
-    StoreId, Writer, block_checksum,
+    ReplicaId, StoreId, Writer, block_checksum,
 };
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use tokio::sync::Notify;
 
+use crate::config::Vote;
 use crate::group::GroupError;
 use crate::machine::Staged;
 use crate::messages;
@@ -35,6 +40,9 @@ const POLL: Duration = Duration::from_secs(1);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a leader keeps its log for a receiver that has gone silent.
 const HOLD: Duration = Duration::from_secs(30);
+/// How long a replica that is being rebuilt applies what it can of its own log first. It may be unable to: what of it
+/// is committed, only a leader could tell whose log still has it.
+const OWN_LOG_PATIENCE: Duration = Duration::from_secs(2);
 /// Change marks per call.
 const SUMMARIES_MAX: u32 = 4096;
 /// Chunks whose checksums are asked for at once.
@@ -79,64 +87,151 @@ pub(crate) async fn offer(rpc: &Rpc, to: StoreId, frame: Frame) -> Result<Bytes,
     }
 }
 
-/// One rebuild of this replica that is under way.
-pub(crate) struct Receiving {
-    outcome: RefCell<Option<Result<Bytes, String>>>,
-    ended: Notify,
+/// What a leader offers to a replica.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Offer {
+    /// The replica. A later one of the group on this store begins anew.
+    pub(crate) replica: ReplicaId,
+    /// The leader's vote.
+    pub(crate) vote: Vote,
+    /// The checkpoint.
+    pub(crate) index: LogIndex,
 }
 
-/// Rebuilds under way on a shard, by group and the checkpoint that is received.
+/// One rebuild of a replica that is under way.
+pub(crate) struct Receiving {
+    offer: Offer,
+    outcome: RefCell<Option<Result<Bytes, String>>>,
+    ended: Notify,
+    given_up: Cell<bool>,
+    give_up: Notify,
+}
+
+impl Receiving {
+    fn give_up(&self) {
+        self.given_up.set(true);
+        self.give_up.notify_waiters();
+    }
+
+    /// Runs what may be broken off: fails as soon as another offer counts.
+    pub(crate) async fn unless_given_up<T>(
+        &self,
+        work: impl Future<Output = Result<T, RebuildError>>,
+    ) -> Result<T, RebuildError> {
+        let given_up = async {
+            loop {
+                let notified = self.give_up.notified();
+                if self.given_up.get() {
+                    return;
+                }
+                notified.await;
+            }
+        };
+        futures_util::pin_mut!(given_up, work);
+        match futures_util::future::select(given_up, work).await {
+            futures_util::future::Either::Left(_) => {
+                Err(RebuildError::Failed("another offer is taken, or the replica goes".into()))
+            }
+            futures_util::future::Either::Right((result, _)) => result,
+        }
+    }
+
+    async fn ended(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.outcome.borrow().is_some() {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// Rebuilds under way on a shard, at most one per group.
 #[derive(Default)]
 pub(crate) struct Receivers {
-    running: RefCell<BTreeMap<(GroupId, LogIndex), Rc<Receiving>>>,
+    running: RefCell<BTreeMap<GroupId, Rc<Receiving>>>,
 }
 
 impl Receivers {
-    /// Answers one offer: starts `work` if it is the first, waits a moment, and tells how it stands.
+    /// Answers one offer: starts `work` if it is new, waits a moment, and tells how it stands.
     pub(crate) fn poll(
         self: &Rc<Self>,
         group: GroupId,
-        index: LogIndex,
+        offer: Offer,
         responder: Responder,
-        work: impl FnOnce() -> LocalBoxFuture<'static, Result<Bytes, RebuildError>>,
+        work: impl FnOnce(Rc<Receiving>) -> LocalBoxFuture<'static, Result<Bytes, RebuildError>>,
     ) {
-        let key = (group, index);
-        let existing = self.running.borrow().get(&key).cloned();
-        let receiving = existing.unwrap_or_else(|| {
-            let receiving = Rc::new(Receiving { outcome: RefCell::new(None), ended: Notify::new() });
-            self.running.borrow_mut().insert(key, receiving.clone());
-            let (task, note) = (work(), receiving.clone());
-            holdfast_env::spawn("rebuild", async move {
-                let outcome = task.await.map_err(|error| error.to_string());
-                *note.outcome.borrow_mut() = Some(outcome);
-                note.ended.notify_waiters();
-            });
-            receiving
-        });
+        let before = self.running.borrow().get(&group).cloned();
+        let receiving = match before {
+            Some(same) if same.offer == offer => same,
+            Some(newer) if newer.offer.replica == offer.replica && newer.offer.vote > offer.vote => {
+                return responder.refuse("a newer leader's offer is taken");
+            }
+            before => self.begin(group, offer, before, work),
+        };
         let receivers = self.clone();
         holdfast_env::spawn("rebuild-poll", async move {
-            let ended = receiving.ended.notified();
-            if receiving.outcome.borrow().is_none() {
-                // Not ended in time is what is answered.
-                let _in_progress = holdfast_env::timeout(POLL, ended).await;
-            }
+            // Not ended in time is what is answered.
+            let _in_progress = holdfast_env::timeout(POLL, receiving.ended()).await;
             let outcome = receiving.outcome.borrow().clone();
             let mut out = Writer::new();
-            match outcome {
+            match &outcome {
                 None => out.u8(IN_PROGRESS),
                 Some(Ok(bytes)) => {
                     out.u8(DONE);
-                    out.raw(&bytes);
-                    receivers.running.borrow_mut().remove(&key);
+                    out.raw(bytes);
                 }
                 Some(Err(why)) => {
                     out.u8(FAILED);
                     out.raw(why.as_bytes());
-                    receivers.running.borrow_mut().remove(&key);
+                }
+            }
+            if outcome.is_some() {
+                let mut running = receivers.running.borrow_mut();
+                if running.get(&group).is_some_and(|now| Rc::ptr_eq(now, &receiving)) {
+                    running.remove(&group);
                 }
             }
             responder.reply(Frame::small(out.finish()));
         });
+    }
+
+    fn begin(
+        &self,
+        group: GroupId,
+        offer: Offer,
+        before: Option<Rc<Receiving>>,
+        work: impl FnOnce(Rc<Receiving>) -> LocalBoxFuture<'static, Result<Bytes, RebuildError>>,
+    ) -> Rc<Receiving> {
+        let receiving = Rc::new(Receiving {
+            offer,
+            outcome: RefCell::new(None),
+            ended: Notify::new(),
+            given_up: Cell::new(false),
+            give_up: Notify::new(),
+        });
+        self.running.borrow_mut().insert(group, receiving.clone());
+        let (task, note) = (work(receiving.clone()), receiving.clone());
+        holdfast_env::spawn("rebuild", async move {
+            if let Some(before) = before {
+                before.give_up();
+                before.ended().await;
+            }
+            let outcome = task.await.map_err(|error| error.to_string());
+            *note.outcome.borrow_mut() = Some(outcome);
+            note.ended.notify_waiters();
+        });
+        receiving
+    }
+
+    /// Ends what a group receives, and waits for it: its replica goes.
+    pub(crate) async fn forget(&self, group: GroupId) {
+        let running = self.running.borrow_mut().remove(&group);
+        if let Some(receiving) = running {
+            receiving.give_up();
+            receiving.ended().await;
+        }
     }
 }
 
@@ -196,6 +291,10 @@ pub(crate) async fn serve(
     hold: &PurgeHold,
     mut input: Reader<'_>,
 ) -> Result<Frame, RebuildError> {
+    // After a restart home may be newer than what is applied: then nobody could tell what the content is as of.
+    if !volume.group().position().has_reached(LogIndex::ZERO) {
+        return Err(RebuildError::Failed("this replica has not caught up with its own log yet".into()));
+    }
     let kind = input.u8()?;
     hold.renew(LogIndex::decode(&mut input)?);
     let mut out = Writer::new();
@@ -328,14 +427,17 @@ pub(crate) async fn pull(
     source.position().await?;
     let state = holdfast_protocol::volume::VolumeState::decode(&target.state)?;
     let chunks = state.size().chunks();
-    // The comparison below speaks of home only; what the map holds is of a log that is about to go.
+    // The comparison speaks of what is home, and until the switch nothing more is moved there: what the map holds or
+    // gets meanwhile is of a log that is about to go. So as much as can be is brought home before.
+    let reached = volume.group().position().reached(LogIndex::ZERO);
+    let _own_log_is_applied = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
     volume.data().clean(volume.group().machine()).await?;
     let staging = volume.data().begin_staging(target.clone(), state.size()).await?;
     let mut next = 0;
     while next < chunks {
         let count = SUMMARIES_MAX.min(u32::try_from(chunks - next).unwrap_or(u32::MAX));
         let theirs = source.summaries(ChunkIndex(next), count).await?;
-        let ours = volume.data().chunk_summaries(ChunkIndex(next), count).await?;
+        let ours = volume.data().home_summaries(ChunkIndex(next), count).await?;
         let differing = differing_chunks(&ours, &theirs);
         for some in differing.chunks(CHECKSUM_CHUNKS_MAX) {
             let sums = source.checksums(some).await?;
@@ -381,18 +483,21 @@ async fn stage_chunk(
     theirs: &[BlockSum],
     blocks: u64,
 ) -> Result<(), RebuildError> {
-    let ours = volume.data().chunk_checksums(chunk).await?;
+    let ours = volume.data().home_checksums(chunk).await?;
     let first = chunk.first_block();
     let count = CHUNK_BLOCKS.min(blocks.saturating_sub(first.0)) as usize;
     let mut at = 0;
     while at < count {
-        if ours[at] == theirs[at] {
+        if ours[at] == Some(theirs[at]) {
             at += 1;
             continue;
         }
         let is_data = matches!(theirs[at], BlockSum::Data(_));
         let mut end = at + 1;
-        while end < count && ours[end] != theirs[end] && matches!(theirs[end], BlockSum::Data(_)) == is_data {
+        while end < count
+            && ours[end] != Some(theirs[end])
+            && matches!(theirs[end], BlockSum::Data(_)) == is_data
+        {
             end += 1;
         }
         let range = BlockRange::new(BlockIndex(first.0 + at as u64), (end - at) as u32);
@@ -424,5 +529,93 @@ impl Staged for StagedContent {
 impl From<GroupError> for RebuildError {
     fn from(error: GroupError) -> Self {
         Self::Failed(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const GROUP: GroupId = GroupId(1);
+
+    fn offer(term: u64, index: u64) -> Offer {
+        let vote = Vote::new_committed(term, 1);
+        Offer { replica: ReplicaId(3), vote, index: LogIndex(index) }
+    }
+
+    fn told(receiving: &Receiving) -> Option<Result<Bytes, String>> {
+        receiving.outcome.borrow().clone()
+    }
+
+    /// The link broke for a moment, and the leader has made another checkpoint meanwhile.
+    #[test]
+    fn a_newer_offer_ends_the_comparison_for_the_older_before_it_begins() {
+        holdfast_env::real::run(async {
+            let receivers = Rc::new(Receivers::default());
+            let pulling = Rc::new(Cell::new(0));
+            let pull = |receiving: Rc<Receiving>, pulling: Rc<Cell<u32>>| {
+                let work = async move {
+                    struct Pulling(Rc<Cell<u32>>);
+                    impl Drop for Pulling {
+                        fn drop(&mut self) {
+                            self.0.set(self.0.get() - 1);
+                        }
+                    }
+                    assert_eq!(pulling.replace(1), 0, "two rebuilds write into one staging file");
+                    let _pulling = Pulling(pulling);
+                    receiving.unless_given_up(std::future::pending::<Result<Bytes, _>>()).await
+                };
+                work.boxed_local()
+            };
+            let first = receivers.begin(GROUP, offer(1, 10), None, |r| pull(r, pulling.clone()));
+            while pulling.get() == 0 {
+                holdfast_env::yield_now().await;
+            }
+            let second =
+                receivers.begin(GROUP, offer(1, 20), Some(first.clone()), |r| pull(r, pulling.clone()));
+            first.ended().await;
+            assert!(matches!(told(&first), Some(Err(_))));
+            while pulling.get() == 0 {
+                holdfast_env::yield_now().await;
+            }
+            assert_eq!(told(&second), None);
+            receivers.forget(GROUP).await;
+            assert!(matches!(told(&second), Some(Err(_))), "the replica went, and what it received with it");
+            assert!(receivers.running.borrow().is_empty());
+        });
+    }
+
+    #[test]
+    fn a_switch_that_is_under_way_is_waited_for() {
+        holdfast_env::real::run(async {
+            let receivers = Rc::new(Receivers::default());
+            let switched = Rc::new(Notify::new());
+            let switching = switched.clone();
+            let first = receivers.begin(GROUP, offer(1, 10), None, |_| {
+                async move {
+                    switching.notified().await;
+                    Ok(Bytes::from_static(b"done"))
+                }
+                .boxed_local()
+            });
+            let begun = Rc::new(Cell::new(false));
+            let note = begun.clone();
+            let second = receivers.begin(GROUP, offer(2, 20), Some(first.clone()), |_| {
+                async move {
+                    note.set(true);
+                    Ok(Bytes::new())
+                }
+                .boxed_local()
+            });
+            for _ in 0..100 {
+                holdfast_env::yield_now().await;
+            }
+            assert!(!begun.get(), "its staging file would be taken from under it");
+            switched.notify_one();
+            second.ended().await;
+            assert_eq!(told(&first), Some(Ok(Bytes::from_static(b"done"))));
+        });
     }
 }

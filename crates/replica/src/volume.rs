@@ -136,6 +136,8 @@ pub struct Volume {
     watch_term: Cell<u64>,
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
+    /// Why its blocks are not brought home any more.
+    cleaner_fault: RefCell<Option<String>>,
     stopped: Notify,
     is_stopped: Cell<bool>,
 }
@@ -150,6 +152,7 @@ impl Volume {
             watch: RefCell::new(HolderWatch::new(terms)),
             watch_term: Cell::new(0),
             healed: RefCell::default(),
+            cleaner_fault: RefCell::new(None),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
         });
@@ -187,6 +190,15 @@ impl Volume {
 
     pub(crate) fn is_stopped(&self) -> bool {
         self.is_stopped.get()
+    }
+
+    /// Why the replica does not do its work any more and must be replaced; a store that failed is another matter.
+    pub fn fault(&self) -> Option<String> {
+        self.cleaner_fault.borrow().clone().or_else(|| self.group.fault())
+    }
+
+    pub(crate) fn cleaner_failed(&self, why: String) {
+        *self.cleaner_fault.borrow_mut() = Some(why);
     }
 
     fn now(&self) -> u64 {
@@ -331,6 +343,10 @@ impl Volume {
         match self.data().read(range).await {
             Ok(bytes) => {
                 let checksums = checksums_of(range, &bytes);
+                // INV-STAGE: a rebuild that is being switched in meanwhile shows what is not applied yet.
+                if !self.group.position().has_reached(floor) {
+                    return (self.elsewhere("this replica is being rebuilt"), Vec::new());
+                }
                 // Taken after the read: whatever the blocks show was applied by now, so the reader's floor covers it.
                 let applied = self.group.position().applied_index();
                 (DataReply::Blocks { applied, checksums }, vec![bytes])
@@ -462,6 +478,9 @@ impl Volume {
         }
         if let Some(bytes) = self.group.take_caught_up() {
             *self.healed.borrow_mut() = ("log".into(), bytes);
+        }
+        if let Some(fault) = self.fault() {
+            report.fault = fault;
         }
         let healed = self.healed.borrow().clone();
         (report.healed_by, report.healed_bytes) = healed;

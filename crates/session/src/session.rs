@@ -296,6 +296,9 @@ impl Session {
             *closed = Some(why);
         }
         drop(closed);
+        // INV-LEASE: an answer that is on its way counts no more. The end may be confirmed to others at once, and then
+        // nobody waits for the lease.
+        self.lease.borrow_mut().end();
         self.closed_notify.notify_waiters();
         self.lease_changed.notify_waiters();
     }

@@ -318,9 +318,17 @@ impl Responder {
         if let Err(SendError::QueueFull { .. }) = inner.network.send(to, lane, frame.clone()) {
             // The caller has a deadline; the answer waits for room meanwhile.
             holdfast_env::spawn("rpc-answer", async move {
-                inner.network.ready(to, lane).await;
-                if let Err(error) = inner.network.send(to, lane, frame) {
-                    tracing::debug!(%to, %error, "an answer is lost; its caller has a deadline");
+                loop {
+                    inner.network.ready(to, lane).await;
+                    match inner.network.send(to, lane, frame.clone()) {
+                        // Others that waited, too, were first.
+                        Err(SendError::QueueFull { .. }) => {}
+                        Err(error) => {
+                            tracing::debug!(%to, %error, "an answer is lost; its caller has a deadline");
+                            return;
+                        }
+                        Ok(()) => return,
+                    }
                 }
             });
         }

@@ -16,7 +16,7 @@ const VERSION: u16 = 1;
 /// Bytes in front of the records of a list.
 const FIXED_BYTES: usize = 92;
 /// Longest head of an entry, in bytes.
-pub(crate) const HEAD_BYTES_MAX: usize = 16 << 10;
+pub(crate) const HEAD_BYTES_MAX: usize = limits::LOG_HEAD_BYTES_MAX;
 /// Longest vote, in bytes.
 pub(crate) const VOTE_BYTES_MAX: usize = 256;
 const RECORDS_MAX: usize = 1 << 16;

@@ -15,6 +15,7 @@ mod writer;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -305,9 +306,10 @@ impl Journal {
         Pressure { used_percent: self.0.state.borrow().used_percent() }
     }
 
-    /// Ends when the pressure has changed, or the store has failed.
-    pub async fn pressure_changed(&self) {
-        self.0.changed.notified().await;
+    /// Ends when the pressure has changed since this call (not since the future is first polled), or the store has
+    /// failed.
+    pub fn pressure_changed(&self) -> impl Future<Output = ()> + '_ {
+        self.0.changed.notified()
     }
 
     /// KiB of payload that may be on the way at once: half of what the line may take out of the reserve, so that a

@@ -22,12 +22,16 @@ const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
 
 impl VolumeData {
-    /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so.
+    /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so. While a rebuild is
+    /// collected nothing is done, and the checkpoint before is answered.
     ///
     /// Order: home data, home flush, table pages, table flush, manifest. A crash anywhere leaves the checkpoint
     /// before, from which the journal repeats everything.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
+        if self.0.rebuilds.get() > 0 {
+            return Ok(self.checkpoint());
+        }
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
         let runs = self.0.map.borrow().up_to(target.id.index);
         let lines = self.changed_lines(&runs).await?;

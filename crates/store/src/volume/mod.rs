@@ -178,6 +178,8 @@ struct Inner {
     /// Counts up whenever home or table have changed, for readers that were under way.
     changes: Cell<u64>,
     usage: Cell<VolumeUsage>,
+    /// Rebuilds that compare what is home with a peer's. While there is one, nothing is moved home (INV-STAGE).
+    rebuilds: Cell<u32>,
 }
 
 /// The blocks of one replica. Cheap to clone.
@@ -251,6 +253,7 @@ impl VolumeData {
             cleaning: tokio::sync::Mutex::new(()),
             changes: Cell::new(0),
             usage: Cell::default(),
+            rebuilds: Cell::new(0),
         }));
         data.finish_staging().await?;
         Ok(data)
@@ -396,6 +399,46 @@ impl VolumeData {
             }
         }
         Ok(out)
+    }
+
+    /// As [`Self::chunk_summaries`], of what is home alone, for a replica that is being rebuilt: what the map holds goes
+    /// when the rebuild is switched in. A chunk that the map covers equals no other.
+    pub async fn home_summaries(
+        &self,
+        from: ChunkIndex,
+        count: u32,
+    ) -> Result<Vec<ChunkSummary>, StoreError> {
+        let mut out = Vec::new();
+        for chunk in (from.0..from.0 + u64::from(count)).map(ChunkIndex) {
+            let line = self.0.table.chunk(chunk).await?;
+            let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
+            let covered = !self.0.map.borrow().over(range).is_empty();
+            let (incarnation, last_index) =
+                if covered { (0, LogIndex::ZERO) } else { (line.incarnation, line.last_index) };
+            if covered || last_index > LogIndex::ZERO {
+                out.push(ChunkSummary {
+                    chunk,
+                    incarnation,
+                    last_index,
+                    present: covered || line.is_present(),
+                });
+            }
+        }
+        Ok(out)
+    }
+
+    /// How each block of a chunk is at home; `None` for those that the map covers.
+    pub async fn home_checksums(&self, chunk: ChunkIndex) -> Result<Vec<Option<BlockSum>>, StoreError> {
+        let line = self.0.table.chunk(chunk).await?;
+        let mut sums: Vec<Option<BlockSum>> =
+            (0..holdfast_types::CHUNK_BLOCKS as usize).map(|n| Some(line.get(n))).collect();
+        let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
+        for (at, run) in self.0.map.borrow().over(range) {
+            for n in 0..run.count {
+                sums[BlockIndex(at.0 + n).within_chunk()] = None;
+            }
+        }
+        Ok(sums)
     }
 
     /// How each block of a chunk is now.

@@ -32,6 +32,13 @@ struct Staging {
     open: RefCell<bool>,
 }
 
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let rebuilds = &self.data.0.rebuilds;
+        rebuilds.set(rebuilds.get() - 1);
+    }
+}
+
 /// A rebuild's content that is not switched in yet. Cheap to clone.
 #[derive(Clone)]
 pub struct StagingLayer(Rc<Staging>);
@@ -73,7 +80,8 @@ impl VolumeData {
         format!("{}/staging", self.0.prefix)
     }
 
-    /// Begins a rebuild. What was collected by one that did not end is thrown away.
+    /// Begins a rebuild: what is home stays as it is until the layer is switched in or dropped. What was collected by
+    /// one that did not end is thrown away. One at a time.
     pub async fn begin_staging(
         &self,
         _target: Checkpoint,
@@ -81,6 +89,10 @@ impl VolumeData {
     ) -> Result<StagingLayer, StoreError> {
         let name = self.staging_name();
         let wrap = |error: std::io::Error| StoreError::io(&name, &error);
+        let _no_cleaning = self.0.cleaning.lock().await;
+        if self.0.rebuilds.get() > 0 {
+            return Err(StoreError::Failed("another rebuild of this replica has not ended yet".into()));
+        }
         self.0.directory.remove(&name).await.map_err(wrap)?;
         let file = self.0.directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         self.0.directory.sync().await.map_err(wrap)?;
@@ -91,6 +103,7 @@ impl VolumeData {
             blocks: Cell::new(0),
             open: RefCell::new(true),
         };
+        self.0.rebuilds.set(self.0.rebuilds.get() + 1);
         Ok(StagingLayer(Rc::new(staging)))
     }
 
@@ -190,8 +203,8 @@ impl StagingLayer {
         self.0.blocks.get()
     }
 
-    /// Switches the content in, as of `checkpoint`: all or nothing, durable when it returns. The block map must have
-    /// been cleaned before the rebuild compared anything.
+    /// Switches the content in, as of `checkpoint`: all or nothing, durable when it returns. What the block map holds
+    /// goes: the rebuild has compared what is home, and nothing was moved there since.
     pub async fn commit(&self, checkpoint: Checkpoint) -> Result<(), StoreError> {
         if !self.0.open.replace(false) {
             return Err(StoreError::Failed("the rebuild was switched in already".into()));
@@ -203,7 +216,7 @@ impl StagingLayer {
         data.count(|usage| usage.flushes += 1);
         self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
         data.write_manifest(checkpoint, true).await?;
-        // What the map still holds is of entries that the checkpoint covers.
+        // What the map holds is of entries that the checkpoint covers; what they made of their blocks was not compared.
         data.0.map.borrow_mut().clear();
         data.changed();
         data.finish_staging().await

@@ -1,0 +1,135 @@
+//! A replica that is being rebuilt goes on applying what it has in its log: none of that may show after the switch.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use holdfast_env::disk::Directory;
+use holdfast_env::real::disk::RealDirectory;
+use holdfast_store::volume::{
+    BlockSum, Checkpoint, CheckpointSource, PayloadSource, ReplicaFileIdentity, VolumeData,
+};
+use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, ChunkIndex, ClusterId, GroupId, LogIndex, NodeName,
+    ReplicaId, StoreId, VolumeId, block_checksum,
+};
+
+const SIZE: ByteSize = ByteSize(1 << 20);
+
+/// Entries of one block each, all of them flushed.
+#[derive(Default)]
+struct Log(RefCell<BTreeMap<u64, Bytes>>);
+
+impl PayloadSource for Log {
+    fn flushed(&self) -> LogIndex {
+        LogIndex(u64::MAX)
+    }
+    fn read_payload(
+        &self,
+        index: LogIndex,
+        _: u32,
+        _: u32,
+    ) -> LocalBoxFuture<'static, Result<Bytes, StoreError>> {
+        let found = self.0.borrow().get(&index.0).cloned();
+        Box::pin(async move { found.ok_or_else(|| StoreError::Failed("no such entry".into())) })
+    }
+}
+
+struct At(u64);
+
+impl CheckpointSource for At {
+    fn capture(&self) -> Checkpoint {
+        checkpoint(self.0)
+    }
+}
+
+fn checkpoint(index: u64) -> Checkpoint {
+    Checkpoint { id: EntryId { index: LogIndex(index), ..EntryId::default() }, ..Checkpoint::default() }
+}
+
+fn block(index: u64) -> BlockRange {
+    BlockRange::new(BlockIndex(index), 1)
+}
+
+fn content(fill: u8) -> Bytes {
+    vec![fill; BLOCK_BYTES].into()
+}
+
+fn sum(at: u64, fill: u8) -> u32 {
+    block_checksum(BlockIndex(at), &content(fill))
+}
+
+fn write(data: &VolumeData, log: &Log, index: u64, at: u64, fill: u8) {
+    log.0.borrow_mut().insert(index, content(fill));
+    data.apply_write(LogIndex(index), block(at), &[sum(at, fill)]);
+}
+
+async fn replica(place: &std::path::Path, log: &Rc<Log>) -> VolumeData {
+    let directory: Rc<dyn Directory> = RealDirectory::open(place).expect("opens");
+    let identity = ReplicaFileIdentity {
+        cluster: ClusterId(1),
+        store: StoreId(1),
+        node: NodeName::new("n"),
+        volume: VolumeId(1),
+        id: ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) },
+        incarnation: 1,
+    };
+    let data = VolumeData::create(directory, identity, Bytes::new(), checkpoint(0), log.clone()).await;
+    let data = data.expect("creates");
+    data.set_size(SIZE);
+    data
+}
+
+async fn read(data: &VolumeData, at: u64) -> u8 {
+    let bytes = data.read(block(at)).await.expect("is read");
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+    bytes[0]
+}
+
+#[test]
+fn what_is_applied_after_the_comparison_goes_with_the_old_log() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let log = Rc::new(Log::default());
+        let data = replica(place.path(), &log).await;
+        write(&data, &log, 1, 0, 0xaa);
+        data.clean(&At(1)).await.expect("is cleaned");
+        let staging = data.begin_staging(checkpoint(9), SIZE).await.expect("begins");
+        let home = data.home_checksums(ChunkIndex(0)).await.expect("is read");
+        assert_eq!(home[0], Some(BlockSum::Data(sum(0, 0xaa))), "the leader has the same: it is not staged");
+        // Its own log says otherwise in between; the leader's content has come back to what it was.
+        write(&data, &log, 2, 0, 0xbb);
+        data.clean(&At(2)).await.expect("is left for later");
+        staging.commit(checkpoint(9)).await.expect("is switched in");
+        drop(staging);
+        assert_eq!(read(&data, 0).await, 0xaa, "an older entry shows through the rebuild");
+        write(&data, &log, 10, 0, 0xcc);
+        data.clean(&At(10)).await.expect("is cleaned");
+        assert_eq!((read(&data, 0).await, data.checkpoint().id.index), (0xcc, LogIndex(10)));
+    });
+}
+
+#[test]
+fn a_block_that_is_not_home_equals_nothing_of_the_leader() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let log = Rc::new(Log::default());
+        let data = replica(place.path(), &log).await;
+        write(&data, &log, 1, 3, 0xaa);
+        let staging = data.begin_staging(checkpoint(9), SIZE).await.expect("begins");
+        let summaries = data.home_summaries(ChunkIndex(0), 4).await.expect("is read");
+        assert_eq!(summaries.len(), 1);
+        assert_eq!((summaries[0].last_index, summaries[0].present), (LogIndex::ZERO, true));
+        let home = data.home_checksums(ChunkIndex(0)).await.expect("is read");
+        assert_eq!(home[3], None);
+        assert!(data.begin_staging(checkpoint(9), SIZE).await.is_err(), "one rebuild at a time");
+        staging.put(block(3), content(0xaa), &[sum(3, 0xaa)]).await.expect("is staged");
+        staging.commit(checkpoint(9)).await.expect("is switched in");
+        drop(staging);
+        assert_eq!(read(&data, 3).await, 0xaa);
+        data.begin_staging(checkpoint(20), SIZE).await.expect("the next one may begin");
+    });
+}
