@@ -8,7 +8,7 @@ use holdfast_env::Instant;
 use holdfast_env::net::Lane;
 use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, VolumeRecord};
 use holdfast_replica::messages::CATALOG;
-use holdfast_types::{ErrorCode, StoreId, UserError, VolumeId, VolumeSpec};
+use holdfast_types::{ErrorCode, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec};
 use holdfast_wire::rpc::{CallError, Rpc};
 
 use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
@@ -135,14 +135,16 @@ impl CatalogClient {
         }
     }
 
-    /// Places one more replica of a volume, on a given node or anywhere (empty).
+    /// Places one more replica of a volume, on a given node or anywhere (empty), for one that leaves or beside all.
     pub async fn add_replica(
         &self,
         id: VolumeId,
         node: &str,
+        replacing: Option<ReplicaId>,
         patience: Duration,
     ) -> Result<VolumeRecord, UserError> {
-        match self.ask(&CatalogRequest::Add { id, node: node.to_owned() }, patience).await? {
+        let request = CatalogRequest::Add { id, node: node.to_owned(), replacing };
+        match self.ask(&request, patience).await? {
             CatalogAnswer::Volume { record: Some(record) } => Ok(*record),
             other => Err(unexpected(&other)),
         }

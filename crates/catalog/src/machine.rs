@@ -80,8 +80,12 @@ pub(crate) fn decode_reply(reply: &AppReply) -> CatalogResult {
 
 impl StateMachine for CatalogMachine {
     fn check(&self, data: &AppData) -> Result<(), String> {
-        if data.head.len() > limits::FRAME_HEAD_BYTES_MAX / 2 || !data.payload.is_empty() {
-            return Err("a command of the catalog is too large".into());
+        if data.head.len() > limits::LOG_HEAD_BYTES_MAX || !data.payload.is_empty() {
+            return Err(format!(
+                "a command of {} bytes is larger than the catalog takes, {}: give fewer topology terms",
+                data.head.len(),
+                limits::LOG_HEAD_BYTES_MAX
+            ));
         }
         serde_json::from_slice::<CatalogCommand>(&data.head).map(drop).map_err(|error| error.to_string())
     }
@@ -124,5 +128,52 @@ impl StateMachine for CatalogMachine {
 
     fn after_apply(&self, _index: LogIndex) {
         self.0.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_store::ReplicaIdentity;
+    use holdfast_store::state_file::StateIdentity;
+    use holdfast_types::{
+        AccessFrom, ByteSize, GroupId, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, Survive, TopologyTerm,
+        VolumeId, VolumeSpec,
+    };
+
+    use super::*;
+
+    fn creation(terms: usize) -> CatalogCommand {
+        let term = TopologyTerm { region: "r".repeat(64), zone: "z".repeat(64), node: String::new() };
+        let spec = VolumeSpec {
+            name: "v".into(),
+            size: ByteSize(4096),
+            survive: Survive::None,
+            replicas: None,
+            allowed: vec![term; terms],
+            preferred: Vec::new(),
+            on_quorum_loss: OnQuorumLoss::Suspend,
+            read_policy: ReadPolicy::Nearest,
+            access_from: AccessFrom::Anywhere,
+        };
+        let (id, group) = (VolumeId(1), GroupId(1));
+        CatalogCommand::CreateVolume { id, group, spec, parameters: Default::default(), placed: Vec::new() }
+    }
+
+    /// The journal takes no larger head: it would end the catalog's task on every member in turn.
+    #[test]
+    fn a_command_that_no_log_takes_is_refused_before_it_is_proposed() {
+        let place = tempfile::tempdir().expect("a place");
+        holdfast_env::real::run(async {
+            let directory: Rc<dyn holdfast_env::disk::Directory> =
+                holdfast_env::real::disk::RealDirectory::open(place.path()).expect("opens");
+            let id = ReplicaIdentity { group: GroupId::CATALOG, replica: ReplicaId(1) };
+            let identity = StateIdentity { cluster: ClusterId(1), store: StoreId(1), id };
+            let file = StateFile::open(&directory, "catalog-state", identity).await.expect("opens");
+            let machine = CatalogMachine::open(ClusterId(1), file).expect("opens");
+            let check = |terms| machine.check(&encode_command(&creation(terms)).expect("is encoded"));
+            assert_eq!(check(8), Ok(()));
+            let why = check(200).expect_err("is refused");
+            assert!(why.contains("topology terms"), "{why}");
+        });
     }
 }

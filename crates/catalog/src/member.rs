@@ -20,6 +20,7 @@ use holdfast_store::state_file::{StateFile, StateIdentity};
 use holdfast_store::volume::CheckpointSource;
 use holdfast_types::{
     ClusterId, ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec,
+    limits,
 };
 use holdfast_wire::rpc::{Handler, Responder, Rpc};
 use tokio::sync::Mutex;
@@ -30,6 +31,8 @@ use crate::{reconciler, volumes};
 
 /// Entries between checkpoints.
 const CHECKPOINT_EVERY: u64 = 256;
+/// No volume is added beyond this size of the state: what else changes it must have room.
+const STATE_BYTES_FULL: usize = limits::CATALOG_BYTES_MAX / 4 * 3;
 /// How long a checkpoint waits for the local flush of what was applied, and how often it looks.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH_LOOK: Duration = Duration::from_millis(5);
@@ -197,8 +200,8 @@ impl Member {
                 let record = self.machine.with_state(|state| state.volumes.get(&id).cloned());
                 Ok(CatalogAnswer::Volume { record: record.map(Box::new) })
             }
-            CatalogRequest::Add { id, node } => {
-                let record = self.add_replica(id, &node).await?;
+            CatalogRequest::Add { id, node, replacing } => {
+                let record = self.add_replica(id, &node, replacing).await?;
                 Ok(CatalogAnswer::Volume { record: Some(Box::new(record)) })
             }
         }
@@ -237,6 +240,14 @@ impl Member {
             Some(_) => Vec::new(),
             None => placement::place(&spec, &self.candidates(&state).await)?,
         };
+        if !placed.is_empty() && self.machine.encode_state().len() > STATE_BYTES_FULL {
+            return Err(UserError::new(
+                ErrorCode::ResourceExhausted,
+                "the catalog is as large as it may become: it must fit into one checkpoint and one answer",
+            )
+            .hint("delete volumes that are not needed")
+            .into());
+        }
         let command = CatalogCommand::CreateVolume {
             id: VolumeId(holdfast_env::random_u128()),
             group: GroupId(holdfast_env::random_u128()),
@@ -261,11 +272,13 @@ impl Member {
         }
     }
 
-    /// Adds a replica beside those that stay; a record with the joining replica.
+    /// Adds a replica beside those that stay; a record with the joining replica. The domain of the one that is
+    /// replaced counts as free.
     pub(crate) async fn add_replica(
         self: &Rc<Self>,
         id: VolumeId,
         node: &str,
+        replacing: Option<ReplicaId>,
     ) -> Result<VolumeRecord, AnswerError> {
         let state = self.read().await?;
         let gone = || UserError::new(ErrorCode::NotFound, format!("there is no volume {id}"));
@@ -273,7 +286,7 @@ impl Member {
         let staying: Vec<Placed> = record
             .replicas
             .iter()
-            .filter(|replica| replica.phase != ReplicaPhase::Leaving)
+            .filter(|replica| replica.phase != ReplicaPhase::Leaving && Some(replica.id) != replacing)
             .map(|replica| Placed { store: replica.store, location: replica.location.clone() })
             .collect();
         let mut candidates = self.candidates(&state).await;
@@ -283,7 +296,11 @@ impl Member {
         let leaving = |store| record.replicas.iter().any(|replica| replica.store == store);
         candidates.retain(|candidate| !leaving(candidate.store));
         let placed = placement::place_one(&record.spec, &candidates, &staying)?;
-        let command = CatalogCommand::AddReplica { id, revision: record.revision, placed };
+        let revision = record.revision;
+        let command = match replacing {
+            Some(old) => CatalogCommand::ReplaceReplica { id, revision, old, placed },
+            None => CatalogCommand::AddReplica { id, revision, placed },
+        };
         match self.apply(&command).await? {
             CatalogReply::Volume { record } => Ok(*record),
             CatalogReply::Done => Err(gone().into()),

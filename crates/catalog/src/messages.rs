@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use holdfast_env::net::Frame;
 use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, VolumeRecord};
-use holdfast_types::{ErrorCode, StoreId, UserError, VolumeId, VolumeSpec};
+use holdfast_types::{ErrorCode, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec};
 use serde::{Deserialize, Serialize};
 
 /// What a member is asked.
@@ -37,6 +37,9 @@ pub(crate) enum CatalogRequest {
         id: VolumeId,
         /// The node, empty for any.
         node: String,
+        /// The replica that leaves once the new one votes.
+        #[serde(default)]
+        replacing: Option<ReplicaId>,
     },
 }
 

@@ -13,7 +13,7 @@ use holdfast_protocol::catalog::{
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
-use holdfast_replica::administration::ShardRequest;
+use holdfast_replica::administration::{ShardRequest, StoreReport};
 use holdfast_replica::messages::ReplicaReport;
 use holdfast_store::ReplicaIdentity;
 use holdfast_types::{ErrorCode, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, UserError, VolumeId};
@@ -39,10 +39,24 @@ enum Step {
     Rest,
 }
 
+/// Whether a faulty replica may be removed to make place.
+#[derive(PartialEq, Eq)]
+enum GivesWay {
+    Now,
+    /// Too few others are there.
+    Later,
+    /// It runs.
+    Never,
+}
+
 /// Works while this member leads.
 pub(crate) async fn run(member: Weak<Member>) {
     loop {
         let Some(this) = member.upgrade() else { return };
+        if !this.is_leader() {
+            // Whoever leads counts anew: what was seen in an earlier term says nothing of the time between.
+            this.silent.borrow_mut().clear();
+        }
         if this.is_leader()
             && let Ok(state) = this.read().await
         {
@@ -187,17 +201,23 @@ impl Member {
     }
 
     async fn join(&self, record: &VolumeRecord, joining: &ReplicaRecord) -> Result<Step, AnswerError> {
-        // A faulty replica on the same store gives way first; it does not run, so nothing is lost by it.
+        // A faulty replica on the same store gives way first.
         for old in &record.replicas {
             if old.phase == ReplicaPhase::Leaving && old.store == joining.store {
-                self.destroy_replica(record, old).await?;
+                match self.gives_way(record, old).await? {
+                    GivesWay::Now => self.destroy_replica(record, old).await?,
+                    GivesWay::Later => return Ok(Step::Rest),
+                    GivesWay::Never => return self.call_off(record, old, joining).await,
+                }
             }
         }
         self.create_replica(record, joining).await?;
         let (store, report) = self.leader(record).await?;
         let group = record.group;
-        if !report.voters.contains(&joining.id) {
-            if !report.learners.contains(&joining.id) {
+        // A change that was interrupted half-way is taken up again: both configurations count until then.
+        if !report.voters.contains(&joining.id) || !report.settled_membership {
+            let is_learner = report.learners.contains(&joining.id);
+            if !report.voters.contains(&joining.id) && !is_learner {
                 let add = ShardRequest::AddLearner { group, replica: joining.id, store: joining.store };
                 volumes::shard(&self.rpc, store, &add).await?;
                 return Ok(Step::Progress);
@@ -221,12 +241,44 @@ impl Member {
         Ok(Step::Progress)
     }
 
+    /// Whether a faulty replica may be removed before the one that takes its place is there. Only while the others are
+    /// a quorum without it: what it holds may be the second copy of what was acknowledged.
+    async fn gives_way(&self, record: &VolumeRecord, old: &ReplicaRecord) -> Result<GivesWay, AnswerError> {
+        let reports = volumes::replica_reports(&self.rpc, record).await;
+        if reports.get(&old.id).is_some_and(|report| report.as_ref().is_ok_and(|r| r.fault.is_empty())) {
+            return Ok(GivesWay::Never);
+        }
+        let (_, leader) =
+            volumes::leader_of(&reports).ok_or_else(|| retry_later("no replica of the volume leads now"))?;
+        let is_healthy = |id: &&ReplicaId| {
+            **id != old.id
+                && reports.get(id).is_some_and(|r| r.as_ref().is_ok_and(|report| report.fault.is_empty()))
+        };
+        let healthy = leader.voters.iter().filter(is_healthy).count();
+        Ok(if healthy > leader.voters.len() / 2 { GivesWay::Now } else { GivesWay::Later })
+    }
+
+    /// The replica that was to give way runs after all.
+    async fn call_off(
+        &self,
+        record: &VolumeRecord,
+        old: &ReplicaRecord,
+        joining: &ReplicaRecord,
+    ) -> Result<Step, AnswerError> {
+        tracing::info!(volume = record.spec.name, replica = %old.id, "the replica runs again and is kept");
+        let (id, revision) = (record.id, record.revision);
+        let set = |revision, replica, phase| CatalogCommand::SetReplica { id, revision, replica, phase };
+        self.apply(&set(revision, joining.id, ReplicaPhase::Leaving)).await?;
+        self.apply(&set(revision + 1, old.id, ReplicaPhase::Voter)).await?;
+        Ok(Step::Progress)
+    }
+
     async fn leave(&self, record: &VolumeRecord, leaving: &ReplicaRecord) -> Result<Step, AnswerError> {
         let (store, report) = self.leader(record).await?;
         if report.voters.contains(&leaving.id) || report.learners.contains(&leaving.id) {
             let voters = wanted_voters(record);
-            if voters.is_empty() {
-                return Err(retry_later("the last replica of a volume does not leave"));
+            if voters.len() < placement::voters(&record.spec)? {
+                return Err(retry_later("a replica leaves only when enough others vote"));
             }
             let change = ShardRequest::ChangeVoters { group: record.group, voters };
             volumes::shard(&self.rpc, store, &change).await?;
@@ -241,7 +293,8 @@ impl Member {
         let now = Instant::now();
         let mut lost = Vec::new();
         for name in state.nodes.keys() {
-            if reports.contains_key(name) {
+            // A store that has stopped does not come back by itself, though its node answers.
+            if reports.get(name).is_some_and(|report| report.failed.is_empty()) {
                 self.silent.borrow_mut().remove(name);
                 continue;
             }
@@ -256,11 +309,14 @@ impl Member {
             }
             let voters = || record.replicas.iter().filter(|replica| replica.phase == ReplicaPhase::Voter);
             let on_lost = voters().find(|replica| lost.contains(&replica.location.node));
+            let is_faulty = |replica: &ReplicaRecord, report: &StoreReport| {
+                // Faulty, or not there at all though everything that the disk holds is loaded.
+                let own = report.replicas.iter().find(|(_, id, _)| id.replica == replica.id);
+                own.is_none_or(|(_, _, fault)| !fault.is_empty())
+            };
             let faulty = voters().find(|replica| {
-                let report = reports.get(&replica.location.node);
-                report.is_some_and(|report| {
-                    report.replicas.iter().any(|(_, id, fault)| id.replica == replica.id && !fault.is_empty())
-                })
+                let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
+                report.is_some_and(|report| is_faulty(replica, report))
             });
             let result = match (faulty, on_lost) {
                 (Some(replica), _) => self.replace_in_place(record, replica).await,
@@ -283,10 +339,7 @@ impl Member {
         record: &VolumeRecord,
         old: &ReplicaRecord,
         state: &CatalogState,
-        reports: &std::collections::BTreeMap<
-            holdfast_types::NodeName,
-            holdfast_replica::administration::StoreReport,
-        >,
+        reports: &std::collections::BTreeMap<holdfast_types::NodeName, StoreReport>,
     ) -> Result<(), AnswerError> {
         let staying: Vec<Placed> = record
             .replicas
@@ -307,10 +360,7 @@ impl Member {
         tracing::warn!(volume = record.spec.name, replica = %old.id, from = %old.location.node,
             to = %placed.location.node, "a lost replica is replaced");
         let (id, revision) = (record.id, record.revision);
-        self.apply(&CatalogCommand::AddReplica { id, revision, placed }).await?;
-        let phase = ReplicaPhase::Leaving;
-        let leave = CatalogCommand::SetReplica { id, revision: revision + 1, replica: old.id, phase };
-        self.apply(&leave).await?;
+        self.apply(&CatalogCommand::ReplaceReplica { id, revision, old: old.id, placed }).await?;
         Ok(())
     }
 }

@@ -92,6 +92,27 @@ impl Shard {
         views::volume(record, &volumes::replica_reports(&self.rpc, record).await)
     }
 
+    /// Who holds a volume, empty for nobody; from a leader with a quorum, since what depends on it cannot be taken back.
+    /// What other replicas say may be of before an attach.
+    async fn holder(&self, record: &VolumeRecord) -> Result<String, UserError> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let reports = volumes::replica_reports(&self.rpc, record).await;
+            if let Some((_, leader)) = volumes::leader_of(&reports) {
+                return Ok(leader.holder.clone());
+            }
+            if Instant::now() >= until {
+                let message = format!(
+                    "volume {} has no leader now: nobody can tell whether it is attached",
+                    record.spec.name
+                );
+                return Err(UserError::new(ErrorCode::Unavailable, message)
+                    .hint("`holdfast volume show` tells which replicas answer"));
+            }
+            holdfast_env::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
     async fn record(&self, name: &str) -> Result<VolumeRecord, UserError> {
         Ok(self.catalog.state(PATIENCE).await?.get(name)?.clone())
     }
@@ -145,9 +166,13 @@ impl Shard {
     pub(crate) async fn delete_volume(self: Rc<Self>, name: String) -> Result<bool, UserError> {
         let state = self.catalog.state(PATIENCE).await?;
         let Some(record) = state.find(&name) else { return Ok(false) };
-        let shown = self.show(record).await;
-        if !shown.attached_to.is_empty() {
-            let message = format!("volume {name} is attached to node {}", shown.attached_to);
+        // Nobody attaches a volume that is not ready.
+        let holder = match record.phase {
+            VolumePhase::Ready => self.holder(record).await?,
+            _ => String::new(),
+        };
+        if !holder.is_empty() {
+            let message = format!("volume {name} is attached to node {holder}");
             return Err(UserError::new(ErrorCode::Refused, message)
                 .hint(format!("`holdfast volume detach {name}` first")));
         }
@@ -392,7 +417,7 @@ impl Shard {
         node: String,
     ) -> Result<pb::Volume, UserError> {
         let record = self.record(&volume).await?;
-        let record = self.catalog.add_replica(record.id, &node, PATIENCE).await?;
+        let record = self.catalog.add_replica(record.id, &node, None, PATIENCE).await?;
         self.settled(record.id).await
     }
 
@@ -483,21 +508,7 @@ impl Shard {
                 let message = format!("volume {} has no replica {}", request.volume, request.replica);
                 UserError::new(ErrorCode::NotFound, message).hint("`holdfast replica list` shows them")
             })?;
-        // Leaving first, so that its domain counts as free for the new one; it votes until the new one does.
-        self.mark_leaving(&record, old.id).await?;
-        match self.catalog.add_replica(record.id, &request.node, PATIENCE).await {
-            Ok(_) => self.settled(record.id).await,
-            Err(error) => {
-                let record = self.record(&request.volume).await?;
-                let back = CatalogCommand::SetReplica {
-                    id: record.id,
-                    revision: record.revision,
-                    replica: ReplicaId(request.replica),
-                    phase: ReplicaPhase::Voter,
-                };
-                self.catalog.apply(back, PATIENCE).await?;
-                Err(error)
-            }
-        }
+        self.catalog.add_replica(record.id, &request.node, Some(old.id), PATIENCE).await?;
+        self.settled(record.id).await
     }
 }

@@ -178,6 +178,18 @@ pub enum CatalogCommand {
         /// Where it goes.
         placed: Placed,
     },
+    /// One more replica, and one less once that votes. One step: a volume whose old replica leaves without a new one
+    /// would lose a copy, and one that gets a new one and keeps the old has an even number of voters.
+    ReplaceReplica {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The replica that leaves.
+        old: ReplicaId,
+        /// Where the new one goes.
+        placed: Placed,
+    },
     /// What is to happen with a replica.
     SetReplica {
         /// The volume.

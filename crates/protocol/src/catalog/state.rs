@@ -104,6 +104,9 @@ impl CatalogState {
                 }
                 self.change(*id, Some(*revision), |_| Ok(()))
             }
+            CatalogCommand::ReplaceReplica { id, revision, old, placed } => {
+                self.replace(*id, *revision, *old, placed)
+            }
             other => self.apply_to_volume(other),
         }
     }
@@ -214,6 +217,21 @@ impl CatalogState {
         let id = ReplicaId(self.next_replica);
         self.next_replica += 1;
         ReplicaRecord { id, store: at.store, location: at.location.clone(), phase }
+    }
+
+    fn replace(&mut self, id: VolumeId, revision: u64, old: ReplicaId, placed: &Placed) -> CatalogResult {
+        if self.volumes.get(&id).map(|volume| volume.revision) != Some(revision) {
+            return self.change(id, Some(revision), |_| Ok(()));
+        }
+        let replica = self.new_replica(placed, ReplicaPhase::Joining);
+        self.change(id, Some(revision), |volume| {
+            let leaving = find_replica(volume, old)?;
+            if leaving.phase == ReplicaPhase::Leaving {
+                return Err(refused(ErrorCode::Refused, format!("replica {old} is leaving already")));
+            }
+            leaving.phase = ReplicaPhase::Leaving;
+            add(volume, replica)
+        })
     }
 
     fn change(

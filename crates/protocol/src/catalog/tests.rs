@@ -155,6 +155,31 @@ fn a_decision_on_an_old_revision_changes_nothing() {
     }
 }
 
+/// A daemon may end between any two commands, and the reconciler acts between any two.
+#[test]
+fn a_replica_is_replaced_in_one_step() {
+    let mut state = CatalogState::new(CLUSTER);
+    let record = volume(state.apply(&create("a", 1)));
+    let ready = CatalogCommand::VolumeReady { id: record.id, revision: record.revision };
+    let record = volume(state.apply(&ready));
+    let (id, revision, old) = (record.id, record.revision, record.replicas[0].id);
+    let extra = candidates(1, 4, 1).pop().expect("a fourth zone");
+    let placed = Placed { store: extra.store, location: extra.location };
+    let replace =
+        |revision, old| CatalogCommand::ReplaceReplica { id, revision, old, placed: placed.clone() };
+    let before = state.clone();
+    assert!(state.apply(&replace(revision - 1, old)).is_err(), "it was decided on an old revision");
+    assert_eq!(state, before);
+    assert!(state.apply(&replace(revision, ReplicaId(999))).is_err());
+    assert_eq!(state.volumes, before.volumes);
+    let record = volume(state.apply(&replace(revision, old)));
+    let phases: Vec<_> = record.replicas.iter().map(|replica| replica.phase).collect();
+    use ReplicaPhase::{Joining, Leaving, Voter};
+    assert_eq!(phases, [Leaving, Voter, Voter, Joining]);
+    let again = state.apply(&replace(record.revision, old));
+    assert_eq!(again.map_err(|error| error.code), Err(ErrorCode::Refused), "it is leaving already");
+}
+
 #[test]
 fn a_volume_is_published_to_one_writer() {
     let mut state = CatalogState::new(CLUSTER);
