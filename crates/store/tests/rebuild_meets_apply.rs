@@ -133,3 +133,31 @@ fn a_block_that_is_not_home_equals_nothing_of_the_leader() {
         data.begin_staging(checkpoint(20), SIZE).await.expect("the next one may begin");
     });
 }
+
+/// The state at 6 is all that is durable here; what is applied goes up to 9.
+struct Behind;
+
+impl CheckpointSource for Behind {
+    fn capture(&self) -> Checkpoint {
+        checkpoint(9)
+    }
+    fn captured_up_to(&self, _: LogIndex) -> Option<Checkpoint> {
+        Some(checkpoint(6))
+    }
+}
+
+#[test]
+fn an_older_state_is_served_only_with_what_has_overwritten_it() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let log = Rc::new(Log::default());
+        let data = replica(place.path(), &log).await;
+        write(&data, &log, 5, 0, 0xaa);
+        write(&data, &log, 9, 0, 0xbb);
+        data.clean(&Behind).await.expect("is cleaned");
+        let made = data.checkpoint();
+        // Entry 5 is in the checkpoint, but not in the home file: a restart that loses entry 9 has neither.
+        assert_eq!((made.id.index, made.serve_floor), (LogIndex(6), LogIndex(9)));
+        assert_eq!(read(&data, 0).await, 0xbb);
+    });
+}

@@ -19,12 +19,15 @@ use holdfast_store::{ReplicaIdentity, StoreIdentity};
 use holdfast_types::{BLOCK_BYTES, ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::Rpc;
 
+/// A frame with its sender and lane.
+pub type Waiting = (StoreId, Lane, Frame);
+
 #[derive(Default)]
 pub struct Switch {
     pub handlers: RefCell<BTreeMap<StoreId, Rc<dyn FrameHandler>>>,
     pub cut: RefCell<BTreeSet<(StoreId, StoreId)>>,
     /// Frames to these stores wait here, in the order in which they came.
-    pub held: RefCell<BTreeMap<StoreId, Vec<(StoreId, Lane, Frame)>>>,
+    pub held: RefCell<BTreeMap<StoreId, Vec<Waiting>>>,
 }
 
 struct Port {

@@ -70,12 +70,19 @@ impl VolumeData {
             loop {
                 let found = source.captured_up_to(self.0.payloads.flushed());
                 match found.filter(|found| found.id.index > before) {
-                    Some(found) => return found,
+                    Some(found) => return Self::with_floor(found, source.capture().id.index),
                     None => holdfast_env::sleep(FLUSH_LOOK).await,
                 }
             }
         };
         holdfast_env::timeout(FLUSH_PATIENCE, durable).await.ok()
+    }
+
+    /// What newer entries have overwritten is not in the map any more and never comes home. So an older state is whole
+    /// only together with them: after a restart nothing is served before they are applied again (INV-STAGE).
+    fn with_floor(target: Checkpoint, applied: LogIndex) -> Checkpoint {
+        let floor = if target.id.index < applied { applied } else { LogIndex::ZERO };
+        Checkpoint { serve_floor: target.serve_floor.max(floor), ..target }
     }
 
     /// The table lines of every chunk that the runs change, and whether the chunk held data before.
