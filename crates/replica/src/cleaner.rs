@@ -22,6 +22,9 @@ const IDLE: Duration = Duration::from_secs(5);
 const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// Fraction of the journal in use above which logs are purged, in percent.
 const PURGE_ABOVE_PERCENT: u32 = 50;
+/// Above this fraction whatever was applied is moved home at once: the reserve is near (a quarter of a small journal),
+/// and writers will wait for the room.
+const URGENT_ABOVE_PERCENT: u32 = 60;
 /// Above this fraction the log is not kept for a rebuild any more: retention slows nobody. A rebuild that falls out of
 /// the log begins again, and sends only what differs by then.
 const HOLD_BELOW_PERCENT: u32 = 60;
@@ -43,7 +46,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
             return;
         }
         let before = this.group().position().applied_index();
-        let idle = wait(&this, pressure_changed).await;
+        let idle = wait(&this, &journal, pressure_changed).await;
         let quiet = idle && this.group().position().applied_index() == before;
         if quiet && this.data().dirty().any && !clean(&this).await {
             return;
@@ -52,11 +55,12 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
 }
 
 /// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while (then true).
-async fn wait(volume: &Rc<Volume>, pressure_changed: impl Future<Output = ()>) -> bool {
+async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Future<Output = ()>) -> bool {
     let dirtied = async {
         loop {
             volume.machine().dirtied.notified().await;
-            if volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
+            let urgent = journal.pressure().used_percent >= URGENT_ABOVE_PERCENT;
+            if urgent || volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
                 return;
             }
         }

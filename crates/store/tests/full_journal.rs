@@ -164,3 +164,19 @@ fn nothing_is_admitted_while_a_long_line_stands() {
         drop(within("an admission", log.admit(4096)).await);
     });
 }
+
+#[test]
+fn a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let (journal, _) = open(place.path()).await;
+        let log = begin(&journal).await;
+        // As the cleaner does: it asks for news, looks, and is busy while the journal fills up to the last segment.
+        let changed = journal.pressure_changed();
+        let before = journal.pressure().used_percent;
+        fill(&log, 1).await;
+        assert!(journal.pressure().used_percent > before);
+        let told = holdfast_env::timeout(Duration::from_secs(1), changed).await;
+        assert!(told.is_ok(), "nothing changes in a full journal: who missed it would sleep");
+    });
+}
