@@ -4,7 +4,11 @@
 //! ctl` makes them, I/O over NBD. What it started is stopped and what it wrote is removed when it ends, interrupted or
 //! not; a directory that was given stays.
 
+mod acts;
+mod database;
 mod guest;
+mod mounted;
+mod postgres;
 mod report;
 mod stage;
 mod tree;
@@ -34,7 +38,14 @@ fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
 
 /// Plays a demonstration.
 pub fn run(which: Demo, options: &DevOptions, output: &Output) -> Result<ExitCode, UserError> {
+    let tools = match which {
+        Demo::ZoneLoss => None,
+        Demo::Postgres => Some(database::Tools::find()?),
+    };
     let place = Place::new(options)?;
+    if tools.is_some() {
+        place.open_to_others()?;
+    }
     let mut report = Report::new(output, which);
     let played = runtime()?.block_on(async {
         let work = async |cluster: Shared| {
@@ -44,7 +55,7 @@ pub fn run(which: Demo, options: &DevOptions, output: &Output) -> Result<ExitCod
                     zone_loss::play(&stage, &mut report, options.demo_data.0, options.plan().journal_bytes)
                         .await
                 }
-                Demo::Postgres => Err(failed("the demonstration postgres", "not built yet")),
+                Demo::Postgres => postgres::play(&stage, &mut report, tools.as_ref()).await,
             }
         };
         with_cluster(place.path(), options, work).await
@@ -113,6 +124,12 @@ impl Place {
         );
         Err(UserError::new(ErrorCode::ResourceExhausted, message)
             .hint("give --dir on a larger disk, or set TMPDIR"))
+    }
+
+    /// Lets users pass through on their way to what they were given; nothing else is readable to them.
+    fn open_to_others(&self) -> Result<(), UserError> {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+        std::fs::set_permissions(&self.path, mode).map_err(|error| failed("the directory's mode", error))
     }
 
     /// Removes what is not to stay.

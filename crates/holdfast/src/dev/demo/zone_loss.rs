@@ -5,13 +5,14 @@
 //! another node by force. The zone stays away until no living replica has the log any more that it would need.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use holdfast_frontend::nbd::NbdClient;
 use holdfast_node::admin::pb;
 use holdfast_types::{ByteSize, ErrorCode, UserError};
 use serde_json::json;
 
+use super::acts;
 use super::guest::{Guest, Ledger};
 use super::report::{Report, millis, rate, span};
 use super::stage::{self, Stage};
@@ -169,60 +170,26 @@ impl Show<'_> {
             },
         );
         report.check("every read was right", self.ledger.right());
-        self.road(report, &zone, &healed);
+        acts::road(report, &zone, &healed);
         self.check_content(report).await;
         Ok(())
     }
 
     /// The leader follows the guest; it is given to another zone, so that the leader's loss is not the guest's.
     async fn leader_elsewhere(&self, report: &mut Report<'_>) -> Result<String, UserError> {
-        let home = self.stage.zone_of(&self.node)?;
         self.ledger.begin_gap();
-        let until = Instant::now() + stage::PATIENCE;
-        let volume = loop {
-            let volume = self.stage.volume().await?;
-            match stage::leader(&volume) {
-                Some(leader) if leader.zone != home => break volume,
-                _ if Instant::now() > until => {
-                    let message = format!("the leader does not stay outside of zone {home}");
-                    return Err(UserError::new(ErrorCode::TimedOut, message));
-                }
-                Some(_) => {
-                    let other = volume.replicas.iter().find(|replica| replica.zone != home);
-                    let other = other.ok_or_else(|| failed("the volume", "all replicas are in one zone"))?;
-                    self.stage.lead(other.id).await?;
-                }
-                None => tokio::time::sleep(Duration::from_millis(20)).await,
-            }
-        };
-        let zone = stage::leader(&volume).map(|leader| leader.zone.clone()).unwrap_or_default();
+        let (zone, leader) = acts::leader_outside(self.stage, &self.stage.zone_of(&self.node)?).await?;
         let stall = self.ledger.figures().gap;
         report.fact(
             "guest",
             format!(
-                "on {}; the leadership was handed to {} under its writes, no answer for {}",
+                "on {}; the leadership was handed to {leader} under its writes, no answer for {}",
                 self.node,
-                volume.leader,
                 span(stall)
             ),
-            json!({"guest": self.node, "leader": volume.leader, "planned_stall_ms": millis(stall)}),
+            json!({"guest": self.node, "leader": leader, "planned_stall_ms": millis(stall)}),
         );
         Ok(zone)
-    }
-
-    /// How a zone's replica caught up.
-    fn road(&self, report: &mut Report<'_>, zone: &str, healed: &pb::Volume) {
-        let Some(replica) = healed.replicas.iter().find(|replica| replica.zone == zone) else { return };
-        let (road, sent) = (replica.healed_by.as_str(), replica.healed_bytes);
-        let text = match road {
-            "" => "it was not behind".into(),
-            road => format!("by {road}, {} sent", ByteSize(sent)),
-        };
-        report.fact(
-            "healed",
-            format!("{}: {text}", replica.node),
-            json!({"healed_by": road, "sent_bytes": sent}),
-        );
     }
 
     async fn act_two(&mut self, report: &mut Report<'_>) -> Result<Lost, UserError> {
@@ -348,7 +315,7 @@ impl Show<'_> {
         let index = stage::committed(&self.stage.volume().await?);
         self.stage.start(&lost.zone).await?;
         let healed = self.stage.healed(index).await?;
-        self.road(report, &lost.zone, &healed);
+        acts::road(report, &lost.zone, &healed);
         report.fact("took", span(back.elapsed()), json!({"heal_ms": millis(back.elapsed())}));
         let replica = healed.replicas.iter().find(|replica| replica.zone == lost.zone);
         report.check("it was healed by what changed, not by a copy", sent_enough(replica, distinct));
@@ -371,7 +338,7 @@ impl Show<'_> {
         report.act("All replicas, read from disk at one index");
         report.step("verifying all replicas");
         let verified = self.stage.verify().await?;
-        report.check("the replicas are equal", equal(&verified));
+        report.check("the replicas are equal", acts::equal(&verified));
         let lost = lost.zone.clone();
         let (zone, _) = self.beside_a_replica(report, |replica| replica.zone == lost).await?;
         report.step(format!("reading in {zone}"));
@@ -392,18 +359,6 @@ fn sent_enough(replica: Option<&pb::Replica>, distinct: u64) -> Result<String, S
     if percent <= SENT_PERCENT_MAX { Ok(text) } else { Err(text) }
 }
 
-/// Whether a verification found all replicas equal and sound.
-fn equal(verified: &pb::VerifyReport) -> Result<String, String> {
-    let bad: u64 = verified.replicas.iter().map(|replica| replica.bad_blocks).sum();
-    let text = format!("{} replicas at index {}, {bad} bad blocks", verified.replicas.len(), verified.index);
-    if verified.equal && bad == 0 && verified.replicas.len() > 1 {
-        return Ok(text);
-    }
-    let told = |replica: &pb::ReplicaDigest| format!("{}: {}{}", replica.node, replica.digest, replica.error);
-    let all: Vec<String> = verified.replicas.iter().map(told).collect();
-    Err(format!("{text}: {}", all.join(", ")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -419,16 +374,5 @@ mod tests {
         assert!(sent_enough(Some(&replica("log", 1000)), 1000).is_err());
         assert!(sent_enough(Some(&replica("", 0)), 1000).is_err(), "nothing healed it");
         assert!(sent_enough(None, 1000).is_err());
-    }
-
-    #[test]
-    fn replicas_that_differ_or_have_bad_blocks_are_not_equal() {
-        let digest = |bad_blocks| pb::ReplicaDigest { digest: "d".into(), bad_blocks, ..Default::default() };
-        let report =
-            |equal, bad| pb::VerifyReport { index: 5, equal, replicas: vec![digest(0), digest(bad)] };
-        assert!(equal(&report(true, 0)).is_ok());
-        assert!(equal(&report(false, 0)).is_err());
-        assert!(equal(&report(true, 1)).is_err());
-        assert!(equal(&pb::VerifyReport { index: 5, equal: true, replicas: vec![digest(0)] }).is_err());
     }
 }
