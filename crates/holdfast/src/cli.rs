@@ -133,7 +133,7 @@ impl DevOptions {
 }
 
 /// Where `dev` keeps a cluster if nothing else is said.
-const DEFAULT_DIRECTORY: &str = "holdfast-dev";
+pub const DEFAULT_DIRECTORY: &str = "holdfast-dev";
 
 /// A demonstration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -148,9 +148,9 @@ pub enum Demo {
 pub enum DevCommand {
     /// Faults on a running development cluster.
     Ctl {
-        /// The cluster's directory.
-        #[arg(long, default_value = DEFAULT_DIRECTORY, value_name = "DIR")]
-        dir: PathBuf,
+        /// The cluster's directory; else the one that HOLDFAST_ADMIN points into, else holdfast-dev.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
         #[command(subcommand)]
         action: CtlAction,
     },
@@ -389,7 +389,7 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 }
 
 /// A command of the design that does not exist yet.
-pub fn not_built(words: &[String]) -> UserError {
+pub fn not_built(words: &[String], within: &str) -> UserError {
     const PLANNED: &[&str] = &[
         "explain",
         "snapshot",
@@ -409,7 +409,7 @@ pub fn not_built(words: &[String]) -> UserError {
         return UserError::new(ErrorCode::Unimplemented, format!("'{first}' is not built yet"))
             .hint("docs/roadmap.md tells what is");
     }
-    usage(format!("there is no command '{first}'"), "`holdfast --help` lists the commands")
+    usage(format!("there is no command '{first}'"), format!("`{within} --help` lists the commands"))
 }
 
 /// A destructive command needs its flag.
@@ -418,4 +418,44 @@ pub fn confirmed(yes: bool, what: &str) -> Result<(), UserError> {
         return Ok(());
     }
     Err(usage(format!("{what} cannot be undone"), "say --yes if you mean it"))
+}
+
+/// Whether a command line that could not be understood asked for JSON.
+pub fn wants_json(arguments: &[String]) -> bool {
+    let joined = |argument: &String| ["-ojson", "-o=json", "--output=json"].contains(&argument.as_str());
+    let apart = |pair: &[String]| ["-o", "--output"].contains(&pair[0].as_str()) && pair[1] == "json";
+    arguments.iter().any(joined) || arguments.windows(2).any(apart)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn json_is_recognized_in_a_command_line_that_is_not_understood() {
+        let wants = |text: &str| wants_json(&text.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        assert!(wants("holdfast volume create -o json"));
+        assert!(wants("holdfast --output=json nonsense"));
+        assert!(!wants("holdfast volume create json"));
+        assert!(!wants("holdfast -o"));
+    }
+
+    #[test]
+    fn a_demonstration_has_two_nodes_in_a_zone_and_a_small_journal() {
+        let plan = |line: &str| match Cli::try_parse_from(line.split(' ')).map(|cli| cli.command) {
+            Ok(Command::Dev { options, .. }) => options.plan(),
+            other => panic!("{line}: {:?}", other.err()),
+        };
+        let shown = plan("holdfast dev --demo zone-loss");
+        assert_eq!((shown.zones, shown.nodes_per_zone, shown.journal_bytes), (3, 2, 64 << 20));
+        let plain = plan("holdfast dev");
+        assert_eq!((plain.zones, plain.nodes_per_zone, plain.journal_bytes), (3, 1, 256 << 20));
+        assert_eq!(plan("holdfast dev --demo zone-loss --journal 128MiB").journal_bytes, 128 << 20);
+        assert!(Cli::try_parse_from(["holdfast", "dev", "--demo", "zone-loss", "--zones", "4"]).is_err());
+    }
 }

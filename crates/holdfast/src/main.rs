@@ -15,7 +15,10 @@ use cli::{Cli, Command};
 use output::Output;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
     let output = Output::new(cli.output);
     match run(cli, &output) {
         Ok(code) => code,
@@ -24,6 +27,22 @@ fn main() -> ExitCode {
             ExitCode::from(error.code.exit_code())
         }
     }
+}
+
+/// A command line that is not understood, or a question about it; told as JSON to whoever asked for JSON.
+fn misused(error: &clap::Error) -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if error.use_stderr() && cli::wants_json(&arguments) {
+        let text = error.to_string();
+        let first: Vec<&str> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+        let message = first.join(" ").trim_start_matches("error: ").to_owned();
+        let error = cli::usage(message, "`holdfast --help` lists commands and flags");
+        Output::new(output::Format::Json).error(&error);
+        return ExitCode::from(error.code.exit_code());
+    }
+    // Help that nobody reads to its end is no failure.
+    let _shown = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 fn log(default: &str) {
@@ -47,7 +66,7 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             "`holdfast node --help`; `holdfast dev` makes a whole cluster",
         )),
         Command::Dev { ctl: Some(cli::DevCommand::Ctl { dir, action }), .. } => {
-            dev::ctl::send(&dir, &action, output)
+            dev::ctl::send(&dev::ctl::directory(dir, cli.admin.as_deref()), &action, output)
         }
         Command::Dev { ctl: None, options } => {
             log("warn,openraft=error");
@@ -65,6 +84,6 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             clap_complete::generate(shell, &mut command, "holdfast", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Later(words) => Err(cli::not_built(&words)),
+        Command::Later(words) => Err(cli::not_built(&words, "holdfast")),
     }
 }

@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const CREATE_PATIENCE: Duration = Duration::from_secs(30);
 /// Between tries while a volume has no leader.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Looks at a volume that a majority answers for and nobody leads, and the pause between them: as long as an election.
+const UNLED_LOOKS: usize = 10;
+const UNLED_PAUSE: Duration = Duration::from_millis(60);
 /// Volumes on one page of a list.
 const PAGE_MAX: usize = 1000;
 /// How long a device may take to show its new size.
@@ -87,8 +90,17 @@ impl Shard {
         Ok(views::node(record, reports.get(&node)))
     }
 
-    /// A volume with what its replicas say now.
+    /// A volume with what its replicas say now. While the leadership is handed over nobody leads for a moment, which is
+    /// no loss of quorum: where a majority answers, another look is taken.
     async fn show(&self, record: &VolumeRecord) -> pb::Volume {
+        for _ in 0..UNLED_LOOKS {
+            let reports = volumes::replica_reports(&self.rpc, record).await;
+            let answering = reports.values().filter(|report| report.is_ok()).count();
+            if volumes::leader_of(&reports).is_some() || answering * 2 <= record.replicas.len() {
+                return views::volume(record, &reports);
+            }
+            holdfast_env::sleep(UNLED_PAUSE).await;
+        }
         views::volume(record, &volumes::replica_reports(&self.rpc, record).await)
     }
 

@@ -13,16 +13,17 @@ use crate::output::{Output, table};
 fn list(nodes: &[pb::Node]) -> String {
     let rows = nodes.iter().map(|node| {
         let store = node.stores.first();
-        let free = store.map_or(0, |store| store.available_bytes);
-        let total = store.map_or(0, |store| store.total_bytes);
+        // A node that does not answer tells nothing; zero would be a figure.
+        let told = |value: u64| if node.state == "unreachable" { "-".to_owned() } else { bytes(value) };
+        let replicas = store.map_or(0, |store| store.replicas).to_string();
         vec![
             node.name.clone(),
             node.region.clone(),
             node.zone.clone(),
             node.state.clone(),
-            store.map_or(0, |store| store.replicas).to_string(),
-            bytes(free),
-            bytes(total),
+            if node.state == "unreachable" { "-".into() } else { replicas },
+            told(store.map_or(0, |store| store.available_bytes)),
+            told(store.map_or(0, |store| store.total_bytes)),
         ]
     });
     table(&["name", "region", "zone", "state", "replicas", "free", "size"], rows.collect())
@@ -53,7 +54,7 @@ pub fn run(command: NodeCommand, admin: Option<String>, output: &Output) -> Resu
 }
 
 fn not_built_verb(verb: &str) -> UserError {
-    let mut error = not_built(&["explain".to_owned()]);
+    let mut error = not_built(&["explain".to_owned()], "holdfast node");
     error.message = format!("'node {verb}' is not built yet");
     error
 }

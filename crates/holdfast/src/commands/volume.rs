@@ -17,25 +17,27 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
         columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes"]);
     }
     let rows = replicas.iter().map(|replica| {
+        // A replica that does not answer tells nothing; zero would be a figure.
+        let told = |figure: String| if replica.state == "unreachable" { "-".to_owned() } else { figure };
         let mut row = vec![
             replica.id.to_string(),
             replica.node.clone(),
             replica.zone.clone(),
             replica.role.clone(),
             replica.state.clone(),
-            replica.term.to_string(),
-            replica.applied_index.to_string(),
-            bytes(replica.lag_bytes),
-            bytes(replica.used_bytes),
+            told(replica.term.to_string()),
+            told(replica.applied_index.to_string()),
+            told(bytes(replica.lag_bytes)),
+            told(bytes(replica.used_bytes)),
         ];
         if wide {
             row.extend([
                 replica.region.clone(),
-                replica.last_log_index.to_string(),
-                replica.committed_index.to_string(),
-                replica.purged_index.to_string(),
+                told(replica.last_log_index.to_string()),
+                told(replica.committed_index.to_string()),
+                told(replica.purged_index.to_string()),
                 or_dash(&replica.healed_by),
-                replica.healed_bytes.to_string(),
+                told(replica.healed_bytes.to_string()),
             ]);
         }
         row
@@ -58,6 +60,9 @@ fn one(volume: &pb::Volume, wide: bool) -> String {
 }
 
 fn many(volumes: &[pb::Volume]) -> String {
+    if volumes.is_empty() {
+        return "There are no volumes; `holdfast volume create NAME --size 1GiB` makes one.".into();
+    }
     let rows = volumes.iter().map(|volume| {
         vec![
             volume.name.clone(),
@@ -79,7 +84,7 @@ fn many(volumes: &[pb::Volume]) -> String {
 /// Runs the command.
 pub fn run(command: VolumeCommand, admin: Option<String>, output: &Output) -> Result<ExitCode, UserError> {
     if let VolumeCommand::Later(words) = &command {
-        return Err(not_built(words));
+        return Err(not_built(words, "holdfast volume"));
     }
     with_client(admin, |client| carry_out(client, command, output))
 }
@@ -121,7 +126,7 @@ async fn carry_out(
 ) -> Result<ExitCode, UserError> {
     match command {
         VolumeCommand::Create { from_snapshot: Some(_), .. } => {
-            return Err(not_built(&["snapshot".to_owned()]));
+            return Err(not_built(&["snapshot".to_owned()], "holdfast volume"));
         }
         VolumeCommand::Create { name, size, survive, replicas, zones, parameters, .. } => {
             let request = pb::CreateVolumeRequest {
@@ -173,9 +178,23 @@ async fn carry_out(
             );
         }
         VolumeCommand::Verify { name } => return verify(client, name, output).await,
-        VolumeCommand::Later(words) => return Err(not_built(&words)),
+        VolumeCommand::Later(words) => return Err(not_built(&words, "holdfast volume")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a verification found, in words: replicas that could not be read say nothing of those that could.
+fn verdict(report: &pb::VerifyReport) -> String {
+    let unread = report.replicas.iter().filter(|replica| !replica.error.is_empty()).count();
+    let digests = || report.replicas.iter().filter(|replica| replica.error.is_empty());
+    let same = digests().all(|replica| Some(&replica.digest) == digests().next().map(|first| &first.digest));
+    match (report.equal, unread, same && digests().all(|replica| replica.bad_blocks == 0)) {
+        (true, _, _) => "equal".into(),
+        (false, 0, _) | (false, _, false) => "NOT equal".into(),
+        (false, unread, true) => {
+            format!("not verified: {unread} of {} replicas could not be read", report.replicas.len())
+        }
+    }
 }
 
 async fn verify(mut client: Client, name: String, output: &Output) -> Result<ExitCode, UserError> {
@@ -189,12 +208,37 @@ async fn verify(mut client: Client, name: String, output: &Output) -> Result<Exi
                 or_dash(&digest.error),
             ]
         });
-        let verdict = if report.equal { "equal" } else { "NOT equal" };
         format!(
-            "at index {}: {verdict}\n{}",
+            "at index {}: {}\n{}",
             report.index,
+            verdict(&report),
             table(&["node", "digest", "bad blocks", "error"], rows.collect())
         )
     });
     Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_that_was_not_read_is_not_one_that_differs() {
+        let digest = |digest: &str, error: &str, bad_blocks| pb::ReplicaDigest {
+            digest: digest.into(),
+            error: error.into(),
+            bad_blocks,
+            ..Default::default()
+        };
+        let verdict = |equal, replicas| verdict(&pb::VerifyReport { index: 1, equal, replicas });
+        assert_eq!(verdict(true, vec![digest("a", "", 0), digest("a", "", 0)]), "equal");
+        assert_eq!(verdict(false, vec![digest("a", "", 0), digest("b", "", 0)]), "NOT equal");
+        assert_eq!(verdict(false, vec![digest("a", "", 1), digest("a", "", 0)]), "NOT equal");
+        let away = digest("", "cannot be reached", 0);
+        assert!(
+            verdict(false, vec![digest("a", "", 0), digest("a", "", 0), away.clone()])
+                .starts_with("not verified: 1 of 3")
+        );
+        assert_eq!(verdict(false, vec![digest("a", "", 0), digest("b", "", 0), away]), "NOT equal");
+    }
 }

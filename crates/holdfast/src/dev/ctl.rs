@@ -1,6 +1,6 @@
 //! `holdfast dev ctl`: one JSON line asks, one answers.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,17 +16,32 @@ use crate::cli::CtlAction;
 use crate::client::runtime;
 use crate::output::Output;
 
+/// The supervisor's socket for faults, within its directory.
+pub const SOCKET: &str = "ctl.sock";
+
 fn wrong(error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("the supervisor's answer: {error}"))
 }
 
+/// The directory of the cluster that is meant: the one that is named, else the one whose supervisor the admin address
+/// points to, else the default.
+pub fn directory(named: Option<PathBuf>, admin: Option<&str>) -> PathBuf {
+    let beside = || {
+        let socket = Path::new(admin?.strip_prefix("unix:")?);
+        let directory = socket.parent()?;
+        directory.join(SOCKET).exists().then(|| directory.to_owned())
+    };
+    named.or_else(beside).unwrap_or_else(|| PathBuf::from(crate::cli::DEFAULT_DIRECTORY))
+}
+
 /// Asks the supervisor of a directory.
 pub fn send(directory: &Path, action: &CtlAction, output: &Output) -> Result<ExitCode, UserError> {
-    let path = directory.join("ctl.sock");
+    let path = directory.join(SOCKET);
     let answer: Result<(), UserError> = runtime()?.block_on(async {
         let mut stream = UnixStream::connect(&path).await.map_err(|error| {
-            UserError::new(ErrorCode::Unavailable, format!("{}: {error}", path.display()))
-                .hint("does `holdfast dev` run with that --dir?")
+            let message = format!("no development cluster runs in {}: {error}", directory.display());
+            UserError::new(ErrorCode::Unavailable, message)
+                .hint("start one with `holdfast dev`, or name the directory of one that runs with --dir")
         })?;
         let mut line = serde_json::to_string(action).map_err(wrong)?;
         line.push('\n');
@@ -87,5 +102,23 @@ async fn carry_out(action: CtlAction, cluster: &mut Cluster) -> Result<(), UserE
         CtlAction::Deafen { target } => cluster.cut(&target, false).await,
         CtlAction::Heal => cluster.heal().await,
         CtlAction::Delay { a, b, delay } => cluster.delay(&a, &b, &delay).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cluster_is_found_by_name_then_by_admin_address_then_here() {
+        let place = tempfile::tempdir().expect("a directory");
+        let admin = format!("unix:{}", place.path().join("admin.sock").display());
+        let here = PathBuf::from(crate::cli::DEFAULT_DIRECTORY);
+        assert_eq!(directory(None, Some(&admin)), here, "nobody listens there");
+        std::fs::write(place.path().join(SOCKET), "").expect("a file");
+        assert_eq!(directory(None, Some(&admin)), place.path());
+        assert_eq!(directory(Some("x".into()), Some(&admin)), PathBuf::from("x"));
+        assert_eq!(directory(None, None), here);
+        assert_eq!(directory(None, Some("unix:/")), here);
     }
 }

@@ -87,7 +87,7 @@ async fn with_cluster<T>(
     let serving = async {
         start(&cluster, options).await?;
         let admin = proxy::serve(&directory.join("admin.sock"), cluster.clone())?;
-        let control = ctl::serve(&directory.join("ctl.sock"), cluster.clone())?;
+        let control = ctl::serve(&directory.join(ctl::SOCKET), cluster.clone())?;
         csi::serve(&cluster.lock().await.description())?;
         // Last: who waits for it finds everything else there.
         cluster.lock().await.write_description()?;
@@ -118,19 +118,51 @@ async fn start(cluster: &Shared, options: &DevOptions) -> Result<(), UserError> 
 async fn greet(cluster: &Shared, directory: &Path, output: &Output) {
     let description = cluster.lock().await.description();
     output.show(&description, || {
-        let names = description.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>().join(", ");
-        let first = description.nodes.first().map(|node| node.name.as_str()).unwrap_or_default();
+        let names: Vec<&str> = description.nodes.iter().map(|node| node.name.as_str()).collect();
+        let first = names.first().copied().unwrap_or_default();
+        let others: Vec<&str> = zones(&description.nodes).into_iter().skip(1).collect();
+        let mut hints = vec![
+            format!("export HOLDFAST_ADMIN={}", description.admin),
+            "holdfast volume create data --size 1GiB".into(),
+            format!("holdfast volume attach data --node {first} --frontend nbd"),
+            "holdfast status".into(),
+        ];
+        if let Some(zone) = others.first() {
+            hints.push(explained(&format!("holdfast dev ctl kill {zone}"), "lose a zone: I/O goes on"));
+            hints.push(explained(&format!("holdfast dev ctl start {zone}"), "it heals by itself"));
+        }
+        hints.push(explained("holdfast volume verify data", "every replica, read from disk"));
+        if let Some(program) = unlisted_program() {
+            hints.insert(1, format!("alias holdfast={program}"));
+        }
         format!(
-            "The cluster serves: {names}\n\nIn another shell:\n  \
-             export HOLDFAST_ADMIN={}\n  \
-             holdfast volume create data --size 1GiB\n  \
-             holdfast volume attach data --node {first}\n  \
-             holdfast status\n  \
-             holdfast dev ctl --dir {} kill {first}\n\nInterrupt (Ctrl-C) to stop; the data stays.",
-            description.admin,
+            "The cluster serves: {}\n\nIn another shell:\n  {}\n\nInterrupt (Ctrl-C) to stop; the data stays in {}.",
+            names.join(", "),
+            hints.join("\n  "),
             directory.display()
         )
     });
+}
+
+fn explained(command: &str, why: &str) -> String {
+    format!("{command:<34}# {why}")
+}
+
+/// The zones, each once, in order.
+fn zones(nodes: &[cluster::NodeDescription]) -> Vec<&str> {
+    let mut zones: Vec<&str> = nodes.iter().map(|node| node.zone.as_str()).collect();
+    zones.dedup();
+    zones
+}
+
+/// This program's path, if a shell would not find it by its name.
+fn unlisted_program() -> Option<String> {
+    let program = std::env::current_exe().ok()?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let listed = std::env::split_paths(&path)
+        .filter_map(|directory| directory.join("holdfast").canonicalize().ok())
+        .any(|found| found == program);
+    (!listed).then(|| program.display().to_string())
 }
 
 /// Ends at SIGINT or SIGTERM.
