@@ -299,8 +299,14 @@ impl Session {
         // INV-LEASE: an answer that is on its way counts no more. The end may be confirmed to others at once, and then
         // nobody waits for the lease.
         self.lease.borrow_mut().end();
+        // Whoever waits for a slot must not wait for ever.
+        self.slots.close();
         self.closed_notify.notify_waiters();
         self.lease_changed.notify_waiters();
+    }
+
+    fn ended(&self) -> SessionError {
+        SessionError::Closed(self.closed_now().unwrap_or(Closed::Detached))
     }
 
     fn lease_is_valid(&self) -> bool {
@@ -424,7 +430,7 @@ impl Session {
         payload: Bytes,
         command: impl FnOnce(Tag) -> VolumeCommand,
     ) -> Result<(), SessionError> {
-        let _slot = self.slots.acquire().await.map_err(|_| SessionError::Closed(Closed::Detached))?;
+        let _slot = self.slots.acquire().await.map_err(|_| self.ended())?;
         self.wait_for_overlaps(range).await?;
         let seq = self.in_flight.begin();
         self.writes.borrow_mut().insert(seq, range);
@@ -524,7 +530,7 @@ impl Session {
     pub async fn read(&self, range: BlockRange) -> Result<Bytes, SessionError> {
         self.check(range, false)?;
         let began = Instant::now();
-        let slot = self.slots.acquire().await.map_err(|_| SessionError::Closed(Closed::Detached))?;
+        let slot = self.slots.acquire().await.map_err(|_| self.ended())?;
         let result = self.bounded(self.read_somewhere(range)).await;
         drop(slot);
         let took = Instant::now().since(began);
@@ -642,8 +648,9 @@ impl Session {
     /// Gives the attachment back. Waits for requests under way first.
     pub async fn detach(&self, patience: Duration) -> Result<(), SessionError> {
         let drained = self.slots.acquire_many(limits::SESSION_IN_FLIGHT_MAX as u32);
-        if let Ok(slots) = holdfast_env::timeout(patience, drained).await {
-            slots.map_err(|_| SessionError::Closed(Closed::Detached))?.forget();
+        // Not drained in time, or ended meanwhile: closing fails what is left.
+        if let Ok(Ok(slots)) = holdfast_env::timeout(patience, drained).await {
+            slots.forget();
         }
         let began = Instant::now();
         let command = VolumeCommand::Detach { epoch: self.epoch, force: false, confirmed: true };
