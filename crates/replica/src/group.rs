@@ -247,9 +247,10 @@ impl Group {
 
     fn write_error(&self, error: RaftError<Types, ClientWriteError<Types>>) -> GroupError {
         match error {
-            RaftError::APIError(ClientWriteError::ForwardToLeader(elsewhere)) => {
-                GroupError::NotLeader { leader: elsewhere.leader_node.map(|peer| peer.store) }
-            }
+            // Discarded with its outcome unknown, or never appended: either way it is repeated under the same tag.
+            RaftError::APIError(
+                ClientWriteError::ForwardToLeader(elsewhere) | ClientWriteError::LogEntryDiscarded(elsewhere),
+            ) => GroupError::NotLeader { leader: elsewhere.leader_node.map(|peer| peer.store) },
             RaftError::APIError(other) => GroupError::Refused(other.to_string()),
             RaftError::Fatal(error) => stopped(error),
         }
