@@ -50,7 +50,7 @@ pub trait StateMachine {
         &self,
         checkpoint: Checkpoint,
         staged: Option<Rc<dyn Staged>>,
-    ) -> LocalBoxFuture<'static, Result<(), StoreError>>;
+    ) -> LocalBoxFuture<'_, Result<(), StoreError>>;
     /// Every entry was applied up to `index`; for whoever watches the state.
     fn after_apply(&self, _index: LogIndex) {}
 }
