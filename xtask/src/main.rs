@@ -1,9 +1,12 @@
 //! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed;
-//! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask bench first` measures.
+//! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask sim` is the
+//! deterministic simulation, and `cargo xtask mutants sim` proves that it finds planted faults; `cargo xtask bench
+//! first` measures.
 
 mod bench;
 mod cluster;
 mod csi;
+mod sim;
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -25,6 +28,8 @@ enum How {
     Demo(&'static [&'static str]),
     /// Our tests of the CSI driver.
     Csi(&'static [&'static str]),
+    /// The deterministic simulation, bounded.
+    Sim,
 }
 
 const SUITES: &[Suite] = &[
@@ -43,6 +48,11 @@ const SUITES: &[Suite] = &[
         name: "unit",
         what: "unit, property and in-process tests",
         how: How::Cargo(&["test", "--workspace", "--locked"], &[]),
+    },
+    Suite {
+        name: "sim",
+        what: "the deterministic simulation: fresh seeds, known ones, two processes, planted faults",
+        how: How::Sim,
     },
     Suite {
         name: "cluster",
@@ -70,6 +80,7 @@ fn run(suite: &Suite) -> bool {
             false
         }),
         How::Csi(arguments) => csi::scenarios(arguments),
+        How::Sim => sim::suite(),
         How::Cargo(arguments, environment) => cargo(arguments, environment),
     }
 }
@@ -129,26 +140,17 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => test(None),
         ["test", "--suite", name] => test(Some(name)),
-        ["bench", "first", ref rest @ ..] => {
-            if bench::run(rest) {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
-        }
-        ["cluster", ref rest @ ..] => {
-            if cluster::run(rest) {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
-        }
+        ["bench", "first", ref rest @ ..] => success(bench::run(rest)),
+        ["cluster", ref rest @ ..] => success(cluster::run(rest)),
+        ["sim", ref rest @ ..] => success(sim::run(rest)),
+        ["mutants", "sim"] => success(sim::mutants()),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
         ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}",
                 cluster::USAGE,
+                sim::USAGE,
                 bench::USAGE,
                 csi::USAGE
             );

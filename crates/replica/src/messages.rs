@@ -70,6 +70,33 @@ pub(crate) fn raft_head_from(input: &mut Reader<'_>) -> Result<RaftHead, DecodeE
     })
 }
 
+/// Raft's calls, for whoever looks at frames on their way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RaftCall {
+    /// Entries, or a heartbeat.
+    Append,
+    /// A request for a vote.
+    Vote,
+    /// A question whether a request for a vote would be granted.
+    PreVote,
+    /// A transfer of leadership.
+    TransferLeader,
+    /// A rebuild.
+    InstallSnapshot,
+}
+
+/// Which of Raft's calls a request to [`RAFT`] is; `None` if it is none.
+pub fn raft_call(head: &[u8]) -> Option<RaftCall> {
+    let head = raft_head_from(&mut Reader::new(head)).ok()?;
+    Some(match head.method {
+        Method::Append | Method::StreamAppend => RaftCall::Append,
+        Method::Vote => RaftCall::Vote,
+        Method::PreVote => RaftCall::PreVote,
+        Method::TransferLeader => RaftCall::TransferLeader,
+        Method::InstallSnapshot => RaftCall::InstallSnapshot,
+    })
+}
+
 /// A call to a replica. Block data travels in the frame's body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DataRequest {

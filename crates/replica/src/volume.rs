@@ -180,8 +180,9 @@ impl Volume {
     }
 
     /// Bytes that the last rebuild by chunks of this replica took, since its daemon started; 0 if there was none.
-    pub fn healed_bytes(&self) -> u64 {
-        self.healed.borrow().1
+    pub fn healed_by_chunks(&self) -> u64 {
+        let healed = self.healed.borrow();
+        if healed.0 == "chunks" { healed.1 } else { 0 }
     }
 
     /// Stops its tasks and its group.

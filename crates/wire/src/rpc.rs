@@ -31,6 +31,48 @@ const PENDING_MAX: usize = 8192;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Service(pub u8);
 
+/// Whether a frame asks or answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CallKind {
+    /// It asks.
+    Request,
+    /// It answers.
+    Answer,
+    /// It says why there is no answer.
+    Refusal,
+}
+
+/// The call layer's head of a frame, for whoever looks at frames on their way.
+#[derive(Clone, Copy, Debug)]
+pub struct CallHead<'f> {
+    /// Whether it asks or answers.
+    pub kind: CallKind,
+    /// The service.
+    pub service: Service,
+    /// Names the call among those of its caller.
+    pub id: u64,
+    /// The service's own head.
+    pub rest: &'f [u8],
+}
+
+impl<'f> CallHead<'f> {
+    /// The call layer's part of a frame's head; `None` if it is none.
+    pub fn read(head: &'f [u8]) -> Option<Self> {
+        let mut input = Reader::new(head);
+        if input.u8().ok()? != VERSION {
+            return None;
+        }
+        let kind = match input.u8().ok()? {
+            REQUEST => CallKind::Request,
+            RESPONSE => CallKind::Answer,
+            REFUSAL => CallKind::Refusal,
+            _ => return None,
+        };
+        let (service, id) = (Service(input.u8().ok()?), input.u64().ok()?);
+        Some(Self { kind, service, id, rest: &head[HEAD_BYTES..] })
+    }
+}
+
 /// Why a call has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {

@@ -272,7 +272,9 @@ impl Journal {
         usage.payload_bytes_written += batch.payload_bytes;
         self.0.usage.set(usage);
         let began = Instant::now();
-        let write = file.write_at(batch.offset, batch.buffer, Durability::Durable);
+        let skipped = super::planted("skip-journal-flush");
+        let durability = if skipped { Durability::Volatile } else { Durability::Durable };
+        let write = file.write_at(batch.offset, batch.buffer, durability);
         holdfast_env::spawn("journal-batch", async move {
             match write.await {
                 Ok(_) => {

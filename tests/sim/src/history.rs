@@ -1,0 +1,430 @@
+//! What the guests saw, and whether a disk could have behaved so: linearizability of every block.
+//!
+//! An operation on several blocks is one on each of them, with the same beginning and end. A write whose outcome the
+//! guest does not know may have happened at any time until a session of a newer epoch was attached, or never: after
+//! that it must not show itself, and it must not come and go. So one check holds everything that is promised: no
+//! acknowledged write is lost, no read is stale, no write of an older epoch counts after a newer one was attached.
+//!
+//! The check is exact. It walks a block's events in order and keeps every state that some order of the operations
+//! under way allows; when none is left, the history is impossible.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::{Bytes, BytesMut};
+use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch};
+
+use crate::random::mix;
+
+/// What a block holds: the stamp of a write, or zeros.
+pub(crate) type Stamp = u64;
+pub(crate) const ZEROS: Stamp = 0;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum What {
+    Write(Stamp),
+    Read(Stamp),
+}
+
+/// When a moment was, and its place among all moments.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Moment {
+    order: u64,
+    /// Virtual microseconds, for people.
+    pub(crate) at: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Operation {
+    node: u64,
+    epoch: Epoch,
+    range: BlockRange,
+    /// Per block; empty for a read that has no answer.
+    what: Vec<What>,
+    began: Moment,
+    /// When it was known to have happened.
+    acknowledged: Option<Moment>,
+    /// A write of unknown outcome cannot happen after this.
+    not_after: Option<Moment>,
+}
+
+/// Names an operation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct OperationId(usize);
+
+#[derive(Default)]
+struct Inner {
+    operations: Vec<Operation>,
+    order: u64,
+    stamp: Stamp,
+    /// Writes that are not known to have happened.
+    open: BTreeSet<OperationId>,
+}
+
+/// Everything that guests did.
+#[derive(Default)]
+pub(crate) struct History(RefCell<Inner>);
+
+/// The content of a block for a stamp: every word tells block, stamp and place.
+fn content(block: u64, stamp: Stamp) -> [u8; BLOCK_BYTES] {
+    let mut data = [0; BLOCK_BYTES];
+    if stamp != ZEROS {
+        let base = mix(mix(block) ^ stamp.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        for (place, word) in data.chunks_exact_mut(8).enumerate() {
+            let value = if place == 0 { stamp } else { base ^ (place as u64) };
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    data
+}
+
+/// The stamp that a block carries in front.
+pub(crate) fn stamp_of(data: &[u8]) -> Stamp {
+    let mut first = [0; 8];
+    first.copy_from_slice(&data[..8]);
+    u64::from_le_bytes(first)
+}
+
+impl Inner {
+    fn moment(&mut self, at: u64) -> Moment {
+        self.order += 1;
+        Moment { order: self.order, at }
+    }
+    fn begin(&mut self, at: u64, node: u64, epoch: Epoch, range: BlockRange, what: Vec<What>) -> OperationId {
+        let began = self.moment(at);
+        let id = OperationId(self.operations.len());
+        let operation = Operation { node, epoch, range, what, began, acknowledged: None, not_after: None };
+        self.operations.push(operation);
+        id
+    }
+}
+
+impl History {
+    /// A write begins; the data to write.
+    pub(crate) fn write(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> (OperationId, Bytes) {
+        let mut inner = self.0.borrow_mut();
+        let mut data = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);
+        let mut what = Vec::with_capacity(range.count as usize);
+        for block in range.blocks() {
+            inner.stamp += 1;
+            data.extend_from_slice(&content(block.0, inner.stamp));
+            what.push(What::Write(inner.stamp));
+        }
+        let id = inner.begin(at, node, epoch, range, what);
+        inner.open.insert(id);
+        (id, data.freeze())
+    }
+
+    /// A trim or zero begins.
+    pub(crate) fn clear(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
+        let mut inner = self.0.borrow_mut();
+        let id = inner.begin(at, node, epoch, range, vec![What::Write(ZEROS); range.count as usize]);
+        inner.open.insert(id);
+        id
+    }
+
+    /// A write, trim or zero was acknowledged.
+    pub(crate) fn acknowledged(&self, at: u64, id: OperationId) {
+        let mut inner = self.0.borrow_mut();
+        let moment = inner.moment(at);
+        inner.operations[id.0].acknowledged = Some(moment);
+        inner.open.remove(&id);
+    }
+
+    /// A read begins.
+    pub(crate) fn read(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
+        self.0.borrow_mut().begin(at, node, epoch, range, Vec::new())
+    }
+
+    /// A read was answered; what is wrong with the data by itself, if anything is.
+    pub(crate) fn answered(&self, at: u64, id: OperationId, data: &[u8]) -> Result<(), String> {
+        let mut inner = self.0.borrow_mut();
+        let moment = inner.moment(at);
+        let last = inner.stamp;
+        let operation = &mut inner.operations[id.0];
+        let expected = operation.range.count as usize * BLOCK_BYTES;
+        if data.len() != expected {
+            return Err(format!("a read of {expected} bytes was answered with {}", data.len()));
+        }
+        let mut what = Vec::with_capacity(operation.range.count as usize);
+        for (block, data) in operation.range.blocks().zip(data.chunks_exact(BLOCK_BYTES)) {
+            let stamp = stamp_of(data);
+            if stamp > last || *data != content(block.0, stamp) {
+                return Err(format!("block {} holds what nobody wrote there (stamp {stamp})", block.0));
+            }
+            what.push(What::Read(stamp));
+        }
+        operation.what = what;
+        operation.acknowledged = Some(moment);
+        Ok(())
+    }
+
+    /// A session of `epoch` is attached: no write of an older one counts from here on.
+    pub(crate) fn attached(&self, at: u64, epoch: Epoch) {
+        let mut inner = self.0.borrow_mut();
+        let moment = inner.moment(at);
+        let older: Vec<OperationId> =
+            inner.open.iter().copied().filter(|id| inner.operations[id.0].epoch < epoch).collect();
+        for id in older {
+            inner.operations[id.0].not_after = Some(moment);
+            inner.open.remove(&id);
+        }
+    }
+
+    /// Blocks that were ever written, in order.
+    pub(crate) fn blocks(&self) -> Vec<u64> {
+        let inner = self.0.borrow();
+        let written = inner.operations.iter().filter(|o| matches!(o.what.first(), Some(What::Write(_))));
+        let blocks: BTreeSet<u64> =
+            written.flat_map(|operation| operation.range.blocks().map(|block| block.0)).collect();
+        blocks.into_iter().collect()
+    }
+
+    /// The write that a stamp is of, for people.
+    pub(crate) fn who_wrote(&self, stamp: Stamp) -> String {
+        let inner = self.0.borrow();
+        let writer = inner.operations.iter().enumerate().find(|(_, o)| o.what.contains(&What::Write(stamp)));
+        match writer {
+            Some((number, o)) if stamp != ZEROS => format!(
+                "stamp {stamp}, #{number} by n{} epoch {} at {:.6} s, {}",
+                o.node,
+                o.epoch,
+                o.began.at as f64 / 1e6,
+                if o.acknowledged.is_some() { "acknowledged" } else { "outcome unknown" }
+            ),
+            _ => "zeros".to_owned(),
+        }
+    }
+
+    /// Acknowledged operations, and writes whose outcome stayed unknown.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let inner = self.0.borrow();
+        let done = inner.operations.iter().filter(|o| o.acknowledged.is_some()).count();
+        let unknown = inner
+            .operations
+            .iter()
+            .filter(|o| o.acknowledged.is_none() && matches!(o.what.first(), Some(What::Write(_))));
+        (done, unknown.count())
+    }
+
+    /// Whether a disk could have behaved so; else what shows that it could not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let inner = self.0.borrow();
+        let mut by_block: BTreeMap<u64, Vec<Event>> = BTreeMap::new();
+        for (number, operation) in inner.operations.iter().enumerate() {
+            for (block, what) in operation.range.blocks().zip(&operation.what) {
+                let events = by_block.entry(block.0).or_default();
+                events.push(Event { order: operation.began.order, number, what: *what, step: Step::Began });
+                let end = match (operation.acknowledged, operation.not_after) {
+                    // An acknowledgement that came after a newer session was attached: it happened before that.
+                    (Some(at), not_after) => {
+                        Some((not_after.map_or(at, |bound| bound.min(at)), Step::Happened))
+                    }
+                    (None, Some(at)) => Some((at, Step::Expired)),
+                    (None, None) => None,
+                };
+                if let Some((at, step)) = end {
+                    events.push(Event { order: at.order, number, what: *what, step });
+                }
+            }
+        }
+        for (block, mut events) in by_block {
+            events.sort_by_key(|event| (event.order, event.number));
+            if let Err(event) = check_block(&events) {
+                return Err(inner.explain(block, &events, &event));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Began,
+    /// It must have happened by now.
+    Happened,
+    /// If it has not happened by now, it never does.
+    Expired,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Event {
+    order: u64,
+    number: usize,
+    what: What,
+    step: Step,
+}
+
+/// Operations under way at once on one block, at most.
+const UNDER_WAY_MAX: usize = 64;
+
+/// A state that is possible: what the block holds, and which of the operations under way have happened.
+type Possible = (Stamp, u64);
+
+struct Walk {
+    under_way: Vec<Option<(usize, What)>>,
+    possible: BTreeSet<Possible>,
+}
+
+impl Walk {
+    /// Reads that see what they answered may happen at once: that rules nothing out.
+    fn with_reads(&self, (value, mut happened): Possible) -> Possible {
+        for (place, operation) in self.under_way.iter().enumerate() {
+            if matches!(operation, Some((_, What::Read(stamp))) if *stamp == value) {
+                happened |= 1 << place;
+            }
+        }
+        (value, happened)
+    }
+
+    /// Every state that operations under way may lead to.
+    fn spread(&mut self) {
+        let mut pending: Vec<Possible> = self.possible.iter().map(|p| self.with_reads(*p)).collect();
+        let mut all: BTreeSet<Possible> = pending.iter().copied().collect();
+        while let Some((_, happened)) = pending.pop() {
+            for (place, operation) in self.under_way.iter().enumerate() {
+                let Some((_, What::Write(stamp))) = operation else { continue };
+                if happened & (1 << place) == 0 {
+                    let next = self.with_reads((*stamp, happened | (1 << place)));
+                    if all.insert(next) {
+                        pending.push(next);
+                    }
+                }
+            }
+        }
+        self.possible = all;
+    }
+
+    fn place_of(&self, number: usize) -> Option<usize> {
+        self.under_way.iter().position(|operation| operation.is_some_and(|(n, _)| n == number))
+    }
+}
+
+fn check_block(events: &[Event]) -> Result<(), Event> {
+    let mut walk = Walk { under_way: Vec::new(), possible: BTreeSet::from([(ZEROS, 0)]) };
+    for event in events {
+        if event.step == Step::Began {
+            let free = walk.under_way.iter().position(Option::is_none);
+            let place = free.unwrap_or(walk.under_way.len());
+            if place >= UNDER_WAY_MAX {
+                return Err(*event);
+            }
+            if place == walk.under_way.len() {
+                walk.under_way.push(None);
+            }
+            walk.under_way[place] = Some((event.number, event.what));
+            continue;
+        }
+        let Some(place) = walk.place_of(event.number) else { return Err(*event) };
+        walk.spread();
+        let bit = 1 << place;
+        let kept =
+            walk.possible.iter().filter(|(_, happened)| event.step == Step::Expired || happened & bit != 0);
+        walk.possible = kept.map(|(value, happened)| (*value, happened & !bit)).collect();
+        walk.under_way[place] = None;
+        if walk.possible.is_empty() {
+            return Err(*event);
+        }
+    }
+    Ok(())
+}
+
+impl Inner {
+    fn explain(&self, block: u64, events: &[Event], at: &Event) -> String {
+        let place = events.iter().position(|event| event.order == at.order && event.number == at.number);
+        let upto = place.unwrap_or(0);
+        let mut lines = vec![format!("block {block} behaves as no disk may; its last events:")];
+        for event in &events[upto.saturating_sub(16)..=upto] {
+            let operation = &self.operations[event.number];
+            let at = match event.step {
+                Step::Began => Some(operation.began),
+                Step::Happened => operation.acknowledged,
+                Step::Expired => operation.not_after,
+            };
+            lines.push(format!(
+                "  {:>12.6} s  n{} epoch {} #{} {:?} {:?}",
+                at.map_or(0.0, |moment| moment.at as f64 / 1e6),
+                operation.node,
+                operation.epoch,
+                event.number,
+                event.what,
+                event.step
+            ));
+        }
+        lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use holdfast_types::BlockIndex;
+
+    const BLOCK: BlockRange = BlockRange { start: BlockIndex(5), count: 1 };
+    const OLD: Epoch = Epoch(1);
+    const NEW: Epoch = Epoch(2);
+
+    fn read(history: &History, at: u64, epoch: Epoch, data: &[u8]) {
+        let id = history.read(at, 1, epoch, BLOCK);
+        history.answered(at + 1, id, data).expect("a well-formed block");
+    }
+
+    #[test]
+    fn concurrent_operations_may_have_happened_in_either_order() {
+        let history = History::default();
+        let (a, first) = history.write(1, 1, OLD, BLOCK);
+        let (b, second) = history.write(2, 1, OLD, BLOCK);
+        read(&history, 3, OLD, &second);
+        read(&history, 4, OLD, &first);
+        history.acknowledged(8, a);
+        history.acknowledged(9, b);
+        assert_eq!(history.check(), Ok(()));
+        read(&history, 10, OLD, &second);
+        assert!(history.check().is_err(), "it was overwritten before");
+    }
+
+    #[test]
+    fn a_lost_and_a_stale_block_are_noticed() {
+        let history = History::default();
+        let (a, first) = history.write(1, 1, OLD, BLOCK);
+        history.acknowledged(2, a);
+        let (b, _) = history.write(3, 1, OLD, BLOCK);
+        read(&history, 4, OLD, &first);
+        assert_eq!(history.check(), Ok(()));
+        history.acknowledged(8, b);
+        read(&history, 9, OLD, &first);
+        assert!(history.check().is_err());
+    }
+
+    #[test]
+    fn a_write_of_unknown_outcome_may_show_itself_until_the_next_epoch_and_never_later() {
+        let history = History::default();
+        let (_, unknown) = history.write(1, 1, OLD, BLOCK);
+        read(&history, 2, OLD, &[0; BLOCK_BYTES]);
+        history.attached(3, NEW);
+        assert_eq!(history.check(), Ok(()));
+        read(&history, 4, NEW, &unknown);
+        assert_eq!(history.check(), Ok(()));
+        let late = History::default();
+        let (_, unknown) = late.write(1, 1, OLD, BLOCK);
+        late.attached(3, NEW);
+        read(&late, 4, NEW, &[0; BLOCK_BYTES]);
+        assert_eq!(late.check(), Ok(()));
+        read(&late, 6, NEW, &unknown);
+        assert!(late.check().is_err(), "it landed late");
+    }
+
+    #[test]
+    fn what_was_trimmed_may_be_written_and_trimmed_again() {
+        let history = History::default();
+        let a = history.clear(1, 1, OLD, BLOCK);
+        let (b, data) = history.write(2, 1, OLD, BLOCK);
+        read(&history, 3, OLD, &data);
+        let c = history.clear(4, 1, OLD, BLOCK);
+        history.acknowledged(5, a);
+        history.acknowledged(6, b);
+        history.acknowledged(7, c);
+        read(&history, 8, OLD, &[0; BLOCK_BYTES]);
+        assert_eq!(history.check(), Ok(()));
+    }
+}

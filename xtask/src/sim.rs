@@ -1,0 +1,218 @@
+//! `cargo xtask sim`: the deterministic simulation of `tests/sim`; `cargo xtask mutants sim`: proves that it finds
+//! faults that are planted.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// How it is called.
+pub const USAGE: &str = "cargo xtask sim [--seeds N] [--from S] [--seed S] [--trace] [--check-determinism] \
+[--plant FAULT] [--keep-going] [--profile dev|release]";
+
+/// Faults that the simulation must find, each within so many seeds.
+const MUTANTS: [(&str, u64); 6] = [
+    ("skip-epoch-check", 60),
+    ("leader-restore", 60),
+    ("skip-journal-flush", 20),
+    ("unsettled-ignored", 200),
+    ("retry-applied-twice", 200),
+    ("attach-without-compare", 200),
+];
+
+/// Fresh seeds of the suite.
+const SUITE_SEEDS: u64 = 40;
+/// Seeds of which the suite compares two processes.
+const SUITE_TWICE: u64 = 4;
+/// Planted faults of the suite: the first so many.
+const SUITE_MUTANTS: usize = 3;
+
+#[derive(Default)]
+struct Arguments {
+    seeds: Option<u64>,
+    from: Option<u64>,
+    seed: Option<u64>,
+    trace: bool,
+    check_determinism: bool,
+    pass_on: Vec<String>,
+    profile: Option<String>,
+}
+
+fn parse(given: &[&str]) -> Option<Arguments> {
+    let mut out = Arguments::default();
+    let mut rest = given.iter();
+    while let Some(flag) = rest.next() {
+        match *flag {
+            "--trace" => out.trace = true,
+            "--check-determinism" => out.check_determinism = true,
+            "--keep-going" => out.pass_on.push("--keep-going".into()),
+            "--seeds" => out.seeds = Some(rest.next()?.parse().ok()?),
+            "--from" => out.from = Some(rest.next()?.parse().ok()?),
+            "--seed" => out.seed = Some(rest.next()?.parse().ok()?),
+            "--plant" => out.pass_on.extend(["--plant".to_owned(), (*rest.next()?).to_owned()]),
+            "--profile" => out.profile = Some((*rest.next()?).to_owned()),
+            _ => return None,
+        }
+    }
+    Some(out)
+}
+
+/// The built simulator.
+struct Simulator {
+    program: PathBuf,
+    /// Where traces go.
+    place: PathBuf,
+}
+
+impl Simulator {
+    fn build(profile: &str) -> Result<Self, String> {
+        let flag = format!("--profile={profile}");
+        if !crate::cargo(&["build", "--locked", &flag, "-p", "holdfast-sim"], &[]) {
+            return Err("the simulator cannot be built".into());
+        }
+        let metadata =
+            cargo_metadata::MetadataCommand::new().no_deps().exec().map_err(|error| error.to_string())?;
+        let target = metadata.target_directory.into_std_path_buf();
+        let directory = if profile == "dev" { "debug" } else { profile };
+        let place = target.join("sim");
+        std::fs::create_dir_all(&place).map_err(|error| format!("{}: {error}", place.display()))?;
+        Ok(Self { program: target.join(directory).join("holdfast-sim"), place })
+    }
+
+    fn run(&self, arguments: &[String]) -> Result<bool, String> {
+        let status = Command::new(&self.program).args(arguments).status();
+        Ok(status.map_err(|error| error.to_string())?.success())
+    }
+
+    fn output(&self, arguments: &[String]) -> Result<(bool, String), String> {
+        let output = Command::new(&self.program).args(arguments).stderr(Stdio::inherit()).output();
+        let output = output.map_err(|error| error.to_string())?;
+        Ok((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
+    }
+
+    /// Runs one seed in two processes and compares their traces byte for byte.
+    fn same_twice(&self, seed: u64) -> Result<bool, String> {
+        let paths = ["a", "b"].map(|run| self.place.join(format!("seed-{seed}-{run}.trace")));
+        for path in &paths {
+            let arguments = ["--seed", &seed.to_string(), "--trace", &path.display().to_string()];
+            let (passed, said) = self.output(&arguments.map(str::to_owned))?;
+            if !passed {
+                println!("{said}");
+                return Ok(false);
+            }
+        }
+        let read = |path: &Path| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+        let (first, second) = (read(&paths[0])?, read(&paths[1])?);
+        let same = first == second;
+        if same {
+            println!("seed {seed}: two processes, one trace of {} bytes", first.len());
+            for path in &paths {
+                std::fs::remove_file(path).map_err(|error| error.to_string())?;
+            }
+        } else {
+            let line =
+                first.split(|b| *b == b'\n').zip(second.split(|b| *b == b'\n')).position(|(a, b)| a != b);
+            let at = line.map_or_else(|| "their length".into(), |line| format!("line {}", line + 1));
+            println!("seed {seed}: the traces differ in {at}: {} {}", paths[0].display(), paths[1].display());
+        }
+        Ok(same)
+    }
+
+    /// Whether a planted fault is found within its bound.
+    fn finds(&self, fault: &str, bound: u64) -> Result<bool, String> {
+        let arguments = ["--seeds", &bound.to_string(), "--plant", fault].map(str::to_owned);
+        let (passed, said) = self.output(&arguments)?;
+        let found = said.lines().find_map(|line| line.strip_prefix("seed ")?.strip_suffix(" FAILED:"));
+        let what = said.lines().skip_while(|line| !line.ends_with(" FAILED:")).nth(1).unwrap_or_default();
+        let what: String = what.trim().chars().take(120).collect();
+        match found.filter(|_| !passed) {
+            Some(seed) => println!("{fault:24} found within {seed} of {bound} seeds: {what}"),
+            None => println!("{fault:24} NOT FOUND within {bound} seeds"),
+        }
+        Ok(found.is_some() && !passed)
+    }
+}
+
+fn try_run(arguments: &Arguments) -> Result<bool, String> {
+    let simulator = Simulator::build(arguments.profile.as_deref().unwrap_or("dev"))?;
+    let from = arguments.seed.or(arguments.from).unwrap_or(1);
+    if arguments.check_determinism {
+        let count = arguments.seeds.unwrap_or(1);
+        for seed in from..from + count {
+            if !simulator.same_twice(seed)? {
+                return Ok(false);
+            }
+        }
+        return Ok(true);
+    }
+    let mut pass_on = arguments.pass_on.clone();
+    match arguments.seed {
+        Some(seed) => pass_on.extend(["--seed".into(), seed.to_string()]),
+        None => {
+            let count = arguments.seeds.unwrap_or(100).to_string();
+            pass_on.extend(["--from".into(), from.to_string(), "--seeds".into(), count]);
+        }
+    }
+    if arguments.trace {
+        let path = simulator.place.join(format!("seed-{from}.trace"));
+        println!("the trace is written to {}", path.display());
+        pass_on.extend(["--trace".into(), path.display().to_string()]);
+    }
+    simulator.run(&pass_on)
+}
+
+fn reported(result: Result<bool, String>) -> bool {
+    result.unwrap_or_else(|why| {
+        println!("{why}");
+        false
+    })
+}
+
+/// Runs it; false if a check failed.
+pub fn run(given: &[&str]) -> bool {
+    match parse(given) {
+        Some(arguments) => reported(try_run(&arguments)),
+        None => {
+            eprintln!("usage: {USAGE}");
+            false
+        }
+    }
+}
+
+/// `cargo xtask mutants sim`: every planted fault must be found within its bound.
+pub fn mutants() -> bool {
+    let all = || -> Result<bool, String> {
+        let simulator = Simulator::build("dev")?;
+        let mut found = true;
+        for (fault, bound) in MUTANTS {
+            found &= simulator.finds(fault, bound)?;
+        }
+        Ok(found)
+    };
+    reported(all())
+}
+
+/// The suite: seeds that have failed once, fresh ones, two processes compared, and planted faults.
+pub fn suite() -> bool {
+    let all = || -> Result<bool, String> {
+        let simulator = Simulator::build("dev")?;
+        let known = include_str!("../../tests/sim/seeds.txt");
+        let known: Vec<String> = known
+            .lines()
+            .filter_map(|line| line.split('#').next().map(str::trim).filter(|seed| !seed.is_empty()))
+            .flat_map(|seed| ["--seed".to_owned(), seed.to_owned()])
+            .collect();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|error| error.to_string())?;
+        let base = since.as_secs();
+        println!("fresh seeds from {base}");
+        let fresh = ["--from", &base.to_string(), "--seeds", &SUITE_SEEDS.to_string()].map(str::to_owned);
+        let mut passed = (known.is_empty() || simulator.run(&known)?) && simulator.run(&fresh)?;
+        for seed in 1..=SUITE_TWICE {
+            passed = passed && simulator.same_twice(seed)?;
+        }
+        for (fault, bound) in &MUTANTS[..SUITE_MUTANTS] {
+            passed = passed && simulator.finds(fault, *bound)?;
+        }
+        Ok(passed)
+    };
+    reported(all())
+}
