@@ -139,7 +139,7 @@ impl Plan {
             seed,
             fifo: random.percent(30),
             timers: timers(&mut random),
-            segments: random.range(5, 9) as u32,
+            segments: random.range(8, 13) as u32,
             volume_bytes: 16 << 20,
             load,
             delays,
