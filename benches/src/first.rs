@@ -266,13 +266,20 @@ pub fn run(plan: &Plan) -> Outcome<()> {
         bench.large_writes()?;
     }
     println!("write amplification");
-    let amplification = bench.amplification()?;
-    let text = report::table(plan, &machine, &bench.samples, &amplification, began.elapsed());
+    // What was measured before is told even if the cleaners do not come to an end.
+    let (amplification, failed) = match bench.amplification() {
+        Ok(found) => (found, None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    let mut text = report::table(plan, &machine, &bench.samples, &amplification, began.elapsed());
+    if let Some(why) = &failed {
+        text += &format!("\nWrite amplification could not be measured: {why}.\n");
+    }
     bench.echoes.clear();
     println!("\n{text}");
     std::fs::create_dir_all(&plan.results).map_err(|error| error.to_string())?;
     let path = plan.results.join(format!("first-{}.md", plan.commit));
     std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
     println!("written to {}", path.display());
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }

@@ -9,13 +9,15 @@ use std::time::Duration;
 
 use holdfast_store::StoreError;
 use holdfast_store::journal::Journal;
-use holdfast_types::LogIndex;
+use holdfast_types::{LogIndex, limits};
 
 use crate::rebuild::PurgeHold;
 use crate::volume::Volume;
 
 /// Dirty payload at which a volume is cleaned without pressure, in bytes.
 const CLEAN_AT_BYTES: u64 = 16 << 20;
+// What is being cleaned is still in memory, and what comes meanwhile, too.
+const _: () = assert!(CLEAN_AT_BYTES as usize * 2 <= limits::LOG_TAIL_BYTES_MAX);
 /// A volume that has been quiet for this long is cleaned, so that restarts are short.
 const IDLE: Duration = Duration::from_secs(5);
 /// Between tries while the medium is full.

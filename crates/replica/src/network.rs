@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::LocalBoxStream;
 use futures_util::{Stream, StreamExt};
+use holdfast_env::Sleep;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_types::{GroupId, ReplicaId, StoreId, Writer};
 use holdfast_wire::rpc::{CallError, Pending, Rpc};
@@ -31,6 +32,9 @@ use crate::usage::Counters;
 const STREAM_IN_FLIGHT_MAX: usize = 4;
 /// How long an append may stay unanswered (the follower answers after its flush).
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a mere commit waits for an append to carry it. At depth one the next write comes sooner, and a frame and
+/// its answer are saved; followers learn of a commit that much later when nothing follows.
+const COMMIT_HOLD: Duration = Duration::from_millis(2);
 /// Wait after a failed stream before openraft tries again.
 const BACKOFF: Duration = Duration::from_millis(50);
 
@@ -162,6 +166,8 @@ impl RaftNetworkV2<Types> for Client {
                 stream: holdfast_env::random_u64(),
                 input: Some(input),
                 in_flight: VecDeque::new(),
+                begun: false,
+                held: None,
                 ended: false,
             };
             Ok(futures_util::stream::unfold(pipeline, Pipeline::next).boxed_local())
@@ -239,6 +245,10 @@ struct Pipeline<'c, S> {
     stream: u64,
     input: Option<S>,
     in_flight: VecDeque<Pending>,
+    /// Whether a request has left: the first one of a stream is never held, it finds out where the follower stands.
+    begun: bool,
+    /// A request without entries that only tells of a commit, and until when it waits.
+    held: Option<(AppendEntriesRequest<Types>, Sleep)>,
     ended: bool,
 }
 
@@ -258,6 +268,29 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
         Some((item, self))
     }
 
+    fn send(&mut self, request: &AppendEntriesRequest<Types>) {
+        self.begun = true;
+        let pending = self.client.start_append(self.stream, request);
+        self.in_flight.push_back(pending);
+    }
+
+    /// Sends a request, or holds it if it only tells of a commit. What is sent carries the newest commit, so what was
+    /// held has been said with it; openraft counts a request as answered by the answer to any later one.
+    fn take(&mut self, request: AppendEntriesRequest<Types>) {
+        // On the control lane such a request is a heartbeat.
+        let only_commits =
+            request.entries.is_empty() && request.prev_log_id.is_some() && self.client.lane == Lane::Bulk;
+        if !only_commits || !self.begun {
+            self.held = None;
+            return self.send(&request);
+        }
+        let until = match self.held.take() {
+            Some((_, until)) => until,
+            None => holdfast_env::sleep(COMMIT_HOLD),
+        };
+        self.held = Some((request, until));
+    }
+
     /// The answer to the oldest request in flight, sending new ones meanwhile. `None` when input and answers ended.
     async fn answer(&mut self) -> Option<Result<Frame, CallError>> {
         std::future::poll_fn(|context| {
@@ -266,13 +299,17 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             while self.in_flight.len() < STREAM_IN_FLIGHT_MAX {
                 let Some(input) = &mut self.input else { break };
                 match Pin::new(input).poll_next(context) {
-                    Poll::Ready(Some(request)) => {
-                        let pending = self.client.start_append(self.stream, &request);
-                        self.in_flight.push_back(pending);
-                    }
-                    Poll::Ready(None) => self.input = None,
+                    Poll::Ready(Some(request)) => self.take(request),
+                    Poll::Ready(None) => (self.input, self.held) = (None, None),
                     Poll::Pending => break,
                 }
+            }
+            if self.in_flight.len() < STREAM_IN_FLIGHT_MAX
+                && let Some((_, until)) = &mut self.held
+                && Pin::new(until).poll(context).is_ready()
+                && let Some((request, _)) = self.held.take()
+            {
+                self.send(&request);
             }
             let Some(first) = self.in_flight.front_mut() else {
                 return if self.input.is_none() { Poll::Ready(None) } else { Poll::Pending };

@@ -20,7 +20,7 @@ pub const FRAME_HEAD_BYTES_MAX: usize = 1 << 20;
 /// Bytes queued for one peer and lane before a sender is refused or made to wait.
 pub const PEER_QUEUE_BYTES_MAX: usize = 32 << 20;
 /// Log entries of one group kept in memory for followers and apply, in payload bytes.
-pub const LOG_TAIL_BYTES_MAX: usize = 16 << 20;
+pub const LOG_TAIL_BYTES_MAX: usize = 32 << 20;
 /// Largest entry of a log without its payload, in bytes.
 pub const LOG_HEAD_BYTES_MAX: usize = 16 << 10;
 /// Request numbers that the exactly-once window remembers beyond its floor.

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use crate::frame::{self, Hello};
-use crate::tcp::Shared;
+use crate::tcp::{Shared, tune};
 use crate::tls::Tls;
 
 /// How long a dial with its handshake may take.
@@ -136,7 +136,7 @@ impl Link {
     async fn dial(&self, shared: &Rc<Shared>) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
         let peer = shared.peer(self.to).ok_or_else(|| std::io::Error::other("no address is known for it"))?;
         let stream = TcpStream::connect(&peer.address).await?;
-        stream.set_nodelay(true)?;
+        tune(&stream)?;
         rustix::net::sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
         let mut stream = shared.tls.connector.connect(Tls::server_name(), stream).await?;
         let node =

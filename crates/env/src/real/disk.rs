@@ -2,12 +2,13 @@
 //!
 //! A failed write or flush is reported as it is and never repeated here: what it covered is unknown.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
 use futures_util::FutureExt;
@@ -25,26 +26,53 @@ const CALL_BYTES_MAX: usize = 16 << 20;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A few threads for blocking calls.
-struct Pool(mpsc::Sender<Job>);
+/// What waits for a thread.
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Job>,
+    closed: bool,
+}
+
+/// A few threads for blocking calls. A job wakes one of them, and none if all are busy.
+struct Pool {
+    waiting: Arc<(Mutex<Waiting>, Condvar)>,
+}
+
+fn lock(waiting: &Mutex<Waiting>) -> std::sync::MutexGuard<'_, Waiting> {
+    // Jobs run outside of it, so whoever panicked left it whole.
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn work(waiting: &(Mutex<Waiting>, Condvar)) {
+    loop {
+        let mut now = lock(&waiting.0);
+        let job = loop {
+            match now.jobs.pop_front() {
+                Some(job) => break job,
+                None if now.closed => return,
+                None => now = waiting.1.wait(now).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
+        drop(now);
+        job();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        lock(&self.waiting.0).closed = true;
+        self.waiting.1.notify_all();
+    }
+}
 
 impl Pool {
     fn new() -> io::Result<Self> {
-        let (sender, receiver) = mpsc::channel::<Job>();
-        let receiver = Arc::new(Mutex::new(receiver));
+        let waiting: Arc<(Mutex<Waiting>, Condvar)> = Arc::default();
         for number in 0..THREADS {
-            let receiver = receiver.clone();
-            thread::Builder::new().name(format!("disk-{number}")).spawn(move || {
-                loop {
-                    let job = receiver.lock().map(|jobs| jobs.recv());
-                    match job {
-                        Ok(Ok(job)) => job(),
-                        _ => return,
-                    }
-                }
-            })?;
+            let waiting = waiting.clone();
+            thread::Builder::new().name(format!("disk-{number}")).spawn(move || work(&waiting))?;
         }
-        Ok(Self(sender))
+        Ok(Self { waiting })
     }
 
     fn run<T: Send + 'static>(
@@ -56,12 +84,10 @@ impl Pool {
             // Nobody waits any more: the caller was dropped, and the work is done all the same.
             let _ = sender.send(work());
         });
-        let sent = self.0.send(job);
-        async move {
-            sent.map_err(|_| io::Error::other("the disk's threads have ended"))?;
-            receiver.await.map_err(|_| io::Error::other("a disk thread has panicked"))?
-        }
-        .boxed_local()
+        lock(&self.waiting.0).jobs.push_back(job);
+        self.waiting.1.notify_one();
+        async move { receiver.await.map_err(|_| io::Error::other("a disk thread has panicked"))? }
+            .boxed_local()
     }
 }
 

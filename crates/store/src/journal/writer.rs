@@ -60,6 +60,9 @@ struct Segment {
 /// Where the journal stands.
 pub(super) struct State {
     queue: VecDeque<Queued>,
+    /// Payload in the queue, and votes and truncations in it.
+    queue_bytes: u64,
+    queue_states: usize,
     urgent: VecDeque<Queued>,
     in_flight: VecDeque<InFlight>,
     next_seq: u64,
@@ -102,6 +105,8 @@ impl State {
         let free = unused.map(|number| FreeSegment { number, after: 0 }).collect();
         Self {
             queue: VecDeque::new(),
+            queue_bytes: 0,
+            queue_states: 0,
             urgent: VecDeque::new(),
             in_flight: VecDeque::new(),
             next_seq: start.next_seq,
@@ -142,7 +147,19 @@ impl State {
 
     /// Payload that stands in line.
     pub(super) fn waiting_bytes(&self) -> u64 {
-        self.queue.iter().map(|queued| queued.payload.len() as u64).sum()
+        self.queue_bytes
+    }
+
+    fn count(&mut self, queued: &Queued, coming: bool) {
+        let bytes = queued.payload.len() as u64;
+        let state = usize::from(matches!(queued.record, Record::State(..)));
+        if coming {
+            self.queue_bytes += bytes;
+            self.queue_states += state;
+        } else {
+            self.queue_bytes -= bytes;
+            self.queue_states -= state;
+        }
     }
 
     /// Records that stand in line.
@@ -160,7 +177,7 @@ impl State {
         if self.usable() > RESERVE_FOR_ROOM + RESERVE_FOR_STATE {
             return RESERVE_FOR_ROOM;
         }
-        let state_waits = self.queue.iter().any(|queued| matches!(queued.record, Record::State(..)));
+        let state_waits = self.queue_states > 0;
         let few = self.segments.len() / 4;
         RESERVE_FOR_ROOM + if state_waits { 0 } else { RESERVE_FOR_STATE.min(few) }
     }
@@ -216,7 +233,11 @@ impl State {
                     break;
                 }
                 (payload, list) = (p, l);
-                taken.extend(source.pop_front());
+                let Some(queued) = source.pop_front() else { break };
+                if !urgent {
+                    self.count(&queued, false);
+                }
+                taken.push(queued);
             }
         }
         taken
@@ -246,7 +267,10 @@ impl Journal {
     }
 
     pub(super) fn enqueue(&self, record: Record, payload: Bytes, done: Option<Done>) {
-        self.0.state.borrow_mut().queue.push_back(Queued { record, payload, done });
+        let queued = Queued { record, payload, done };
+        let mut state = self.0.state.borrow_mut();
+        state.count(&queued, true);
+        state.queue.push_back(queued);
     }
 
     /// For records that make room: they may take the reserve, and overtake what waits for room.
@@ -466,6 +490,7 @@ impl Journal {
             waiting.extend(state.in_flight.drain(..).flat_map(|batch| batch.done));
             waiting.extend(state.urgent.drain(..).filter_map(|queued| queued.done));
             waiting.extend(state.queue.drain(..).filter_map(|queued| queued.done));
+            (state.queue_bytes, state.queue_states) = (0, 0);
         }
         for done in waiting {
             done(Err(error.clone()));

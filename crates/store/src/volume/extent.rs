@@ -115,9 +115,6 @@ impl ExtentMap {
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
-    pub(super) fn lowest_index(&self) -> Option<LogIndex> {
-        self.runs.values().map(|run| run.index).min()
-    }
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }

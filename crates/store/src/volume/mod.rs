@@ -101,8 +101,6 @@ pub struct Dirty {
     pub any: bool,
     /// Bytes of data that are not home.
     pub bytes: u64,
-    /// The oldest entry whose effect is not home.
-    pub lowest_index: Option<LogIndex>,
 }
 
 /// Space of a replica in bytes.
@@ -317,14 +315,10 @@ impl VolumeData {
         self.0.size.set(size);
     }
 
-    /// What is not home yet.
+    /// What is not home yet. Asked for after every run of applied entries, so it looks at no single block.
     pub fn dirty(&self) -> Dirty {
         let map = self.0.map.borrow();
-        Dirty {
-            any: !map.is_empty(),
-            bytes: map.data_blocks() * holdfast_types::BLOCK_BYTES as u64,
-            lowest_index: map.lowest_index(),
-        }
+        Dirty { any: !map.is_empty(), bytes: map.data_blocks() * holdfast_types::BLOCK_BYTES as u64 }
     }
 
     /// Space on the medium.
