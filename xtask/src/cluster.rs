@@ -1,17 +1,22 @@
-//! `cargo xtask cluster`: builds the programs and runs the kill loop of `tests/cluster`.
+//! `cargo xtask cluster`: builds the programs and runs the kill loop or the named scenarios of `tests/cluster`.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 /// How it is called.
 pub const USAGE: &str = "cargo xtask cluster [--kills N] [--seed S] [--disk plain|discard|tear|lie] \
-[--all-at-once] [--keep DIR] [--profile release|dev]";
+[--all-at-once] [--keep DIR] [--profile release|dev]
+       cargo xtask cluster --scenarios | --scenario NAME [--scenario NAME ...] [--rounds N] [--seed S] \
+[--keep DIR] [--profile release|dev]";
 
 struct Arguments {
     kills: String,
     seed: String,
     disk: String,
     all_at_once: bool,
+    /// `Some`: these scenarios instead of the kill loop; all of them if empty.
+    scenarios: Option<Vec<String>>,
+    rounds: String,
     keep: Option<String>,
     profile: String,
 }
@@ -22,6 +27,8 @@ fn parse(given: &[&str]) -> Option<Arguments> {
         seed: "1".into(),
         disk: "plain".into(),
         all_at_once: false,
+        scenarios: None,
+        rounds: "1".into(),
         keep: None,
         profile: "release".into(),
     };
@@ -31,11 +38,17 @@ fn parse(given: &[&str]) -> Option<Arguments> {
             out.all_at_once = true;
             continue;
         }
+        if *flag == "--scenarios" {
+            out.scenarios = Some(Vec::new());
+            continue;
+        }
         let value = rest.next()?.to_string();
         match *flag {
             "--kills" => out.kills = value,
             "--seed" => out.seed = value,
             "--disk" => out.disk = value,
+            "--scenario" => out.scenarios.get_or_insert_default().push(value),
+            "--rounds" => out.rounds = value,
             "--keep" => out.keep = Some(value),
             "--profile" => out.profile = value,
             _ => return None,
@@ -64,17 +77,12 @@ fn try_run(arguments: &Arguments) -> Result<bool, String> {
     if let Some(keep) = &arguments.keep {
         command.args(["--keep", keep]);
     }
-    command.args([
-        "kills",
-        "--kills",
-        &arguments.kills,
-        "--seed",
-        &arguments.seed,
-        "--disk",
-        &arguments.disk,
-    ]);
-    if arguments.all_at_once {
-        command.arg("--all-at-once");
+    if let Some(names) = &arguments.scenarios {
+        command.args(["scenarios", "--seed", &arguments.seed, "--rounds", &arguments.rounds]).args(names);
+    } else {
+        let Arguments { kills, seed, disk, .. } = arguments;
+        command.args(["kills", "--kills", kills, "--seed", seed, "--disk", disk]);
+        command.args(arguments.all_at_once.then_some("--all-at-once"));
     }
     let status = command.status().map_err(|error| error.to_string())?;
     Ok(status.success())

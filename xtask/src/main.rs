@@ -6,6 +6,7 @@
 mod bench;
 mod cluster;
 mod csi;
+mod mutants;
 mod sim;
 
 use std::process::{Command, ExitCode};
@@ -146,10 +147,12 @@ fn main() -> ExitCode {
         ["mutants", "sim"] => success(sim::mutants()),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
         ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
+        ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}",
                 cluster::USAGE,
+                mutants::USAGE,
                 sim::USAGE,
                 bench::USAGE,
                 csi::USAGE

@@ -17,8 +17,10 @@ use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// How long one member may take: a creation places, makes and starts replicas.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a plain read or change may take at one member before another is asked.
-const SHORT_DEADLINE: Duration = Duration::from_secs(3);
+/// How long a plain read or change may take at one member before another is asked: at first, and at most, as it grows
+/// for a catalog that is slow rather than silent.
+const SHORT_DEADLINE: Duration = Duration::from_millis(500);
+const SHORT_DEADLINE_MAX: Duration = Duration::from_secs(3);
 
 /// A client.
 pub struct CatalogClient {
@@ -48,6 +50,7 @@ impl CatalogClient {
     async fn ask(&self, request: &CatalogRequest, patience: Duration) -> Result<CatalogAnswer, UserError> {
         let until = Instant::now() + patience;
         let mut last = "no member answered".to_owned();
+        let mut short = SHORT_DEADLINE;
         let long = matches!(request, CatalogRequest::Create { .. } | CatalogRequest::Settle { .. });
         loop {
             let left = until.since(Instant::now());
@@ -61,7 +64,7 @@ impl CatalogClient {
                            nodes is back (`holdfast node list`)",
                 ));
             };
-            let deadline = left.min(if long { CALL_DEADLINE } else { SHORT_DEADLINE });
+            let deadline = left.min(if long { CALL_DEADLINE } else { short });
             match self.rpc.call(to, Lane::Control, CATALOG, to_frame(request)?, deadline).await {
                 Ok(frame) => match from_frame::<CatalogAnswer>(frame)? {
                     CatalogAnswer::Elsewhere { leader } => {
@@ -85,6 +88,7 @@ impl CatalogClient {
                     .hint("the reconciler goes on; ask again"));
                 }
                 Err(error) => {
+                    short = (short * 3 / 2).min(SHORT_DEADLINE_MAX);
                     self.leader.set(None);
                     last = error.to_string();
                 }

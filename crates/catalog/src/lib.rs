@@ -1,6 +1,6 @@
 //! The catalog: the cluster's own Raft group, and the reconciler that makes reality match it.
 //!
-//! [`member::Member`] is one replica of the catalog on a shard; [`client::CatalogClient`] finds the leader from any
+//! [`seat::Seat`] is the catalog's place on a shard, [`member::Member`] the replica that runs there; [`client::CatalogClient`] finds the leader from any
 //! shard; [`volumes`] speaks with the replicas of volumes. What the catalog holds and which changes it accepts is
 //! decided in `holdfast_protocol::catalog`.
 //!
@@ -11,7 +11,9 @@ mod machine;
 pub mod member;
 mod messages;
 mod reconciler;
+pub mod seat;
 pub mod volumes;
 
 pub use client::CatalogClient;
 pub use member::{Member, MemberOptions};
+pub use seat::Seat;

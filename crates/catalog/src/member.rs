@@ -6,27 +6,25 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use holdfast_env::Instant;
-use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::catalog::{
     CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, VolumePhase, VolumeRecord,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::user_error;
 use holdfast_replica::machine::Position;
-use holdfast_replica::messages::CATALOG;
 use holdfast_replica::{Group, GroupError, Host, StateMachine};
 use holdfast_store::ReplicaIdentity;
+use holdfast_store::journal::GroupLog;
 use holdfast_store::state_file::{StateFile, StateIdentity};
 use holdfast_store::volume::CheckpointSource;
 use holdfast_types::{
-    ClusterId, ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec,
-    limits,
+    ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, UserError, VolumeId, VolumeSpec, limits,
 };
-use holdfast_wire::rpc::{Handler, Responder, Rpc};
+use holdfast_wire::rpc::Rpc;
 use tokio::sync::Mutex;
 
 use crate::machine::{CatalogMachine, decode_reply, encode_command};
-use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
+use crate::messages::{CatalogAnswer, CatalogRequest};
 use crate::{reconciler, volumes};
 
 /// Entries between checkpoints.
@@ -67,19 +65,26 @@ fn failed(error: impl std::fmt::Display) -> UserError {
 }
 
 impl Member {
-    /// Starts the member that this store is, if it is one of `members`.
-    pub async fn start(
+    /// Runs the member of this id on a log. `fresh`: made just now. Its seat serves its calls.
+    pub(crate) async fn run(
         host: &Rc<Host>,
-        members: &BTreeMap<ReplicaId, StoreId>,
+        id: ReplicaIdentity,
+        log: GroupLog,
+        fresh: bool,
         options: MemberOptions,
-    ) -> Result<Option<Rc<Self>>, UserError> {
-        let store = host.identity().store;
-        let Some(replica) = members.iter().find(|(_, at)| **at == store).map(|(id, _)| *id) else {
-            return Ok(None);
-        };
-        let id = ReplicaIdentity { group: GroupId::CATALOG, replica };
-        let cluster = host.identity().cluster;
-        let (group, machine, empty) = Self::open(host, id, cluster).await?;
+    ) -> Result<Rc<Self>, UserError> {
+        let identity = StateIdentity { cluster: host.identity().cluster, store: host.identity().store, id };
+        let file = StateFile::open(host.directory(), "catalog-state", identity).await.map_err(failed)?;
+        let checkpoint = file.newest();
+        if fresh && checkpoint.is_some() {
+            return Err(failed("its checkpoint is there, but its log is not"));
+        }
+        let position = Position::recovered(checkpoint.as_ref(), log.last());
+        let position = Rc::new(position.map_err(failed)?);
+        let machine = CatalogMachine::open(host.identity().cluster, file).map_err(failed)?;
+        let inner = Rc::new(machine.clone());
+        let group = Group::start(host.environment(), id, log, inner, position, fresh).await;
+        let group = group.map_err(|error| user_error(&error))?;
         host.register(group.clone());
         let member = Rc::new(Self {
             group,
@@ -89,40 +94,14 @@ impl Member {
             working: RefCell::default(),
             silent: RefCell::default(),
         });
-        host.environment().rpc.serve(CATALOG, Rc::new(Service(Rc::downgrade(&member))));
         holdfast_env::spawn("catalog-checkpoint", Self::keep_checkpoints(Rc::downgrade(&member)));
         holdfast_env::spawn("catalog-reconcile", reconciler::run(Rc::downgrade(&member)));
-        if empty && members.keys().next() == Some(&replica) {
-            member.group.bootstrap(members).await.map_err(|error| user_error(&error))?;
-        }
-        Ok(Some(member))
+        Ok(member)
     }
 
-    async fn open(
-        host: &Rc<Host>,
-        id: ReplicaIdentity,
-        cluster: ClusterId,
-    ) -> Result<(Rc<Group>, CatalogMachine, bool), UserError> {
-        let (log, fresh) = match host.claim(id) {
-            Some(recovered) => {
-                holdfast_replica::host::usable(&recovered).map_err(failed)?;
-                (recovered.log, false)
-            }
-            None => (host.journal().create_group(id).await.map_err(failed)?, true),
-        };
-        let identity = StateIdentity { cluster, store: host.identity().store, id };
-        let file = StateFile::open(host.directory(), "catalog-state", identity).await.map_err(failed)?;
-        let checkpoint = file.newest();
-        if fresh && checkpoint.is_some() {
-            return Err(failed("its checkpoint is there, but its log is not: replace this node"));
-        }
-        let empty = log.last().is_none() && checkpoint.is_none();
-        let position = Position::recovered(checkpoint.as_ref(), log.last());
-        let position = Rc::new(position.map_err(failed)?);
-        let machine = CatalogMachine::open(cluster, file).map_err(failed)?;
-        let inner = Rc::new(machine.clone());
-        let group = Group::start(host.environment(), id, log, inner, position, fresh).await;
-        Ok((group.map_err(|error| user_error(&error))?, machine, empty))
+    /// Whether nothing was ever written to this member.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.group.log().last().is_none() && self.machine.checkpoint().is_none()
     }
 
     /// Whether this member leads the catalog, as far as it knows.
@@ -171,7 +150,7 @@ impl Member {
         }
     }
 
-    async fn answer(self: &Rc<Self>, request: CatalogRequest) -> CatalogAnswer {
+    pub(crate) async fn answer(self: &Rc<Self>, request: CatalogRequest) -> CatalogAnswer {
         match self.try_answer(request).await {
             Ok(answer) => answer,
             Err(AnswerError::Elsewhere) => {
@@ -199,6 +178,9 @@ impl Member {
                 self.settle(id).await?;
                 let record = self.machine.with_state(|state| state.volumes.get(&id).cloned());
                 Ok(CatalogAnswer::Volume { record: record.map(Box::new) })
+            }
+            CatalogRequest::Seat | CatalogRequest::Sit { .. } => {
+                Err(UserError::new(ErrorCode::Internal, "this is for the member's seat").into())
             }
             CatalogRequest::Add { id, node, replacing } => {
                 let record = self.add_replica(id, &node, replacing).await?;
@@ -328,24 +310,5 @@ impl From<GroupError> for AnswerError {
             GroupError::NotLeader { .. } | GroupError::TimedOut => Self::Elsewhere,
             other => Self::Refused(user_error(&other)),
         }
-    }
-}
-
-struct Service(Weak<Member>);
-
-impl Handler for Service {
-    fn handle(&self, _from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
-        let Some(member) = self.0.upgrade() else { return responder.refuse("the shard is stopping") };
-        let request: CatalogRequest = match from_frame(request) {
-            Ok(request) => request,
-            Err(error) => return responder.refuse(error.to_string()),
-        };
-        holdfast_env::spawn("catalog-call", async move {
-            let answer = member.answer(request).await;
-            match to_frame(&answer) {
-                Ok(frame) => responder.reply(frame),
-                Err(error) => responder.refuse(error.to_string()),
-            }
-        });
     }
 }

@@ -31,6 +31,13 @@ pub(crate) enum CatalogRequest {
         /// The volume.
         id: VolumeId,
     },
+    /// Whether a member runs there, and which.
+    Seat,
+    /// Let a new member of this id run there, if none does. Its predecessor's log is lost or cannot be trusted.
+    Sit {
+        /// Never used before.
+        replica: ReplicaId,
+    },
     /// Decide where one more replica of a volume goes, and add it; optionally on a given node.
     Add {
         /// The volume.
@@ -66,6 +73,13 @@ pub(crate) enum CatalogAnswer {
     Volume {
         /// The record.
         record: Option<Box<VolumeRecord>>,
+    },
+    /// The seat's member, or why there is none.
+    Seat {
+        /// The member that runs there.
+        replica: Option<ReplicaId>,
+        /// Why none runs.
+        why: String,
     },
     /// It cannot be done.
     Refused {

@@ -61,6 +61,9 @@ pub(crate) async fn run(member: Weak<Member>) {
             && let Ok(state) = this.read().await
         {
             this.look_at_nodes(&state).await;
+            if let Err(AnswerError::Refused(error)) = this.look_at_seats().await {
+                tracing::info!(%error, "the catalog's membership is changed later");
+            }
             for record in state.volumes.values() {
                 let needs_work = record.phase != VolumePhase::Ready
                     || record.replicas.iter().any(|replica| replica.phase != ReplicaPhase::Voter);
@@ -309,14 +312,9 @@ impl Member {
             }
             let voters = || record.replicas.iter().filter(|replica| replica.phase == ReplicaPhase::Voter);
             let on_lost = voters().find(|replica| lost.contains(&replica.location.node));
-            let is_faulty = |replica: &ReplicaRecord, report: &StoreReport| {
-                // Faulty, or not there at all though everything that the disk holds is loaded.
-                let own = report.replicas.iter().find(|(_, id, _)| id.replica == replica.id);
-                own.is_none_or(|(_, _, fault)| !fault.is_empty())
-            };
             let faulty = voters().find(|replica| {
                 let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
-                report.is_some_and(|report| is_faulty(replica, report))
+                report.is_some_and(|report| !runs_on(report, record, replica.id))
             });
             let result = match (faulty, on_lost) {
                 (Some(replica), _) => self.replace_in_place(record, replica).await,
@@ -363,6 +361,12 @@ impl Member {
         self.apply(&CatalogCommand::ReplaceReplica { id, revision, old: old.id, placed }).await?;
         Ok(())
     }
+}
+
+/// Whether a store, which has loaded everything that its disk holds, says that this replica runs there.
+fn runs_on(report: &StoreReport, record: &VolumeRecord, replica: ReplicaId) -> bool {
+    let id = ReplicaIdentity { group: record.group, replica };
+    report.replicas.iter().any(|(_, other, fault)| *other == id && fault.is_empty())
 }
 
 fn wanted_voters(record: &VolumeRecord) -> Vec<ReplicaId> {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::catalog::{CatalogState, VolumeRecord};
@@ -18,6 +20,8 @@ use holdfast_wire::rpc::Rpc;
 
 /// How long a store may take to tell how it is; one that takes longer counts as not answering.
 const REPORT_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the others may take for each answer more, once a volume's leader has answered.
+const REPORT_GRACE: Duration = Duration::from_millis(500);
 /// How long a change at one replica may take.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(12);
 /// Between tries while no replica leads.
@@ -74,31 +78,43 @@ pub async fn ask(
     DataReply::decode(&answer.head).map_err(|error| error.to_string())
 }
 
-/// How each replica of a volume is, by id; those that do not answer say why.
-pub async fn replica_reports(
-    rpc: &Rpc,
-    record: &VolumeRecord,
-) -> BTreeMap<ReplicaId, Result<ReplicaReport, String>> {
+/// What each replica of a volume says of itself, by id, or why it says nothing.
+pub type Reports = BTreeMap<ReplicaId, Result<ReplicaReport, String>>;
+
+/// How each replica of a volume is, by id; those that do not answer say why. Once the leader has answered, nobody
+/// waits long for those that are silent.
+pub async fn replica_reports(rpc: &Rpc, record: &VolumeRecord) -> Reports {
     let request = DataRequest::Report { group: record.group };
-    let asked = record.replicas.iter().map(|replica| {
-        let request = &request;
-        async move {
-            let reply = match ask(rpc, replica.store, request, REPORT_DEADLINE).await {
-                Ok(DataReply::Report(report)) if report.replica == replica.id => Ok(*report),
-                Ok(DataReply::Report(report)) => Err(format!("replica {} stands there", report.replica)),
-                Ok(other) => Err(format!("it answered {other:?}")),
-                Err(why) => Err(why),
-            };
-            (replica.id, reply)
+    let silent = |id| (id, Err("it did not answer in time".to_owned()));
+    let mut reports: Reports = record.replicas.iter().map(|replica| silent(replica.id)).collect();
+    let mut asked: FuturesUnordered<_> = record
+        .replicas
+        .iter()
+        .map(|replica| {
+            let request = &request;
+            async move {
+                let reply = match ask(rpc, replica.store, request, REPORT_DEADLINE).await {
+                    Ok(DataReply::Report(report)) if report.replica == replica.id => Ok(*report),
+                    Ok(DataReply::Report(report)) => Err(format!("replica {} stands there", report.replica)),
+                    Ok(other) => Err(format!("it answered {other:?}")),
+                    Err(why) => Err(why),
+                };
+                (replica.id, reply)
+            }
+        })
+        .collect();
+    let mut left = REPORT_DEADLINE;
+    while let Ok(Some((id, report))) = holdfast_env::timeout(left, asked.next()).await {
+        reports.insert(id, report);
+        if leader_of(&reports).is_some() {
+            left = REPORT_GRACE;
         }
-    });
-    join_all(asked).await.into_iter().collect()
+    }
+    reports
 }
 
 /// The replica that leads with a quorum, if one does.
-pub fn leader_of(
-    reports: &BTreeMap<ReplicaId, Result<ReplicaReport, String>>,
-) -> Option<(ReplicaId, &ReplicaReport)> {
+pub fn leader_of(reports: &Reports) -> Option<(ReplicaId, &ReplicaReport)> {
     let leading = reports.iter().filter_map(|(id, report)| Some((*id, report.as_ref().ok()?)));
     leading.filter(|(_, report)| report.is_leader && report.has_quorum).max_by_key(|(_, report)| report.term)
 }

@@ -340,6 +340,25 @@ impl Shard {
         Ok(held)
     }
 
+    /// Lets go of a volume that is attached here, whatever its quorum does: what waits fails. False if it was not
+    /// attached here.
+    pub(crate) async fn abort_here(
+        &self,
+        wanted: impl Fn(VolumeId, &str) -> bool,
+    ) -> Result<bool, UserError> {
+        let found = {
+            let running = self.attachments.running.borrow();
+            let mut all = running.iter().map(|(id, attached)| (*id, attached.clone()));
+            all.find(|(id, attached)| wanted(*id, &attached.name))
+        };
+        let Some((id, attached)) = found else { return Ok(false) };
+        let held = attached.session.closed_now().is_none();
+        tracing::warn!(volume = attached.name, "the attachment is aborted");
+        attached.session.abort();
+        self.take_down(id).await?;
+        Ok(held)
+    }
+
     /// Takes over what this node held when its daemon ended.
     pub(crate) async fn resume_attachments(self: Rc<Self>) {
         let notes = self.attachments.notes.borrow().clone();

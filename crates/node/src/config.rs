@@ -107,6 +107,10 @@ impl Layout {
     pub fn devices(&self) -> PathBuf {
         self.0.join("devices")
     }
+    /// Is there once a member of the catalog has stood in this store: without one it has lost it.
+    pub fn catalog_stood(&self) -> PathBuf {
+        self.0.join("catalog-stood")
+    }
     fn pki(&self, name: &str) -> PathBuf {
         self.0.join("pki").join(name)
     }
@@ -125,6 +129,14 @@ fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
         file.sync_all()
     })
     .map_err(|error| unreadable(path, error))
+}
+
+/// Makes a file whose being there is all it says; durable when it returns.
+pub(crate) fn mark(path: &Path) -> Result<(), UserError> {
+    write_private(path, "")?;
+    let parent = path.parent().unwrap_or(Path::new("."));
+    let synced = std::fs::File::open(parent).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| unreadable(parent, error))
 }
 
 impl NodeConfig {

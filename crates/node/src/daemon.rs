@@ -27,6 +27,7 @@ fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
 /// Runs the node of a data directory until SIGTERM or SIGINT. `metrics` is where it serves its metrics over HTTP; if it
 /// is left out, its configuration tells.
 pub fn run(directory: &Path, metrics: Option<String>) -> Result<(), UserError> {
+    crate::planted::plant()?;
     let layout = Layout::new(directory);
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {

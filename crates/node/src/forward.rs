@@ -37,6 +37,10 @@ pub(crate) enum NodeRequest {
         id: VolumeId,
         size: ByteSize,
     },
+    /// Ends an attachment without a quorum.
+    Abort {
+        id: VolumeId,
+    },
     /// Whether and how a volume is attached there.
     Look {
         id: VolumeId,
@@ -99,6 +103,9 @@ async fn carry_out(shard: &Rc<Shard>, request: NodeRequest) -> Outcome {
         }
         NodeRequest::ShowSize { id, size } => {
             Ok(NodeAnswer::SizeShown { held: shard.show_size(id, size).await? })
+        }
+        NodeRequest::Abort { id } => {
+            Ok(NodeAnswer::Detached { held: shard.abort_here(|other, _| other == id).await? })
         }
         NodeRequest::Look { id } => Ok(NodeAnswer::Attached { view: shard.look(id) }),
     }

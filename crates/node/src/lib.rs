@@ -16,6 +16,7 @@ mod handle;
 mod metrics;
 mod operations;
 mod parameters;
+mod planted;
 mod shard;
 mod shown;
 mod views;

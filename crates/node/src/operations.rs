@@ -28,6 +28,10 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Looks at a volume that a majority answers for and nobody leads, and the pause between them: as long as an election.
 const UNLED_LOOKS: usize = 10;
 const UNLED_PAUSE: Duration = Duration::from_millis(60);
+/// How long a forced detach waits for the catalog before it looks at what is attached here.
+const FORCE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a node may take to let go of a device.
+const ABORT_DEADLINE: Duration = Duration::from_secs(2);
 /// Volumes on one page of a list.
 const PAGE_MAX: usize = 1000;
 /// How long a device may take to show its new size.
@@ -299,16 +303,45 @@ impl Shard {
         }
     }
 
-    /// Ends an attachment: at its node, or by force if that does not answer. False if there was none.
+    /// Ends an attachment: at its node, or by force if that does not answer. False if there was none. By force a
+    /// device that waits for a quorum is aborted at its node, which needs none.
     pub(crate) async fn detach_volume(
         self: Rc<Self>,
         name: String,
         force: bool,
         node: String,
     ) -> Result<bool, UserError> {
-        let record = self.record(&name).await?;
+        let detached = self.detach_with_quorum(&name, force, node).await;
+        match detached {
+            Err(error) if force && error.code == ErrorCode::Unavailable => {
+                let meant = |id: VolumeId, called: &str| called == name || id.to_string() == name;
+                if self.abort_here(meant).await? { Ok(true) } else { Err(error) }
+            }
+            other => other,
+        }
+    }
+
+    /// Asks the node that holds a volume, as its replicas remember, to let go of it; no quorum is needed.
+    async fn abort_at_holder(self: &Rc<Self>, record: &VolumeRecord, reports: &volumes::Reports) -> bool {
+        let newest = reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|r| r.epoch);
+        let Some(Ok(store)) = newest.map(|report| self.config.store_of(&report.holder)) else { return false };
+        let asked = self.ask_node(store, NodeRequest::Abort { id: record.id }, Some(ABORT_DEADLINE)).await;
+        matches!(asked, Ok(NodeAnswer::Detached { held: true }))
+    }
+
+    async fn detach_with_quorum(
+        self: &Rc<Self>,
+        name: &str,
+        force: bool,
+        node: String,
+    ) -> Result<bool, UserError> {
+        let patience = if force { FORCE_PATIENCE } else { PATIENCE };
+        let record = self.catalog.state(patience).await?.get(name)?.clone();
         let reports = volumes::replica_reports(&self.rpc, &record).await;
         let Some((_, leader)) = volumes::leader_of(&reports) else {
+            if force && self.abort_at_holder(&record, &reports).await {
+                return Ok(true);
+            }
             let message = format!("volume {name} has no leader now: a majority of its replicas must answer");
             return Err(UserError::new(ErrorCode::Unavailable, message)
                 .hint("`holdfast volume show` tells which replicas answer"));
@@ -429,8 +462,23 @@ impl Shard {
         node: String,
     ) -> Result<pb::Volume, UserError> {
         let record = self.record(&volume).await?;
+        self.check_place(&record, &node)?;
         let record = self.catalog.add_replica(record.id, &node, None, PATIENCE).await?;
         self.settled(record.id).await
+    }
+
+    /// Refuses a node that does not exist or that holds a replica already; empty is any node.
+    fn check_place(&self, record: &VolumeRecord, node: &str) -> Result<(), UserError> {
+        if node.is_empty() {
+            return Ok(());
+        }
+        self.config.store_of(node)?;
+        if record.replicas.iter().any(|replica| replica.location.node.as_str() == node) {
+            let message = format!("node {node} holds a replica of volume {} already", record.spec.name);
+            return Err(UserError::new(ErrorCode::Refused, message)
+                .hint("choose another node with --node, or leave the choice to the cluster"));
+        }
+        Ok(())
     }
 
     async fn settled(&self, id: VolumeId) -> Result<pb::Volume, UserError> {
@@ -520,6 +568,7 @@ impl Shard {
                 let message = format!("volume {} has no replica {}", request.volume, request.replica);
                 UserError::new(ErrorCode::NotFound, message).hint("`holdfast replica list` shows them")
             })?;
+        self.check_place(&record, &request.node)?;
         self.catalog.add_replica(record.id, &request.node, Some(old.id), PATIENCE).await?;
         self.settled(record.id).await
     }

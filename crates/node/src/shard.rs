@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use holdfast_catalog::{CatalogClient, Member, MemberOptions};
+use holdfast_catalog::{CatalogClient, MemberOptions, Seat};
 use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_env::real::disk::RealDirectory;
@@ -44,7 +44,7 @@ pub(crate) struct Shard {
     pub(crate) attachments: Attachments,
     pub(crate) timers: Timers,
     /// Runs for as long as the shard does.
-    _member: Option<Rc<Member>>,
+    _seat: Option<Rc<Seat>>,
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
@@ -112,8 +112,14 @@ impl Shard {
     pub(crate) async fn start(layout: Layout) -> Result<Rc<Self>, UserError> {
         let config = NodeConfig::load(&layout)?;
         let (directory, identity, fresh) = open_store(&config, &layout).await?;
-        let tls = Tls::new(config.cluster, &load_credentials(&layout)?)
-            .map_err(|error| failed("the node's certificate", error))?;
+        let credentials = load_credentials(&layout)?;
+        let tls = Tls::new(config.cluster, &credentials)
+            .and_then(|tls| tls.check_own(&credentials, &config.location.node).map(|()| tls))
+            .map_err(|error| {
+                failed("the node's certificate", error).hint(
+                    "pki/ and node.json of a data directory belong together: restore both from one node",
+                )
+            })?;
         let network = TcpNetwork::listen(config.store, &config.listen, tls).await.map_err(|error| {
             failed(&format!("cannot listen on {}", config.listen), error)
                 .hint("is another daemon running there?")
@@ -130,7 +136,11 @@ impl Shard {
         let host =
             Host::open(environment, directory, identity, &options(&config)).await.map_err(store_error)?;
         let member_options = MemberOptions { lost_after: Duration::from_secs(config.lost_after_seconds) };
-        let member = Member::start(&host, &config.catalog, member_options).await?;
+        let stood = layout.catalog_stood().exists();
+        let seat = Seat::start(&host, &config.catalog, member_options, stood).await?;
+        if !stood && seat.as_ref().is_some_and(|seat| seat.is_taken()) {
+            crate::config::mark(&layout.catalog_stood())?;
+        }
         host.load().await.map_err(store_error)?;
         administration::serve(&host);
         // Before anything is attached: what is made later stands in the same places.
@@ -145,7 +155,7 @@ impl Shard {
             sessions: Sessions::serve(&rpc),
             start: DaemonStart(holdfast_env::random_u128()),
             attachments: Attachments::load(&layout)?,
-            _member: member,
+            _seat: seat,
             config,
             layout,
             network,

@@ -9,7 +9,7 @@ use holdfast_protocol::catalog::{
 use holdfast_protocol::placement;
 use holdfast_replica::administration::StoreReport;
 use holdfast_replica::messages::ReplicaReport;
-use holdfast_types::{NodeName, ReplicaId, TopologyTerm};
+use holdfast_types::{NodeName, ReplicaId, TopologyTerm, VolumeId};
 
 use crate::admin::pb;
 
@@ -37,7 +37,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
         id: record.id.to_string(),
         name: record.spec.name.clone(),
         size_bytes: record.spec.size.0,
-        health: health(record, leader.is_some(), &replicas).into(),
+        health: health(record, leader.map(|(_, report)| report), &replicas).into(),
         epoch: newest.map_or(0, |report| report.epoch.0),
         attached_to: newest.map(|report| report.holder.clone()).unwrap_or_default(),
         leader: leader
@@ -59,15 +59,18 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
     }
 }
 
-fn health(record: &VolumeRecord, led: bool, replicas: &[pb::Replica]) -> &'static str {
-    let changing = record.replicas.iter().any(|replica| replica.phase != ReplicaPhase::Voter);
-    match record.phase {
-        VolumePhase::Creating | VolumePhase::Deleting => "recovering",
-        VolumePhase::Ready if !led => "no-quorum",
-        VolumePhase::Ready if changing => "recovering",
-        VolumePhase::Ready if replicas.iter().all(|replica| replica.state == "healthy") => "healthy",
-        VolumePhase::Ready => "degraded",
+fn health(record: &VolumeRecord, leader: Option<&ReplicaReport>, replicas: &[pb::Replica]) -> &'static str {
+    let Some(leader) = leader.filter(|_| record.phase == VolumePhase::Ready) else {
+        return if record.phase == VolumePhase::Ready { "no-quorum" } else { "recovering" };
+    };
+    // A replica that has left the group is on the list until its node is there to delete it: nobody waits for that.
+    let is_member = |id: ReplicaId| leader.voters.contains(&id) || leader.learners.contains(&id);
+    let has_left = |at: &ReplicaRecord| at.phase == ReplicaPhase::Leaving && !is_member(at.id);
+    let counted = || record.replicas.iter().zip(replicas).filter(|(at, _)| !has_left(at));
+    if counted().any(|(at, _)| at.phase != ReplicaPhase::Voter) {
+        return "recovering";
     }
+    if counted().all(|(_, shown)| shown.state == "healthy") { "healthy" } else { "degraded" }
 }
 
 fn replica(
@@ -88,6 +91,9 @@ fn replica(
     };
     if at.phase == ReplicaPhase::Joining {
         shown.role = "learner".into();
+    }
+    if at.phase == ReplicaPhase::Leaving {
+        shown.state = "removing".into();
     }
     let Some(Ok(report)) = report else { return shown };
     let behind = committed.saturating_sub(report.applied.0);
@@ -175,6 +181,18 @@ pub(crate) fn status(
     for node in nodes.iter().filter(|node| node.state == "failed") {
         let why = node.stores.first().map(|store| store.failed.clone()).unwrap_or_default();
         problem(format!("node {}", node.name), format!("its store has stopped: {why}"), "replace the disk");
+    }
+    for (name, report) in reports {
+        for (_, _, why) in report.replicas.iter().filter(|(volume, _, _)| *volume == VolumeId::NIL) {
+            let what = format!("the catalog's member does not run there: {why}");
+            problem(format!("node {name}"), what, "the catalog's other members replace it");
+        }
+        for (volume, id, why) in report.replicas.iter().filter(|(_, _, why)| !why.is_empty()) {
+            if let Some(record) = state.volumes.get(volume) {
+                let what = format!("replica {} on node {name} does not run: {why}", id.replica);
+                problem(format!("volume {}", record.spec.name), what, "it is replaced");
+            }
+        }
     }
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for volume in volumes {

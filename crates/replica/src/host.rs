@@ -192,6 +192,13 @@ impl Host {
     pub fn faulty(&self) -> Vec<Faulty> {
         self.faulty.borrow().values().cloned().collect()
     }
+    /// Notes that the replica of a group that is no volume does not run here, or that it does.
+    pub fn set_faulty(&self, group: GroupId, fault: Option<Faulty>) {
+        match fault {
+            Some(fault) => self.faulty.borrow_mut().insert(group, fault),
+            None => self.faulty.borrow_mut().remove(&group),
+        };
+    }
     /// Lets a group that is no volume (the catalog's) get its calls.
     pub fn register(&self, group: Rc<Group>) {
         self.groups.borrow_mut().insert(group.id().group, group);

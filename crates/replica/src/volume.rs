@@ -444,10 +444,6 @@ impl Volume {
         if holdfast_env::timeout(SETTLE_PATIENCE, self.group.position().reached(index)).await.is_err() {
             return self.elsewhere("the leader has not applied far enough yet");
         }
-        if let VolumeCommand::Attach { confirmed, .. } = &mut decoded {
-            // Only the leader knows; what the caller wrote there counts for nothing.
-            *confirmed = false;
-        }
         if let VolumeCommand::Attach { .. } = &decoded {
             let now = self.now();
             let decision = {
@@ -458,11 +454,9 @@ impl Volume {
                 AttachDecision::Refuse(refusal) => {
                     return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
                 }
-                AttachDecision::Propose { confirmed: known } => {
-                    if let VolumeCommand::Attach { confirmed, .. } = &mut decoded {
-                        *confirmed = known;
-                    }
-                }
+                // Whether the holder's end is confirmed only the leader knows; what the caller wrote counts for
+                // nothing. And a holder whose lease has ended needs no force any more.
+                AttachDecision::Propose { confirmed } => decoded = decoded.admitted(confirmed),
             }
         }
         let reply = self.propose_command(AppData { head: decoded.encode(), payload: Bytes::new() }).await;

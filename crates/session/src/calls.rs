@@ -8,17 +8,25 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_replica::messages::{DATA, DataReply, DataRequest};
 use holdfast_types::StoreId;
 use holdfast_wire::rpc::{CallError, Rpc};
+use tokio::sync::Notify;
 
 /// The replicas of a volume as a session knows them.
 pub(crate) struct Members {
     stores: RefCell<Vec<StoreId>>,
     leader: Cell<Option<StoreId>>,
     next: Cell<usize>,
+    /// Woken whenever a leader has proved itself by renewing the lease.
+    confirmed: Notify,
 }
 
 impl Members {
     pub(crate) fn new(stores: Vec<StoreId>) -> Self {
-        Self { stores: RefCell::new(stores), leader: Cell::new(None), next: Cell::new(0) }
+        Self {
+            stores: RefCell::new(stores),
+            leader: Cell::new(None),
+            next: Cell::new(0),
+            confirmed: Notify::new(),
+        }
     }
     pub(crate) fn replace(&self, stores: Vec<StoreId>) {
         if !stores.is_empty() {
@@ -27,6 +35,20 @@ impl Members {
     }
     pub(crate) fn set_leader(&self, leader: Option<StoreId>) {
         self.leader.set(leader);
+    }
+    /// This one leads: it has renewed the lease.
+    pub(crate) fn confirm_leader(&self, leader: Option<StoreId>) {
+        self.leader.set(leader);
+        self.confirmed.notify_waiters();
+    }
+    /// Ends when another than `store` has proved to lead: an answer from there need not be waited for.
+    pub(crate) async fn led_elsewhere(&self, store: StoreId) {
+        loop {
+            self.confirmed.notified().await;
+            if self.leader.get().is_some_and(|leader| leader != store) {
+                return;
+            }
+        }
     }
     /// Whom to send what only a leader can do: the leader if it is known, else each in turn.
     pub(crate) fn leader_or_next(&self) -> StoreId {

@@ -48,7 +48,7 @@ async fn renew(session: &Rc<Session>) -> bool {
             session.members().replace(stores);
             session
                 .members()
-                .set_leader(members.iter().find(|(id, _)| *id == leader).map(|(_, store)| *store));
+                .confirm_leader(members.iter().find(|(id, _)| *id == leader).map(|(_, store)| *store));
             session.renewed(size, error_after_seconds);
             true
         }

@@ -18,7 +18,7 @@ use holdfast_types::{
     AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, Epoch, GroupId, LogIndex, NodeName, Seq, SessionId,
     StoreId, block_checksum, limits,
 };
-use holdfast_wire::rpc::Rpc;
+use holdfast_wire::rpc::{CallError, Rpc};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::calls::{self, Members};
@@ -30,6 +30,8 @@ use crate::usage::SessionUsage;
 /// How long one call to a replica may take before it is repeated elsewhere. Writes are repeated under the same
 /// number, so a slow answer costs a repetition, never a second effect.
 const CALL_DEADLINE: Duration = Duration::from_secs(3);
+/// The shortest time that an attach waits for one replica; it grows, for a cluster that is slow rather than silent.
+const ATTACH_CALL_DEADLINE_MIN: Duration = Duration::from_millis(500);
 /// Between repetitions while nobody answers.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -143,6 +145,7 @@ impl Session {
         let terms = holdfast_replica::volume::lease_terms(timers);
         let began = Instant::now();
         let mut expected = Epoch::ZERO;
+        let mut deadline = ATTACH_CALL_DEADLINE_MIN;
         let (epoch, attachment, index, next) = loop {
             if began + options.patience < Instant::now() {
                 return Err(SessionError::NoQuorum(options.patience));
@@ -157,7 +160,10 @@ impl Session {
                 force: options.force,
                 confirmed: false,
             };
-            let reply = control(&rpc, &members, target.group, &command).await;
+            let reply = control(&rpc, &members, target.group, &command, deadline).await;
+            if reply.is_none() {
+                deadline = (deadline * 3 / 2).min(CALL_DEADLINE);
+            }
             match reply {
                 Some(DataReply::Applied {
                     reply: VolumeReply::Attached { epoch, attachment, index, next },
@@ -467,12 +473,30 @@ impl Session {
         }
     }
 
+    /// One call to another store; `None` as soon as a leader that is not there has proved itself: what is silent is not
+    /// waited for when somebody is known who answers. The call may have its effect all the same: a write's repetition carries the same number (INV-ONCE).
+    async fn call_elsewhere(
+        &self,
+        to: StoreId,
+        request: &DataRequest,
+        body: Vec<Bytes>,
+    ) -> Option<Result<(DataReply, Bytes), CallError>> {
+        let call = calls::call(&self.rpc, to, Lane::Bulk, request, body, CALL_DEADLINE);
+        let moved = self.members.led_elsewhere(to);
+        futures_util::pin_mut!(call, moved);
+        match futures_util::future::select(call, moved).await {
+            futures_util::future::Either::Left((answer, _)) => Some(answer),
+            futures_util::future::Either::Right(_) => None,
+        }
+    }
+
     /// Repeats a command under its number until the state machine has answered.
     async fn propose(&self, request: &DataRequest, payload: Bytes) -> Result<(), SessionError> {
         let body = if payload.is_empty() { Vec::new() } else { vec![payload] };
         loop {
             let to = self.members.leader_or_next();
-            match calls::call(&self.rpc, to, Lane::Bulk, request, body.clone(), CALL_DEADLINE).await {
+            let Some(answer) = self.call_elsewhere(to, request, body.clone()).await else { continue };
+            match answer {
                 Ok((DataReply::Applied { index, reply }, _)) => match reply {
                     VolumeReply::Done { .. } => {
                         self.members.set_leader(Some(to));
@@ -613,8 +637,12 @@ impl Session {
                     changed.await;
                 }
                 let request = make(self.floor.get());
-                let answer =
-                    calls::call(&self.rpc, to, Lane::Bulk, &request, Vec::new(), CALL_DEADLINE).await;
+                let answer = if to == local {
+                    calls::call(&self.rpc, to, Lane::Bulk, &request, Vec::new(), CALL_DEADLINE).await
+                } else {
+                    let Some(answer) = self.call_elsewhere(to, &request, Vec::new()).await else { break };
+                    answer
+                };
                 let (reply, body) = match answer {
                     Ok(answer) => answer,
                     Err(error) => {
@@ -645,6 +673,12 @@ impl Session {
         }
     }
 
+    /// Ends the session here and now, without a quorum: what is under way fails, and nothing is served any more. The
+    /// volume stays held until the session's lease has ended; then anybody may attach it.
+    pub fn abort(&self) {
+        self.close(Closed::Detached);
+    }
+
     /// Gives the attachment back. Waits for requests under way first.
     pub async fn detach(&self, patience: Duration) -> Result<(), SessionError> {
         let drained = self.slots.acquire_many(limits::SESSION_IN_FLIGHT_MAX as u32);
@@ -657,7 +691,7 @@ impl Session {
         // From here on nothing of this session is served, so the holder has confirmed its end.
         self.close(Closed::Detached);
         loop {
-            match control(&self.rpc, &self.members, self.group, &command).await {
+            match control(&self.rpc, &self.members, self.group, &command, CALL_DEADLINE).await {
                 Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. })
                     if !refusal.retryable() =>
                 {
@@ -688,10 +722,16 @@ impl Drop for WriteGuard<'_> {
 }
 
 /// Asks for a control command once; `None` if nobody could answer this time.
-async fn control(rpc: &Rpc, members: &Members, group: GroupId, command: &VolumeCommand) -> Option<DataReply> {
+async fn control(
+    rpc: &Rpc,
+    members: &Members,
+    group: GroupId,
+    command: &VolumeCommand,
+    deadline: Duration,
+) -> Option<DataReply> {
     let to = members.leader_or_next();
     let request = DataRequest::Control { group, command: command.encode() };
-    match calls::call(rpc, to, Lane::Control, &request, Vec::new(), CALL_DEADLINE).await {
+    match calls::call(rpc, to, Lane::Control, &request, Vec::new(), deadline).await {
         Ok((DataReply::Elsewhere { leader, why }, _)) => {
             tracing::debug!(%why, "a control command goes elsewhere");
             members.set_leader(leader.filter(|leader| *leader != to));

@@ -1,143 +1,16 @@
 //! The whole path in one process: three stores on a real file system, their groups, and sessions, over a network in
 //! memory whose links can be cut.
 
-mod slow;
+mod group;
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::rc::{Rc, Weak};
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures_util::future::LocalBoxFuture;
-use holdfast_env::Instant;
-use holdfast_env::disk::Directory;
-use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
-use holdfast_env::real::disk::{OpenError, RealDirectory};
-use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
-use holdfast_session::{AttachOptions, Session, SessionError, Sessions, VolumeTarget};
-use holdfast_store::journal::{Journal, StoreOptions};
-use holdfast_store::{ReplicaIdentity, StoreIdentity};
-use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId, VolumeId,
-};
-use holdfast_wire::rpc::Rpc;
-
-#[derive(Default)]
-struct Switch {
-    handlers: RefCell<BTreeMap<StoreId, Rc<dyn FrameHandler>>>,
-    cut: RefCell<BTreeSet<(StoreId, StoreId)>>,
-    /// Stores whose disk is slow.
-    slow: RefCell<BTreeSet<StoreId>>,
-}
-
-struct Port {
-    switch: Rc<Switch>,
-    local: StoreId,
-}
-
-impl Network for Port {
-    fn local(&self) -> StoreId {
-        self.local
-    }
-    fn send(&self, to: StoreId, lane: Lane, frame: Frame) -> Result<(), SendError> {
-        let (switch, from) = (Rc::downgrade(&self.switch), self.local);
-        holdfast_env::spawn("deliver", async move {
-            let Some(switch) = Weak::upgrade(&switch) else { return };
-            if switch.cut.borrow().contains(&(from, to)) {
-                return;
-            }
-            let handler = switch.handlers.borrow().get(&to).cloned();
-            if let Some(handler) = handler {
-                handler.on_frame(from, lane, frame);
-            }
-        });
-        Ok(())
-    }
-    fn ready(&self, _to: StoreId, _lane: Lane) -> LocalBoxFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
-    }
-    fn set_handler(&self, handler: Rc<dyn FrameHandler>) {
-        self.switch.handlers.borrow_mut().insert(self.local, handler);
-    }
-}
-
-const GROUP: GroupId = GroupId(77);
-const CLUSTER: ClusterId = ClusterId(5);
-
-struct Member {
-    host: Rc<Host>,
-    sessions: Rc<Sessions>,
-    rpc: Rpc,
-    name: NodeName,
-}
-
-async fn start(place: &std::path::Path, switch: &Rc<Switch>, number: u64, fresh: bool) -> Member {
-    let path = place.join(format!("n{number}"));
-    // The tasks of the daemon before end one by one; its lock goes with the last of them.
-    let opened = async {
-        loop {
-            match RealDirectory::open(&path) {
-                Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
-                other => return other.expect("a directory"),
-            }
-        }
-    };
-    let mut directory: Rc<dyn Directory> =
-        holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
-    let name = NodeName::new(format!("n{number}"));
-    let identity = StoreIdentity { cluster: CLUSTER, node: name.clone(), store: StoreId(number.into()) };
-    let options = StoreOptions { segment_bytes: 4 << 20, segments: 6 };
-    if fresh {
-        Journal::format(directory.clone(), &identity, &options).await.expect("formats");
-    }
-    if switch.slow.borrow().contains(&identity.store) {
-        directory = Rc::new(slow::Slow { inner: directory, delay: Duration::from_millis(30) });
-    }
-    let network = Rc::new(Port { switch: switch.clone(), local: identity.store });
-    let rpc = Rpc::new(network);
-    let timers = Timers::default();
-    let silent_until = Instant::now() + if fresh { Duration::ZERO } else { timers.startup_silence() };
-    let environment = GroupEnvironment { rpc: rpc.clone(), timers, silent_until };
-    let host = Host::open(environment, directory, identity, &options).await.expect("opens");
-    host.load().await.expect("loads");
-    if fresh {
-        let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
-        let new = NewReplica { volume: VolumeId(9), id, size: ByteSize(64 << 20), spec_json: Bytes::new() };
-        host.create(&new).await.expect("creates");
-    }
-    let sessions = Sessions::serve(&rpc);
-    Member { host, sessions, rpc, name }
-}
-
-fn target() -> VolumeTarget {
-    VolumeTarget { group: GROUP, stores: (1..=3).map(StoreId).collect() }
-}
-
-async fn attach(member: &Member, force: bool) -> Result<Rc<Session>, SessionError> {
-    let options = AttachOptions {
-        node: member.name.clone(),
-        force,
-        read_only: false,
-        resume: false,
-        patience: Duration::from_secs(20),
-    };
-    Session::attach(member.rpc.clone(), &member.sessions, target(), &options, &Timers::default()).await
-}
-
-fn block(value: u8, count: u32) -> Bytes {
-    vec![value; count as usize * BLOCK_BYTES].into()
-}
-
-async fn members(place: &std::path::Path, switch: &Rc<Switch>) -> Vec<Member> {
-    let mut members = Vec::new();
-    for number in 1..=3 {
-        members.push(start(place, switch, number, true).await);
-    }
-    let voters = (1..=3).map(|n| (ReplicaId(n), StoreId(n.into()))).collect();
-    members[0].host.volume(GROUP).expect("runs").group().bootstrap(&voters).await.expect("begins");
-    members
-}
+use group::{GROUP, Switch, attach, block, members, start};
+use holdfast_session::SessionError;
+use holdfast_types::{BlockIndex, BlockRange, StoreId};
 
 #[test]
 fn what_is_written_is_read_after_every_daemon_restarted() {
@@ -236,6 +109,34 @@ fn a_follower_that_was_left_behind_is_healed_by_chunks() {
             digests.insert(digest.to_string());
         }
         assert_eq!(digests.len(), 1, "all replicas are equal");
+        for member in &group {
+            member.host.stop().await;
+        }
+    });
+}
+
+#[test]
+fn a_holder_that_died_is_followed_without_force_once_its_lease_has_ended() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let group = members(place.path(), &switch).await;
+        let old = attach(&group[0], false).await.expect("attaches");
+        old.write(BlockRange::new(BlockIndex(0), 1), block(1, 1)).await.expect("writes");
+        // It ends without a word to anybody.
+        old.abort();
+        let refused = attach(&group[1], false).await;
+        assert!(matches!(refused, Err(SessionError::Refused(_))), "its lease may still live");
+        let followed = async {
+            loop {
+                match attach(&group[1], false).await {
+                    Err(SessionError::Refused(_)) => holdfast_env::sleep(Duration::from_millis(50)).await,
+                    other => return other.expect("attaches"),
+                }
+            }
+        };
+        let new = holdfast_env::timeout(Duration::from_secs(20), followed).await.expect("the lease ends");
+        assert_eq!(new.read(BlockRange::new(BlockIndex(0), 1)).await.expect("reads"), block(1, 1));
         for member in &group {
             member.host.stop().await;
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use holdfast_types::ClusterId;
+use holdfast_types::{ClusterId, NodeName};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
@@ -57,6 +57,16 @@ impl Tls {
         })
     }
 
+    /// Whether these credentials are those of `node` in this cluster: with others no peer would listen.
+    pub fn check_own(&self, credentials: &Credentials, node: &NodeName) -> Result<(), PkiError> {
+        let certificate = CertificateDer::from_pem_slice(credentials.certificate.as_bytes()).map_err(bad)?;
+        let named = self.node_of(Some(&[certificate]))?;
+        if named == node.to_string() {
+            return Ok(());
+        }
+        Err(bad(format!("the certificate is that of node {named}, not of {node}")))
+    }
+
     pub(crate) fn server_name() -> ServerName<'static> {
         ServerName::try_from(SERVER_NAME).expect("the fixed name is a valid DNS name")
     }
@@ -72,6 +82,6 @@ impl Tls {
             GeneralName::URI(uri) => uri.strip_prefix(&prefix),
             _ => None,
         });
-        node.map(str::to_owned).ok_or_else(|| bad("the peer's certificate names no node of this cluster"))
+        node.map(str::to_owned).ok_or_else(|| bad("the certificate names no node of this cluster"))
     }
 }

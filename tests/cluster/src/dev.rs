@@ -21,11 +21,43 @@ pub struct Dev {
     _place: Option<tempfile::TempDir>,
 }
 
-/// A refused command.
-#[derive(Debug)]
+/// A command that did not succeed.
+#[derive(Debug, Clone)]
 pub struct Refused {
     /// What it said.
     pub message: String,
+    /// Its exit code, if it ended by itself.
+    pub exit: Option<i32>,
+}
+
+impl Refused {
+    /// The error as the command line's contract has it: code, message and hint.
+    pub fn error(&self) -> Outcome<(String, String, String)> {
+        let wrong = |error: &dyn std::fmt::Display| format!("'{}' is no typed error: {error}", self.message);
+        let line = self.message.lines().last().unwrap_or_default();
+        let value: Value = serde_json::from_str(line).map_err(|error| wrong(&error))?;
+        let part = |name: &str| {
+            let text = value["error"][name].as_str().map(str::to_owned);
+            text.ok_or_else(|| wrong(&format!("it has no {name}")))
+        };
+        Ok((part("code")?, part("message")?, part("hint")?))
+    }
+}
+
+async fn run(mut command: Command, what: &[&str]) -> Result<Value, Refused> {
+    let failed = |message: String| Refused { message, exit: None };
+    let run = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(COMMAND, run)
+        .await
+        .map_err(|_| failed(format!("{what:?} hangs")))?
+        .map_err(|error| failed(error.to_string()))?;
+    if !output.status.success() {
+        // A verification that found a difference ends with 1, and says what it found where results stand.
+        let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+        let message = String::from_utf8_lossy(said).trim().to_owned();
+        return Err(Refused { message, exit: output.status.code() });
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| failed(format!("{what:?}: {error}")))
 }
 
 impl Dev {
@@ -76,23 +108,40 @@ impl Dev {
 
     /// A command of the cluster; its result as JSON.
     pub async fn try_command(&self, arguments: &[&str]) -> Result<Value, Refused> {
-        let failed = |message: String| Refused { message };
-        let admin = format!("unix:{}", self.directory.join("admin.sock").display());
-        let run = Command::new(&self.program)
-            .args(["--admin", &admin, "-o", "json"])
-            .args(arguments)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
-        let output = tokio::time::timeout(COMMAND, run)
-            .await
-            .map_err(|_| failed(format!("{arguments:?} hangs")))?
-            .map_err(|error| failed(error.to_string()))?;
-        if !output.status.success() {
-            let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(Refused { message });
+        self.try_at(&self.directory.join("admin.sock"), arguments).await
+    }
+
+    /// A command that one node's daemon carries out.
+    pub async fn try_command_at(&self, node: &str, arguments: &[&str]) -> Result<Value, Refused> {
+        self.try_at(&self.node(node).join("admin.sock"), arguments).await
+    }
+
+    async fn try_at(&self, socket: &Path, arguments: &[&str]) -> Result<Value, Refused> {
+        let mut command = Command::new(&self.program);
+        command.args(["--admin", &format!("unix:{}", socket.display()), "-o", "json"]).args(arguments);
+        // Guests speak NBD to the node's socket; left to itself, a node may choose a device of the kernel.
+        if arguments.starts_with(&["volume", "attach"]) && !arguments.contains(&"--frontend") {
+            command.args(["--frontend", "nbd"]);
         }
-        serde_json::from_slice(&output.stdout).map_err(|error| failed(format!("{arguments:?}: {error}")))
+        run(command, arguments).await
+    }
+
+    /// The program by itself, without a cluster: what it says when it is refused.
+    pub async fn program_refuses(&self, arguments: &[&str]) -> Outcome<Refused> {
+        let mut command = Command::new(&self.program);
+        command.args(["-o", "json"]).args(arguments);
+        match run(command, arguments).await {
+            Ok(value) => Err(format!("{} was not refused: {value}", arguments.join(" "))),
+            Err(refused) => Ok(refused),
+        }
+    }
+
+    /// A command that must be refused.
+    pub async fn refused(&self, arguments: &[&str]) -> Outcome<Refused> {
+        match self.try_command(arguments).await {
+            Ok(value) => Err(format!("{} was not refused: {value}", arguments.join(" "))),
+            Err(refused) => Ok(refused),
+        }
     }
 
     /// A command that must succeed.
@@ -104,9 +153,18 @@ impl Dev {
 
     /// A command that is repeated while there is no quorum, for `patience`.
     pub async fn insist(&self, arguments: &[&str], patience: Duration) -> Outcome<Value> {
+        self.insist_on(&self.directory.join("admin.sock"), arguments, patience).await
+    }
+
+    /// As [`Self::insist`], at one node's daemon.
+    pub async fn insist_at(&self, node: &str, arguments: &[&str], patience: Duration) -> Outcome<Value> {
+        self.insist_on(&self.node(node).join("admin.sock"), arguments, patience).await
+    }
+
+    async fn insist_on(&self, socket: &Path, arguments: &[&str], patience: Duration) -> Outcome<Value> {
         let until = Instant::now() + patience;
         loop {
-            match self.try_command(arguments).await {
+            match self.try_at(socket, arguments).await {
                 Ok(value) => return Ok(value),
                 Err(refused) if Instant::now() > until => {
                     let what = arguments.join(" ");
@@ -119,10 +177,56 @@ impl Dev {
 
     /// A fault.
     pub async fn ctl(&self, arguments: &[&str]) -> Outcome<()> {
+        let done = self.try_ctl(arguments).await;
+        done.map_err(|refused| format!("{} failed: {}", arguments.join(" "), refused.message))
+    }
+
+    /// As [`Self::ctl`], where the fault itself may be refused.
+    pub async fn try_ctl(&self, arguments: &[&str]) -> Result<(), Refused> {
         let directory = self.directory.display().to_string();
         let mut all = vec!["dev", "ctl", "--dir", &directory];
         all.extend(arguments);
-        self.command(&all).await.map(drop)
+        self.try_command(&all).await.map(drop)
+    }
+
+    /// Asks for a volume until `wanted` holds of it.
+    pub async fn until(
+        &self,
+        volume: &str,
+        patience: Duration,
+        what: &str,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Outcome<Value> {
+        let until = Instant::now() + patience;
+        loop {
+            let shown = self.try_command(&["volume", "show", volume]).await;
+            match shown {
+                Ok(shown) if wanted(&shown) => return Ok(shown),
+                other if Instant::now() > until => {
+                    return Err(format!("{what}: not within {patience:?}; at the end: {other:?}"));
+                }
+                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Verifies a volume's replicas; the index at which they are equal.
+    pub async fn verified(&self, volume: &str, patience: Duration) -> Outcome<u64> {
+        let report = self.insist(&["volume", "verify", volume], patience).await?;
+        if report["equal"] != true {
+            return Err(format!("the replicas of {volume} differ: {report}"));
+        }
+        report["index"].as_u64().ok_or_else(|| format!("no index in {report}"))
+    }
+
+    /// A node's data directory.
+    pub fn node(&self, node: &str) -> PathBuf {
+        self.directory.join(node)
+    }
+
+    /// What a node's daemon has logged.
+    pub fn log(&self, node: &str) -> String {
+        std::fs::read_to_string(self.node(node).join("log")).unwrap_or_default()
     }
 
     /// Names of the nodes.
@@ -135,6 +239,6 @@ impl Dev {
 
     /// A node's NBD socket.
     pub fn nbd(&self, node: &str) -> PathBuf {
-        self.directory.join(node).join("nbd.sock")
+        self.node(node).join("nbd.sock")
     }
 }

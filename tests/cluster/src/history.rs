@@ -46,6 +46,15 @@ pub fn contents(first: u64, stamps: &[u64]) -> Bytes {
     data.freeze()
 }
 
+/// The stamp of a block that holds what was written for it, and nothing else.
+pub fn stamp_of(block: u64, data: &[u8]) -> Result<u64, String> {
+    let stamp = u64::from_le_bytes(data[..8].try_into().map_err(|_| "a short block")?);
+    if data != content(block, stamp) {
+        return Err(format!("block {block} holds what nobody wrote (stamp {stamp})"));
+    }
+    Ok(stamp)
+}
+
 impl History {
     fn with<T>(&self, block: u64, change: impl FnOnce(&mut Block) -> T) -> T {
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,11 +73,8 @@ impl History {
 
     /// A read: `Ok`, or what is wrong with it. What it shows stays.
     pub fn check(&self, block: u64, data: &[u8]) -> Result<(), String> {
-        let stamp = u64::from_le_bytes(data[..8].try_into().map_err(|_| "a short block")?);
+        let stamp = stamp_of(block, data)?;
         self.with(block, |state| {
-            if data != content(block, stamp) {
-                return Err(format!("block {block} holds what nobody wrote (stamp {stamp})"));
-            }
             if stamp != state.acknowledged && !state.perhaps.contains(&stamp) {
                 let Block { acknowledged, perhaps } = state;
                 return Err(format!(

@@ -27,7 +27,7 @@ pub struct Plan {
 const WORKERS: u64 = 8;
 const VOLUME: &str = "k";
 /// How long a cluster whose daemons all run may take to serve again.
-const RECOVERY: Duration = Duration::from_secs(30);
+pub const RECOVERY: Duration = Duration::from_secs(30);
 /// Requests between kills at least.
 const REQUESTS: u64 = 50;
 

@@ -29,14 +29,19 @@ pub struct Figures {
     /// Requests that failed, or whose connection ended.
     pub errors: AtomicU64,
     longest_us: AtomicU64,
+    /// Since when time counts for the longest request.
+    since: Mutex<Option<Instant>>,
 }
 
 impl Figures {
     fn took(&self, began: Instant) {
-        self.longest_us.fetch_max(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let since = *self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        let counted = since.map_or(began, |since| since.max(began));
+        self.longest_us.fetch_max(counted.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
-    /// The longest request since the last call of this.
+    /// The longest that a request took since the last call of this; what it took before does not count.
     pub fn take_longest(&self) -> Duration {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         Duration::from_micros(self.longest_us.swap(0, Ordering::Relaxed))
     }
     /// Requests that succeeded.

@@ -3,9 +3,11 @@
 
 mod dev;
 mod history;
+mod holder;
 mod kills;
 mod load;
 mod random;
+mod scenarios;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,6 +44,16 @@ enum Scenario {
         #[arg(long)]
         all_at_once: bool,
     },
+    /// Named attacks; all of them if none is named.
+    Scenarios {
+        /// Which.
+        names: Vec<String>,
+        #[arg(long)]
+        seed: u64,
+        /// Times that what can be repeated is repeated.
+        #[arg(long, default_value_t = 1)]
+        rounds: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -58,6 +70,10 @@ fn main() -> ExitCode {
         match scenario {
             Scenario::Kills { kills, seed, disk, all_at_once } => {
                 kills::run(&program, keep, &kills::Plan { kills, seed, disk, all_at_once }).await
+            }
+            Scenario::Scenarios { names, seed, rounds } => {
+                let place = scenarios::Place { program: &program, keep, seed, rounds };
+                scenarios::run(&names, &place).await
             }
         }
     });

@@ -240,13 +240,13 @@ impl Cluster {
         self.write_description()
     }
 
-    /// SIGSTOP or SIGCONT.
-    pub fn pause(&mut self, word: &str, paused: bool) -> Result<(), UserError> {
+    /// SIGSTOP or SIGCONT. Who slept through a change of the faults learns of it.
+    pub async fn pause(&mut self, word: &str, paused: bool) -> Result<(), UserError> {
         for node in self.chosen(word)? {
             node.signal(if paused { Signal::STOP } else { Signal::CONT })?;
             node.paused = paused;
         }
-        Ok(())
+        if paused { Ok(()) } else { self.apply_faults().await }
     }
 
     fn names(&self) -> BTreeSet<String> {
@@ -300,11 +300,11 @@ impl Cluster {
         Ok(())
     }
 
-    /// Admin sockets of nodes that run, those that nothing is wrong with first.
+    /// Admin sockets of nodes that run, those first that are cut off from the fewest others.
     pub fn live_sockets(&self) -> Vec<PathBuf> {
         let mut live: Vec<&Node> =
             self.nodes.iter().filter(|node| node.child.is_some() && !node.paused).collect();
-        live.sort_by_key(|node| self.faults.touches(node.name()));
+        live.sort_by_key(|node| self.faults.cuts_of(node.name()));
         live.into_iter().map(|node| node.layout().admin_socket()).collect()
     }
 

@@ -96,8 +96,8 @@ async fn carry_out(action: CtlAction, cluster: &mut Cluster) -> Result<(), UserE
     match action {
         CtlAction::Kill { target, daemon_only: _ } => cluster.kill(&target).await,
         CtlAction::Start { target } => cluster.start(&target).await,
-        CtlAction::Pause { target } => cluster.pause(&target, true),
-        CtlAction::Resume { target } => cluster.pause(&target, false),
+        CtlAction::Pause { target } => cluster.pause(&target, true).await,
+        CtlAction::Resume { target } => cluster.pause(&target, false).await,
         CtlAction::Partition { target } => cluster.cut(&target, true).await,
         CtlAction::Deafen { target } => cluster.cut(&target, false).await,
         CtlAction::Heal => cluster.heal().await,

@@ -64,9 +64,9 @@ impl Faults {
                 .collect(),
         }
     }
-    /// Whether a node is cut off from anybody.
-    pub fn touches(&self, node: &str) -> bool {
-        self.cut.iter().any(|(from, to)| from == node || to == node)
+    /// How many ways to and from a node are cut.
+    pub fn cuts_of(&self, node: &str) -> usize {
+        self.cut.iter().filter(|(from, to)| from == node || to == node).count()
     }
 }
 
@@ -79,4 +79,24 @@ pub fn duration(text: &str) -> Option<Duration> {
         return number.parse().ok().map(Duration::from_micros);
     }
     text.strip_suffix('s').and_then(|number| number.parse().ok()).map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_that_is_cut_off_has_the_most_cuts() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        for both_ways in [true, false] {
+            let mut faults = Faults::default();
+            if both_ways {
+                faults.partition(&names(&["b"]), &names(&["a", "b", "c"]));
+            } else {
+                faults.deafen(&names(&["b"]), &names(&["a", "b", "c"]));
+            }
+            assert!(faults.cuts_of("b") > faults.cuts_of("a"));
+            assert_eq!(faults.cuts_of("a"), faults.cuts_of("c"));
+        }
+    }
 }

@@ -1,0 +1,250 @@
+//! The place of the catalog's member on a store. A member whose log is lost or cannot be trusted does not run: it may
+//! have voted for somebody it does not remember. Its seat stays, says why it is empty, and takes a new member under a
+//! new id when the catalog's leader asks for that (INV-TERM: a voter never comes back without its memory).
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_replica::administration::user_error;
+use holdfast_replica::host::usable;
+use holdfast_replica::messages::CATALOG;
+use holdfast_replica::{Faulty, Host};
+use holdfast_store::ReplicaIdentity;
+use holdfast_types::{ErrorCode, GroupId, ReplicaId, StoreId, UserError, VolumeId};
+use holdfast_wire::rpc::{Handler, Responder};
+use tokio::sync::Mutex;
+
+use crate::member::{AnswerError, Member, MemberOptions};
+use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
+
+/// How long a seat may take to tell who sits there, and to take a new member.
+const SEAT_DEADLINE: Duration = Duration::from_secs(3);
+/// Entries that a new member may be behind when it becomes a voter.
+const CAUGHT_UP_WITHIN: u64 = 64;
+
+enum Sitting {
+    Member(Rc<Member>),
+    /// Nobody; whose log is to be forgotten first, and why nobody runs.
+    Nobody(Option<ReplicaIdentity>, String),
+}
+
+/// A seat.
+pub struct Seat {
+    host: Rc<Host>,
+    options: MemberOptions,
+    sitting: RefCell<Sitting>,
+    changing: Mutex<()>,
+}
+
+fn identity(replica: ReplicaId) -> ReplicaIdentity {
+    ReplicaIdentity { group: GroupId::CATALOG, replica }
+}
+
+fn failed(error: impl std::fmt::Display) -> UserError {
+    UserError::new(ErrorCode::Internal, format!("the catalog does not run here: {error}"))
+        .hint("its other members replace this one; `holdfast status` shows it")
+}
+
+impl Seat {
+    /// Starts the member that stands on this store, if it is one of `members`. `stood`: a member has stood here before,
+    /// so that a store without one has lost it.
+    pub async fn start(
+        host: &Rc<Host>,
+        members: &BTreeMap<ReplicaId, StoreId>,
+        options: MemberOptions,
+        stood: bool,
+    ) -> Result<Option<Rc<Self>>, UserError> {
+        let store = host.identity().store;
+        let Some(first) = members.iter().find(|(_, at)| **at == store).map(|(id, _)| *id) else {
+            return Ok(None);
+        };
+        let sitting = Self::recover(host, first, options, stood).await?;
+        let seat =
+            Self { host: host.clone(), options, sitting: RefCell::new(sitting), changing: Mutex::new(()) };
+        let seat = Rc::new(seat);
+        seat.tell();
+        host.environment().rpc.serve(CATALOG, Rc::new(Service(Rc::downgrade(&seat))));
+        if let Some(member) = seat.member().filter(|member| member.is_empty() && !stood)
+            && members.keys().next() == Some(&first)
+        {
+            member.group.bootstrap(members).await.map_err(|error| user_error(&error))?;
+        }
+        Ok(Some(seat))
+    }
+
+    async fn recover(
+        host: &Rc<Host>,
+        first: ReplicaId,
+        options: MemberOptions,
+        stood: bool,
+    ) -> Result<Sitting, UserError> {
+        let (id, log, fresh) = match host.claim_group(GroupId::CATALOG) {
+            Some(recovered) => match usable(&recovered) {
+                Ok(()) => (recovered.id, recovered.log, false),
+                Err(why) => return Ok(Sitting::Nobody(Some(recovered.id), why)),
+            },
+            None if stood => {
+                return Ok(Sitting::Nobody(None, "its log is gone: the store was emptied".into()));
+            }
+            None => {
+                let id = identity(first);
+                (id, host.journal().create_group(id).await.map_err(failed)?, true)
+            }
+        };
+        match Member::run(host, id, log, fresh, options).await {
+            Ok(member) => Ok(Sitting::Member(member)),
+            Err(error) => Ok(Sitting::Nobody(Some(id), error.message)),
+        }
+    }
+
+    fn member(&self) -> Option<Rc<Member>> {
+        match &*self.sitting.borrow() {
+            Sitting::Member(member) => Some(member.clone()),
+            Sitting::Nobody(..) => None,
+        }
+    }
+
+    /// Whether a member runs here.
+    pub fn is_taken(&self) -> bool {
+        self.member().is_some()
+    }
+
+    /// Lets the store's report say what is wrong.
+    fn tell(&self) {
+        let fault = match &*self.sitting.borrow() {
+            Sitting::Member(_) => None,
+            Sitting::Nobody(id, why) => {
+                tracing::error!(%why, "the catalog's member does not run");
+                let id = id.unwrap_or(identity(ReplicaId(0)));
+                Some(Faulty { id, volume: VolumeId::NIL, why: why.clone() })
+            }
+        };
+        self.host.set_faulty(GroupId::CATALOG, fault);
+    }
+
+    fn answer_for_seat(&self) -> CatalogAnswer {
+        match &*self.sitting.borrow() {
+            Sitting::Member(member) => {
+                CatalogAnswer::Seat { replica: Some(member.group.id().replica), why: String::new() }
+            }
+            Sitting::Nobody(_, why) => CatalogAnswer::Seat { replica: None, why: why.clone() },
+        }
+    }
+
+    async fn sit(&self, replica: ReplicaId) -> Result<CatalogAnswer, UserError> {
+        let _one_at_a_time = self.changing.lock().await;
+        let before = match &*self.sitting.borrow() {
+            Sitting::Member(_) => return Ok(self.answer_for_seat()),
+            Sitting::Nobody(before, _) => *before,
+        };
+        if let Some(before) = before {
+            self.host.journal().drop_group(before).await.map_err(failed)?;
+        }
+        let files = self.host.directory().list("catalog-state").await.map_err(failed)?;
+        for name in files {
+            self.host.directory().remove(&name).await.map_err(failed)?;
+        }
+        self.host.directory().sync().await.map_err(failed)?;
+        let id = identity(replica);
+        let log = self.host.journal().create_group(id).await.map_err(failed)?;
+        let member = Member::run(&self.host, id, log, true, self.options).await;
+        *self.sitting.borrow_mut() = match member {
+            Ok(member) => Sitting::Member(member),
+            Err(error) => Sitting::Nobody(Some(id), error.message),
+        };
+        tracing::warn!(%replica, "a new member of the catalog was made here");
+        self.tell();
+        Ok(self.answer_for_seat())
+    }
+
+    async fn answer(&self, request: CatalogRequest) -> CatalogAnswer {
+        match request {
+            CatalogRequest::Seat => self.answer_for_seat(),
+            CatalogRequest::Sit { replica } => {
+                self.sit(replica).await.unwrap_or_else(|error| CatalogAnswer::Refused { error })
+            }
+            request => match self.member() {
+                Some(member) => member.answer(request).await,
+                None => CatalogAnswer::Elsewhere { leader: None },
+            },
+        }
+    }
+}
+
+struct Service(Weak<Seat>);
+
+impl Handler for Service {
+    fn handle(&self, _from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
+        let Some(seat) = self.0.upgrade() else { return responder.refuse("the shard is stopping") };
+        let request: CatalogRequest = match from_frame(request) {
+            Ok(request) => request,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        holdfast_env::spawn("catalog-call", async move {
+            match to_frame(&seat.answer(request).await) {
+                Ok(frame) => responder.reply(frame),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
+    }
+}
+
+impl Member {
+    async fn seat(&self, store: StoreId, request: &CatalogRequest) -> Option<Option<ReplicaId>> {
+        let frame = to_frame(request).ok()?;
+        let answer = self.rpc.call(store, Lane::Control, CATALOG, frame, SEAT_DEADLINE).await.ok()?;
+        match from_frame(answer) {
+            Ok(CatalogAnswer::Seat { replica, .. }) => Some(replica),
+            other => {
+                tracing::warn!(%store, ?other, "a seat of the catalog does not tell who sits there");
+                None
+            }
+        }
+    }
+
+    /// As leader: fills empty seats with new members, one small step at a time (INV-MEMBER). A seat that does not
+    /// answer is left as it is.
+    pub(crate) async fn look_at_seats(&self) -> Result<(), AnswerError> {
+        let report = self.group.report();
+        if !report.settled_membership {
+            return Ok(());
+        }
+        let members = self.group.members();
+        let mut stores: Vec<StoreId> = members.iter().map(|(_, store)| *store).collect();
+        stores.sort_unstable();
+        stores.dedup();
+        let asked = stores
+            .iter()
+            .map(|store| async move { (*store, self.seat(*store, &CatalogRequest::Seat).await) });
+        for (store, answer) in join_all(asked).await {
+            let Some(sitting) = answer else { continue };
+            let Some(replica) = sitting else {
+                // Drawn, not counted: no leader, however old, can name an id that was used before.
+                let replica = ReplicaId((holdfast_env::random_u64() >> 16) | (1 << 47));
+                tracing::warn!(%store, %replica, "an empty seat of the catalog is filled");
+                self.seat(store, &CatalogRequest::Sit { replica }).await;
+                return Ok(());
+            };
+            if report.voters.contains(&replica) {
+                continue;
+            }
+            if !report.learners.contains(&replica) {
+                return Ok(self.group.add_learner(replica, store).await?);
+            }
+            let matched = report.matched.iter().find(|(id, _)| *id == replica).map_or(0, |(_, at)| at.0);
+            if matched == 0 || matched + CAUGHT_UP_WITHIN < report.last_log.0 {
+                continue;
+            }
+            let on_store = |id: &ReplicaId| members.iter().any(|(other, at)| other == id && *at == store);
+            let mut voters: Vec<ReplicaId> =
+                report.voters.iter().copied().filter(|id| !on_store(id)).collect();
+            voters.push(replica);
+            return Ok(self.group.change_voters(&voters).await?);
+        }
+        Ok(())
+    }
+}

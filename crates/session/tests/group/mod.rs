@@ -1,0 +1,174 @@
+//! Three stores on a real file system, their group, and a network in memory whose links can be cut.
+
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+mod slow;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use holdfast_env::Instant;
+use holdfast_env::disk::Directory;
+use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
+use holdfast_env::real::disk::{OpenError, RealDirectory};
+use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
+use holdfast_session::{AttachOptions, Session, SessionError, Sessions, VolumeTarget};
+use holdfast_store::journal::{Journal, StoreOptions};
+use holdfast_store::{ReplicaIdentity, StoreIdentity};
+use holdfast_types::{BLOCK_BYTES, ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId, VolumeId};
+use holdfast_wire::rpc::Rpc;
+
+/// The network between the stores.
+#[derive(Default)]
+pub struct Switch {
+    handlers: RefCell<BTreeMap<StoreId, Rc<dyn FrameHandler>>>,
+    /// (from, to): dropped without a word.
+    pub cut: RefCell<BTreeSet<(StoreId, StoreId)>>,
+    /// Stores whose disk is slow.
+    pub slow: RefCell<BTreeSet<StoreId>>,
+}
+
+struct Port {
+    switch: Rc<Switch>,
+    local: StoreId,
+    /// Its daemon has crashed: nothing it sends arrives.
+    muted: Rc<Cell<bool>>,
+}
+
+impl Network for Port {
+    fn local(&self) -> StoreId {
+        self.local
+    }
+    fn send(&self, to: StoreId, lane: Lane, frame: Frame) -> Result<(), SendError> {
+        if self.muted.get() {
+            return Ok(());
+        }
+        let (switch, from) = (Rc::downgrade(&self.switch), self.local);
+        holdfast_env::spawn("deliver", async move {
+            let Some(switch) = Weak::upgrade(&switch) else { return };
+            if switch.cut.borrow().contains(&(from, to)) {
+                return;
+            }
+            let handler = switch.handlers.borrow().get(&to).cloned();
+            if let Some(handler) = handler {
+                handler.on_frame(from, lane, frame);
+            }
+        });
+        Ok(())
+    }
+    fn ready(&self, _to: StoreId, _lane: Lane) -> LocalBoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
+    fn set_handler(&self, handler: Rc<dyn FrameHandler>) {
+        self.switch.handlers.borrow_mut().insert(self.local, handler);
+    }
+}
+
+/// The group of all tests.
+pub const GROUP: GroupId = GroupId(77);
+const CLUSTER: ClusterId = ClusterId(5);
+
+/// One daemon's part of the group.
+pub struct Member {
+    pub host: Rc<Host>,
+    pub sessions: Rc<Sessions>,
+    pub rpc: Rpc,
+    pub name: NodeName,
+    /// Set, nothing that it sends arrives any more.
+    pub muted: Rc<Cell<bool>>,
+}
+
+/// Starts a member on its directory under `place`.
+pub async fn start(place: &Path, switch: &Rc<Switch>, number: u64, fresh: bool) -> Member {
+    start_on(&place.join(format!("n{number}")), switch, number, fresh, |directory| directory).await
+}
+
+/// Starts a member on a directory, through what `wrap` makes of it.
+pub async fn start_on(
+    path: &Path,
+    switch: &Rc<Switch>,
+    number: u64,
+    fresh: bool,
+    wrap: impl FnOnce(Rc<dyn Directory>) -> Rc<dyn Directory>,
+) -> Member {
+    // The tasks of the daemon before end one by one; its lock goes with the last of them.
+    let opened = async {
+        loop {
+            match RealDirectory::open(path) {
+                Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
+                other => return other.expect("a directory"),
+            }
+        }
+    };
+    let directory =
+        holdfast_env::timeout(Duration::from_secs(10), opened).await.expect("the daemon before has ended");
+    let directory = wrap(directory);
+    let name = NodeName::new(format!("n{number}"));
+    let identity = StoreIdentity { cluster: CLUSTER, node: name.clone(), store: StoreId(number.into()) };
+    let options = StoreOptions { segment_bytes: 4 << 20, segments: 6 };
+    if fresh {
+        Journal::format(directory.clone(), &identity, &options).await.expect("formats");
+    }
+    let muted = Rc::new(Cell::new(false));
+    let directory: Rc<dyn Directory> = if switch.slow.borrow().contains(&identity.store) {
+        Rc::new(slow::Slow { inner: directory, delay: Duration::from_millis(30) })
+    } else {
+        directory
+    };
+    let network = Rc::new(Port { switch: switch.clone(), local: identity.store, muted: muted.clone() });
+    let rpc = Rpc::new(network);
+    let timers = Timers::default();
+    let silent_until = Instant::now() + if fresh { Duration::ZERO } else { timers.startup_silence() };
+    let environment = GroupEnvironment { rpc: rpc.clone(), timers, silent_until };
+    let host = Host::open(environment, directory, identity, &options).await.expect("opens");
+    host.load().await.expect("loads");
+    if fresh {
+        let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
+        let new = NewReplica { volume: VolumeId(9), id, size: ByteSize(64 << 20), spec_json: Bytes::new() };
+        host.create(&new).await.expect("creates");
+    }
+    let sessions = Sessions::serve(&rpc);
+    Member { host, sessions, rpc, name, muted }
+}
+
+fn target() -> VolumeTarget {
+    VolumeTarget { group: GROUP, stores: (1..=3).map(StoreId).collect() }
+}
+
+/// Attaches from a member.
+pub async fn attach(member: &Member, force: bool) -> Result<Rc<Session>, SessionError> {
+    let options = AttachOptions {
+        node: member.name.clone(),
+        force,
+        read_only: false,
+        resume: false,
+        patience: Duration::from_secs(20),
+    };
+    Session::attach(member.rpc.clone(), &member.sessions, target(), &options, &Timers::default()).await
+}
+
+/// Blocks full of one byte.
+pub fn block(value: u8, count: u32) -> Bytes {
+    vec![value; count as usize * BLOCK_BYTES].into()
+}
+
+/// Makes a group of three new members begin.
+pub async fn begin(members: &[Member]) {
+    let voters = (1..=3).map(|n| (ReplicaId(n), StoreId(n.into()))).collect();
+    members[0].host.volume(GROUP).expect("runs").group().bootstrap(&voters).await.expect("begins");
+}
+
+/// Three new members whose group has begun.
+pub async fn members(place: &Path, switch: &Rc<Switch>) -> Vec<Member> {
+    let mut members = Vec::new();
+    for number in 1..=3 {
+        members.push(start(place, switch, number, true).await);
+    }
+    begin(&members).await;
+    members
+}

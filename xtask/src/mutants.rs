@@ -1,0 +1,101 @@
+//! `cargo xtask mutants cluster`: plants faults in the daemons and shows which attack finds each. A fault that nothing
+//! finds is a failure.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::cluster::programs;
+
+/// How it is called.
+pub const USAGE: &str = "cargo xtask mutants cluster [--profile release|dev]";
+
+struct Mutant {
+    name: &'static str,
+    breaks: &'static str,
+    /// What finds it.
+    by: By,
+}
+
+enum By {
+    /// An attack of `holdfast-cluster`, which must fail.
+    Attack(&'static [&'static str]),
+}
+
+const MUTANTS: &[Mutant] = &[
+    Mutant {
+        name: "skip-journal-flush",
+        breaks: "INV-ACK: a write is acknowledged before it is on stable storage",
+        by: By::Attack(&["kills", "--kills", "24", "--seed", "1", "--disk", "discard"]),
+    },
+    Mutant {
+        name: "skip-epoch-check",
+        breaks: "INV-FENCE: a write of an old epoch is accepted",
+        by: By::Attack(&["scenarios", "--seed", "1", "--rounds", "3", "partition", "pause"]),
+    },
+];
+
+/// What the last line that says so says of the failure.
+fn reason(output: &str) -> String {
+    let line =
+        output.lines().rev().find(|line| line.contains("FAILED after") || line.starts_with("FAILED: "));
+    line.unwrap_or("it ended without a reason").trim().to_owned()
+}
+
+fn attack(mutant: &Mutant, arguments: &[&str], profile: &str) -> Result<String, String> {
+    let programs = programs(profile)?;
+    let mut command = Command::new(programs.join("holdfast-cluster"));
+    command.arg("--program").arg(programs.join("holdfast")).args(arguments);
+    let output = command.env("HOLDFAST_PLANTED", mutant.name).output().map_err(|error| error.to_string())?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Err(format!("{} noticed nothing", arguments.join(" ")));
+    }
+    let why = reason(&said);
+    if why.contains("the cluster has ended") || why.contains("cannot be started") {
+        return Err(format!("the cluster did not even run: {why}"));
+    }
+    Ok(why)
+}
+
+fn find(mutant: &Mutant, profile: &str) -> Result<String, String> {
+    match mutant.by {
+        By::Attack(arguments) => attack(mutant, arguments, profile),
+    }
+}
+
+/// Runs it; false if a fault was not found.
+pub fn run(given: &[&str]) -> bool {
+    let profile = match given {
+        ["cluster"] => "release",
+        ["cluster", "--profile", profile] => profile,
+        _ => {
+            eprintln!("usage: {USAGE}");
+            return false;
+        }
+    };
+    let flag = format!("--profile={profile}");
+    let build = ["build", "--locked", &flag, "-p", "holdfast", "-p", "holdfast-cluster"];
+    if !crate::cargo(&[&build[..], &["--features", "holdfast/planted-bugs"]].concat(), &[]) {
+        return false;
+    }
+    let mut found = 0;
+    for mutant in MUTANTS {
+        let began = Instant::now();
+        let (verdict, why) = match find(mutant, profile) {
+            Ok(why) => {
+                found += 1;
+                ("found", why)
+            }
+            Err(why) => ("NOT FOUND", why),
+        };
+        println!(
+            "{:18} {verdict} in {:.0} s ({})",
+            mutant.name,
+            began.elapsed().as_secs_f64(),
+            mutant.breaks
+        );
+        println!("    {why}");
+    }
+    println!("{found} of {} planted faults found", MUTANTS.len());
+    found == MUTANTS.len()
+}
