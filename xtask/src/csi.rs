@@ -32,6 +32,7 @@ const PROGRAMS: &[(&str, &str)] = &[
 const LEFT_OUT: &[(&str, &str)] = &[
     ("snapshot", "snapshots are not built yet"),
     ("Snapshot", "snapshots are not built yet"),
+    ("GroupController", "group snapshots are not built yet"),
     ("source volume", "clones are not built yet"),
     ("from an existing source", "snapshots and clones are not built yet"),
     ("volume attribute class", "changes of parameters are not built yet"),

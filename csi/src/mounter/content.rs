@@ -64,6 +64,25 @@ pub fn look(programs: &Programs, path: &Path) -> Result<Content, MountError> {
     }
 }
 
+/// Bytes of an ext4 file system, from its first superblock.
+pub fn ext4_bytes(path: &Path) -> Result<u64, MountError> {
+    let unreadable = |source| MountError::Unreadable { device: path.display().to_string(), source };
+    let mut block = [0u8; 1024];
+    let mut device = File::open(path).map_err(unreadable)?;
+    device.seek(SeekFrom::Start(1024)).map_err(unreadable)?;
+    device.read_exact(&mut block).map_err(unreadable)?;
+    let word =
+        |at: usize| u64::from(u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]));
+    // Offsets of the kernel's `struct ext4_super_block`: s_magic, s_log_block_size, s_feature_incompat, s_blocks_count.
+    const MAGIC: [u8; 2] = [0x53, 0xef];
+    const INCOMPAT_64BIT: u64 = 0x80;
+    if block[0x38..0x3a] != MAGIC || word(0x18) > 6 {
+        return Err(unreadable(std::io::Error::other("its superblock is none of ext4")));
+    }
+    let high = if word(0x60) & INCOMPAT_64BIT != 0 { word(0x150) } else { 0 };
+    Ok((high << 32 | word(0x4)) << (10 + word(0x18)))
+}
+
 /// What `blkid -o export` says.
 pub(super) fn parse(said: &str) -> Option<Content> {
     let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)).filter(|v| !v.is_empty());
@@ -110,6 +129,20 @@ mod tests {
         assert!(matches!(parse("PTTYPE=gpt"), Some(Content::Other(_))));
         assert!(matches!(parse("TYPE=vfat\nPTTYPE=dos"), Some(Content::Other(_))));
         assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn an_ext4_tells_its_size() {
+        let programs = Programs::default();
+        let file = device(64 << 20, 0, b"");
+        programs.make(super::super::Filesystem::Ext4, file.path()).expect("is made");
+        assert_eq!(look(&programs, file.path()).expect("is read"), Content::Filesystem("ext4".into()));
+        assert_eq!(ext4_bytes(file.path()).expect("is ext4"), 64 << 20);
+        file.as_file().set_len(128 << 20).expect("grows");
+        assert_eq!(ext4_bytes(file.path()).expect("is ext4"), 64 << 20);
+        programs.grow_unmounted_ext4(file.path()).expect("is grown");
+        assert_eq!(ext4_bytes(file.path()).expect("is ext4"), 128 << 20);
+        assert!(ext4_bytes(device(1 << 20, 0, b"").path()).is_err());
     }
 
     #[test]

@@ -121,6 +121,11 @@ pub enum MountError {
         /// What the check printed.
         said: String,
     },
+    /// The kernel does not let it grow while it is mounted.
+    #[error(
+        "the ext4 on {0} cannot grow while it is mounted, since this process lacks CAP_SYS_RESOURCE: it grows when the volume is staged again"
+    )]
+    GrowsWhenStaged(String),
     /// Something uses the mount.
     #[error("{0} is in use: end what has files open there")]
     Busy(String),
@@ -231,17 +236,43 @@ pub fn format_and_mount(
     };
     if !options.read_only() {
         programs.check(filesystem, &device.path)?;
+        // A volume may have been enlarged since it was last mounted.
+        if smaller_than_device(filesystem, device)? && !Programs::may_grow_mounted_ext4()? {
+            programs.grow_unmounted_ext4(&device.path)?;
+        }
     }
     std::fs::create_dir_all(target).map_err(system(target.display().to_string()))?;
     let data = options.data(filesystem)?;
     let what = format!("mount {name} at {}", target.display());
     rustix::mount::mount(&device.path, target, filesystem.as_str(), options.flags(), data.as_deref())
         .map_err(errno(what))?;
-    if options.read_only() {
-        return Ok(());
+    if options.read_only() { Ok(()) } else { grow(programs, filesystem, device, target) }
+}
+
+/// Whether an ext4 is smaller than its device. XFS finds out by itself.
+fn smaller_than_device(filesystem: Filesystem, device: &BlockDevice) -> Result<bool, MountError> {
+    // A file system is whole blocks of at most 64 KiB.
+    const BLOCK_BYTES_MAX: u64 = 64 << 10;
+    Ok(filesystem == Filesystem::Ext4
+        && content::ext4_bytes(&device.path)? + BLOCK_BYTES_MAX <= device.size_bytes()?)
+}
+
+/// Grows a mounted file system to its device; nothing to do is fine.
+pub fn grow(
+    programs: &Programs,
+    filesystem: Filesystem,
+    device: &BlockDevice,
+    mounted_at: &Path,
+) -> Result<(), MountError> {
+    if filesystem == Filesystem::Ext4 {
+        if !smaller_than_device(filesystem, device)? {
+            return Ok(());
+        }
+        if !Programs::may_grow_mounted_ext4()? {
+            return Err(MountError::GrowsWhenStaged(device.path.display().to_string()));
+        }
     }
-    // A volume may have been enlarged since it was last mounted.
-    programs.grow(filesystem, &device.path, target)
+    programs.grow(filesystem, &device.path, mounted_at)
 }
 
 /// Binds `source` at `target`.

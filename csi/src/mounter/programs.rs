@@ -116,6 +116,28 @@ impl Programs {
         }
     }
 
+    /// Grows an ext4 that is not mounted to its device, after the full check that this takes.
+    pub fn grow_unmounted_ext4(&self, device: &Path) -> Result<(), MountError> {
+        let arguments = ["-f", "-p", text(device)?];
+        let output = self.run("e2fsck", &arguments)?;
+        const CORRECTED: i32 = 1;
+        if !matches!(output.status.code(), Some(0 | CORRECTED)) {
+            return Err(failed("e2fsck", &arguments, &output));
+        }
+        self.must("resize2fs", &[text(device)?]).map(drop)
+    }
+
+    /// Whether the kernel lets an ext4 grow while it is mounted: that takes CAP_SYS_RESOURCE, which root in a container
+    /// may lack.
+    pub fn may_grow_mounted_ext4() -> Result<bool, MountError> {
+        let path = "/proc/self/status";
+        let status = std::fs::read_to_string(path).map_err(system(path))?;
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+        const CAP_SYS_RESOURCE: u32 = 24;
+        Ok(bits >> CAP_SYS_RESOURCE & 1 == 1)
+    }
+
     /// Grows a mounted file system to its device; nothing to do is fine.
     pub fn grow(&self, filesystem: Filesystem, device: &Path, mounted_at: &Path) -> Result<(), MountError> {
         match filesystem {

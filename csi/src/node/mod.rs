@@ -65,6 +65,7 @@ fn mount_status(error: MountError) -> Status {
         MountError::Occupied { .. }
         | MountError::EmptyReadOnly(_)
         | MountError::Busy(_)
+        | MountError::GrowsWhenStaged(_)
         | MountError::Missing(_) => Status::failed_precondition(message),
         MountError::System { .. }
         | MountError::Program { .. }

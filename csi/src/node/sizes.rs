@@ -131,5 +131,5 @@ fn grow(programs: &Programs, device: &BlockDevice, mount: &Mount) -> Result<(), 
     let Some(writable) = table.of_filesystem(device.number).find(|mount| !mount.read_only()) else {
         return Ok(());
     };
-    programs.grow(filesystem, &device.path, &writable.target).map_err(mount_status)
+    mounter::grow(programs, filesystem, device, &writable.target).map_err(mount_status)
 }
