@@ -6,6 +6,7 @@
 mod bench;
 mod cluster;
 mod csi;
+mod interop;
 mod mutants;
 mod sim;
 
@@ -27,6 +28,8 @@ enum How {
     Cluster(&'static [&'static str]),
     /// The demonstration that a user sees, with less data.
     Demo(&'static [&'static str]),
+    /// Other people's programs on every frontend.
+    Interop(&'static [&'static str]),
     /// Our tests of the CSI driver.
     Csi(&'static [&'static str]),
     /// The deterministic simulation, bounded.
@@ -66,6 +69,11 @@ const SUITES: &[Suite] = &[
         how: How::Demo(&["--demo", "zone-loss", "--demo-data", "32MiB", "--disk", "discard"]),
     },
     Suite {
+        name: "interop",
+        what: "NBD tools, QEMU, fio, ext4 and xfs on every frontend; ext4 over kills of leader and attached node",
+        how: How::Interop(&["--brief", "--profile", "dev"]),
+    },
+    Suite {
         name: "csi",
         what: "the CSI driver over a cluster of real processes",
         how: How::Csi(&["--unprivileged"]),
@@ -80,6 +88,7 @@ fn run(suite: &Suite) -> bool {
             println!("{why}");
             false
         }),
+        How::Interop(arguments) => interop::run(arguments),
         How::Csi(arguments) => csi::scenarios(arguments),
         How::Sim => sim::suite(),
         How::Cargo(arguments, environment) => cargo(arguments, environment),
@@ -143,6 +152,7 @@ fn main() -> ExitCode {
         ["test", "--suite", name] => test(Some(name)),
         ["bench", "first", ref rest @ ..] => success(bench::run(rest)),
         ["cluster", ref rest @ ..] => success(cluster::run(rest)),
+        ["interop", ref rest @ ..] => success(interop::run(rest)),
         ["sim", ref rest @ ..] => success(sim::run(rest)),
         ["mutants", "sim"] => success(sim::mutants()),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
@@ -150,8 +160,9 @@ fn main() -> ExitCode {
         ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}",
                 cluster::USAGE,
+                interop::USAGE,
                 mutants::USAGE,
                 sim::USAGE,
                 bench::USAGE,

@@ -237,6 +237,11 @@ impl Dev {
         Ok(nodes.iter().filter_map(|node| node["name"].as_str().map(str::to_owned)).collect())
     }
 
+    /// Where everything of a node is.
+    pub fn data_dir(&self, node: &str) -> PathBuf {
+        self.directory.join(node)
+    }
+
     /// A node's NBD socket.
     pub fn nbd(&self, node: &str) -> PathBuf {
         self.node(node).join("nbd.sock")

@@ -4,6 +4,7 @@
 mod dev;
 mod history;
 mod holder;
+mod interop;
 mod kills;
 mod load;
 mod random;
@@ -54,6 +55,15 @@ enum Scenario {
         #[arg(long, default_value_t = 1)]
         rounds: u32,
     },
+    /// Programs that know nothing of Holdfast on every frontend; ext4 over kills. Needs root.
+    Interop {
+        /// Less of everything, for the test suites.
+        #[arg(long)]
+        brief: bool,
+        /// Only steps whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -75,6 +85,7 @@ fn main() -> ExitCode {
                 let place = scenarios::Place { program: &program, keep, seed, rounds };
                 scenarios::run(&names, &place).await
             }
+            Scenario::Interop { brief, only } => interop::run(&program, keep, brief, only.as_deref()).await,
         }
     });
     match result {
