@@ -37,10 +37,30 @@ const CASES: &[Case] = &[
     ),
     (&["volume", "create", "x", "--size", "1MiB", "--zones", "r1-z9"], "resource-exhausted", 1, &["zone"]),
     (&["volume", "create", VOLUME, "--size", "2MiB"], "already-exists", 4, &[VOLUME, "another name"]),
-    (&["volume", "attach", VOLUME, "--node", "r9-z9-n9"], "not-found", 3, &["r9-z9-n9", "node list"]),
-    (&["volume", "attach", "nowhere", "--node", "r1-z1-n1"], "not-found", 3, &["nowhere", "volume list"]),
-    (&["volume", "attach", VOLUME, "--node", "r1-z2-n1"], "refused", 4, &["r1-z1-n1", "--force"]),
-    (&["volume", "attach", VOLUME, "--node", "r1-z1-n1", "--read-only"], "already-exists", 4, &["detach"]),
+    (
+        &["volume", "attach", "--frontend", "nbd", VOLUME, "--node", "r9-z9-n9"],
+        "not-found",
+        3,
+        &["r9-z9-n9", "node list"],
+    ),
+    (
+        &["volume", "attach", "--frontend", "nbd", "nowhere", "--node", "r1-z1-n1"],
+        "not-found",
+        3,
+        &["nowhere", "volume list"],
+    ),
+    (
+        &["volume", "attach", "--frontend", "nbd", VOLUME, "--node", "r1-z2-n1"],
+        "refused",
+        4,
+        &["r1-z1-n1", "--force"],
+    ),
+    (
+        &["volume", "attach", "--frontend", "nbd", VOLUME, "--node", "r1-z1-n1", "--read-only"],
+        "already-exists",
+        4,
+        &["detach"],
+    ),
     (
         &["volume", "attach", VOLUME, "--node", "r1-z1-n1", "--frontend", "tape"],
         "invalid-argument",
@@ -107,7 +127,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
         return Err("creating a volume again made another one".into());
     }
     dev.command(&["volume", "resize", VOLUME, "--size", "67108864"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", "r1-z1-n1"]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", "r1-z1-n1"]).await?;
     let load = Load::start(VOLUME, dev.nbd("r1-z1-n1"), 2, place.seed);
     let before = state(&dev).await?;
     let mut wrong = Vec::new();

@@ -143,7 +143,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let (guest, victim, other) = ("r1-z1-n1", "r1-z2-n1", "r1-z3-n1");
     let mut random = Random::new(place.seed);
     dev.command(&["volume", "create", VOLUME, "--size", "64MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", guest]).await?;
     let load = Load::start(VOLUME, dev.nbd(guest), 4, place.seed);
     load.progress(REQUESTS, RECOVERY).await?;
     let (history, _) = load.stop().await?;

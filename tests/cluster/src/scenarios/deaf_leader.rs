@@ -19,7 +19,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let nodes = dev.nodes()?;
     let guest = &nodes[place.seed as usize % nodes.len()];
     dev.command(&["volume", "create", VOLUME, "--size", "64MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", guest]).await?;
     let load = Load::start(VOLUME, dev.nbd(guest), WORKERS, place.seed);
     load.progress(REQUESTS, RECOVERY).await?;
     // The guest's own node must hear: another one leads.

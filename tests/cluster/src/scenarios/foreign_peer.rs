@@ -55,7 +55,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let dev = place.cluster(&["--journal", "64MiB"]).await?;
     let guest = "r1-z1-n1";
     dev.command(&["volume", "create", VOLUME, "--size", "64MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", guest]).await?;
     let load = Load::start(VOLUME, dev.nbd(guest), 4, place.seed);
     load.progress(50, RECOVERY).await?;
 

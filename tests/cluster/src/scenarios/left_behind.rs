@@ -74,7 +74,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let (guest, away) = ("r1-z1-n1", "r1-z3-n1");
     let mut random = Random::new(place.seed);
     dev.command(&["volume", "create", VOLUME, "--size", "256MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", guest]).await?;
     let client = connect(&dev.nbd(guest)).await?;
     for at in 0..FILLED {
         write(&client, &mut random, at).await?;

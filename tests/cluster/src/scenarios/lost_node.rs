@@ -29,7 +29,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let shown = dev.command(&["volume", "show", VOLUME]).await?;
     let on = nodes(&shown);
     let [guest, lost, next] = &on[..] else { return Err(format!("three replicas are wanted: {on:?}")) };
-    dev.command(&["volume", "attach", VOLUME, "--node", guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", guest]).await?;
     let load = Load::start(VOLUME, dev.nbd(guest), WORKERS, place.seed);
     load.progress(REQUESTS, RECOVERY).await?;
     dev.ctl(&["kill", lost]).await?;

@@ -46,7 +46,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let guest = nodes[at].clone();
     let dead: Vec<String> = nodes.iter().filter(|node| **node != guest).cloned().collect();
     dev.command(&["volume", "create", VOLUME, "--size", "64MiB"]).await?;
-    dev.command(&["volume", "attach", VOLUME, "--node", &guest]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", &guest]).await?;
     let load = Load::start(VOLUME, dev.nbd(&guest), WORKERS, place.seed);
     load.progress(REQUESTS, RECOVERY).await?;
     let before = epoch(&dev).await?;
@@ -80,7 +80,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     }
     // Whoever comes next waits for nothing but the end of the lease.
     let next = &dead[0];
-    dev.insist(&["volume", "attach", VOLUME, "--node", next], RECOVERY).await?;
+    dev.insist(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", next], RECOVERY).await?;
     load.moved(dev.nbd(next));
     load.progress(REQUESTS, RECOVERY).await?;
     load.stop().await?;

@@ -52,7 +52,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let twin = |node: &str| {
         node.strip_suffix("-n1").map_or_else(|| node.replace("-n2", "-n1"), |zone| format!("{zone}-n2"))
     };
-    dev.command(&["volume", "attach", VOLUME, "--node", a]).await?;
+    dev.command(&["volume", "attach", "--frontend", "nbd", VOLUME, "--node", a]).await?;
     let load = Load::start(VOLUME, dev.nbd(a), WORKERS, place.seed);
     load.progress(REQUESTS, RECOVERY).await?;
     let began = Instant::now();

@@ -75,7 +75,7 @@ impl Round<'_> {
     async fn run(&self, led_elsewhere: bool) -> Outcome<()> {
         let Self { dev, volume, old, .. } = self;
         dev.command(&["volume", "create", volume, "--size", "64MiB"]).await?;
-        let attached = dev.command(&["volume", "attach", volume, "--node", old]).await?;
+        let attached = dev.command(&["volume", "attach", "--frontend", "nbd", volume, "--node", old]).await?;
         let guest = OldGuest::start(dev.nbd(old), volume);
         guest.progress(REQUESTS, RECOVERY).await?;
         if led_elsewhere {
@@ -139,7 +139,7 @@ impl Round<'_> {
     /// Attaches the volume to `to`; the epoch.
     async fn take(&self, to: &str, leader: &str) -> Outcome<Option<u64>> {
         let Self { dev, volume, .. } = self;
-        let attach = ["volume", "attach", volume, "--node", to];
+        let attach = ["volume", "attach", "--frontend", "nbd", volume, "--node", to];
         let forced = [&attach[..], &["--force"]].concat();
         let taken = match self.road {
             Road::Force => dev.insist(&forced, RECOVERY).await?,

@@ -34,7 +34,7 @@ async fn with_disk(place: &Place<'_>, disk: &str) -> Outcome<()> {
     for (number, node) in (0..VOLUMES).zip(nodes.iter().cycle()) {
         let name = format!("p{number}");
         dev.command(&["volume", "create", &name, "--size", "64MiB"]).await?;
-        dev.command(&["volume", "attach", &name, "--node", node]).await?;
+        dev.command(&["volume", "attach", "--frontend", "nbd", &name, "--node", node]).await?;
         let load = Load::start(&name, dev.nbd(node), WORKERS, random.next());
         loads.push((name, node.clone(), load));
     }
