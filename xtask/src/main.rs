@@ -38,6 +38,38 @@ enum How {
     Sim,
 }
 
+/// Of the attacks those that say most; `cargo xtask cluster --scenarios` runs all of them.
+const ATTACKS: &[&str] = &[
+    "--profile",
+    "dev",
+    "--seed",
+    "1",
+    "--scenario",
+    "partition",
+    "--scenario",
+    "pause",
+    "--scenario",
+    "deaf-leader",
+    "--scenario",
+    "power-cut",
+    "--scenario",
+    "lost-quorum",
+    "--scenario",
+    "bad-requests",
+    "--scenario",
+    "wrong-directory",
+    "--scenario",
+    "foreign-peer",
+    "--scenario",
+    "damaged-journal",
+    "--scenario",
+    "left-behind",
+    "--scenario",
+    "moved-replicas",
+    "--scenario",
+    "lost-node",
+];
+
 const SUITES: &[Suite] = &[
     Suite { name: "fmt", what: "the formatting", how: How::Cargo(&["fmt", "--all", "--check"], &[]) },
     Suite {
@@ -64,6 +96,11 @@ const SUITES: &[Suite] = &[
         name: "cluster",
         what: "kills of real processes whose unflushed writes are torn, under a verifying load",
         how: How::Cluster(&["--kills", "12", "--seed", "1", "--disk", "tear", "--profile", "dev"]),
+    },
+    Suite {
+        name: "attacks",
+        what: "named attacks on real processes, a fault each (docs/FAULTS.md)",
+        how: How::Cluster(ATTACKS),
     },
     Suite {
         name: "demo",

@@ -19,6 +19,8 @@ struct Mutant {
 enum By {
     /// An attack of `holdfast-cluster`, which must fail.
     Attack(&'static [&'static str]),
+    /// A test that plants it by itself and passes if it is noticed.
+    Test(&'static [&'static str]),
 }
 
 const MUTANTS: &[Mutant] = &[
@@ -31,6 +33,20 @@ const MUTANTS: &[Mutant] = &[
         name: "skip-epoch-check",
         breaks: "INV-FENCE: a write of an old epoch is accepted",
         by: By::Attack(&["scenarios", "--seed", "1", "--rounds", "3", "partition", "pause"]),
+    },
+    Mutant {
+        name: "leader-restore",
+        breaks: "INV-TERM: a restarted leader leads on in its old term",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "leader_restore",
+            "--",
+            "with_leader",
+        ]),
     },
 ];
 
@@ -60,6 +76,8 @@ fn attack(mutant: &Mutant, arguments: &[&str], profile: &str) -> Result<String, 
 fn find(mutant: &Mutant, profile: &str) -> Result<String, String> {
     match mutant.by {
         By::Attack(arguments) => attack(mutant, arguments, profile),
+        By::Test(arguments) if crate::cargo(arguments, &[]) => Ok(format!("cargo {}", arguments.join(" "))),
+        By::Test(arguments) => Err(format!("cargo {} failed", arguments.join(" "))),
     }
 }
 

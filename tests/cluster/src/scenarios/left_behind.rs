@@ -20,7 +20,7 @@ const WRITE: u64 = MIB;
 /// Of the volume, what is written while the replica is away.
 const DIRTIED: u64 = 24;
 /// Before, what all replicas have.
-const FILLED: u64 = 64;
+const FILLED: u64 = 8;
 
 /// Incompressible, and different for every call.
 fn data(random: &mut Random, length: u64) -> Bytes {
