@@ -41,7 +41,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let pressure_changed = journal.pressure_changed();
         let pressed = journal.pressure().used_percent >= PURGE_ABOVE_PERCENT;
         let dirty = this.data().dirty();
-        if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this).await {
+        if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this, &journal).await {
             return;
         }
         if pressed && !purge(&this, &journal, &hold).await {
@@ -50,7 +50,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let before = this.group().position().applied_index();
         let idle = wait(&this, &journal, pressure_changed).await;
         let quiet = idle && this.group().position().applied_index() == before;
-        if quiet && this.data().dirty().any && !clean(&this).await {
+        if quiet && this.data().dirty().any && !clean(&this, &journal).await {
             return;
         }
     }
@@ -74,7 +74,8 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
 }
 
 /// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
-pub(crate) async fn clean(volume: &Rc<Volume>) -> bool {
+/// Any other error of the medium stops the store: what a failed write or flush left behind is unknown.
+async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let group = volume.group().id().group;
     loop {
         match volume.data().clean(volume.group().machine()).await {
@@ -90,6 +91,9 @@ pub(crate) async fn clean(volume: &Rc<Volume>) -> bool {
                 }
             }
             Err(error) => {
+                if matches!(error, StoreError::Io { .. }) {
+                    journal.stop(&error);
+                }
                 tracing::error!(%group, %error, "the cleaner has stopped: the replica must be replaced");
                 volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
                 return false;

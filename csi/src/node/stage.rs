@@ -49,7 +49,8 @@ impl Order {
     }
 }
 
-/// Whether a node may attach a volume: it was published to it and has not been unpublished.
+/// Whether a node may attach a volume: it was published to it and has not been unpublished
+/// (INV-PERMIT).
 fn permitted(volume: &pb::Volume, node: &str) -> Result<(), Status> {
     if volume.published_to.split(',').any(|name| name == node) {
         return Ok(());

@@ -12,9 +12,10 @@ use crate::{EntryId, ReplicaIdentity};
 
 const MAGIC_FRONT: u64 = 0x6873_6166_6a62_6631; // "1fbjfash"
 const MAGIC_BACK: u64 = 0x6873_6166_6a62_6232;
-const VERSION: u16 = 1;
+/// Version 1 was never released; it had no doubts.
+const VERSION: u16 = 2;
 /// Bytes in front of the records of a list.
-const FIXED_BYTES: usize = 92;
+const FIXED_BYTES: usize = 96;
 /// Longest head of an entry, in bytes.
 pub(crate) const HEAD_BYTES_MAX: usize = limits::LOG_HEAD_BYTES_MAX;
 /// Longest vote, in bytes.
@@ -32,9 +33,12 @@ pub(crate) struct GroupState {
     pub(crate) vote: Option<Bytes>,
     pub(crate) purged: Option<EntryId>,
     pub(crate) committed: LogIndex,
-    /// Everything after this index is cut off by this record.
-    pub(crate) truncate_after: Option<LogIndex>,
+    /// Everything from this index on is cut off by this record.
+    pub(crate) truncate_from: Option<LogIndex>,
     pub(crate) dropped: bool,
+    /// A recovery found that part of this group's log, or its vote, may be lost. Written down, so that the segments
+    /// that proved it may be reused and it is not forgotten.
+    pub(crate) doubt: bool,
 }
 
 /// An entry without its payload.
@@ -64,6 +68,12 @@ pub(crate) enum Record {
 }
 
 impl Record {
+    pub(crate) fn who(&self) -> Option<ReplicaIdentity> {
+        match self {
+            Self::State(who, _) | Self::Entry(who, _) => Some(*who),
+            Self::Cut { .. } => None,
+        }
+    }
     pub(crate) fn payload_bytes(&self) -> usize {
         match self {
             Self::Entry(_, entry) => entry.payload_bytes as usize,
@@ -91,8 +101,10 @@ pub(crate) struct List {
     pub(crate) flushed: u64,
     /// No batch below this one is needed any more.
     pub(crate) oldest: u64,
+    /// Drawn when the journal was opened, so that no batch follows one of an earlier life by accident.
+    pub(crate) life: u32,
     pub(crate) records: Vec<Record>,
-    /// Checksum of the records; what the next batch chains to.
+    /// Checksum of the life and the records; what the next batch chains to.
     pub(crate) crc: u32,
 }
 
@@ -125,9 +137,10 @@ fn put_record(out: &mut Writer, record: &Record) {
             out.bool(state.purged.is_some());
             put_entry_id(out, state.purged.unwrap_or_default());
             state.committed.encode(out);
-            out.bool(state.truncate_after.is_some());
-            state.truncate_after.unwrap_or_default().encode(out);
+            out.bool(state.truncate_from.is_some());
+            state.truncate_from.unwrap_or_default().encode(out);
             out.bool(state.dropped);
+            out.bool(state.doubt);
         }
         Record::Entry(who, entry) => {
             out.u8(if entry.copy { RECORD_COPY } else { RECORD_ENTRY });
@@ -166,8 +179,9 @@ fn get_record(input: &mut Reader<'_>) -> Result<Record, DecodeError> {
                 vote: has_vote.then_some(vote),
                 purged: has_purged.then_some(purged),
                 committed,
-                truncate_after: has_cut.then_some(cut),
+                truncate_from: has_cut.then_some(cut),
                 dropped: input.bool()?,
+                doubt: input.bool()?,
             };
             Ok(Record::State(who, state))
         }
@@ -204,6 +218,13 @@ fn list_crc(salt: u64, bytes: &[u8]) -> u32 {
     hasher.finalize()
 }
 
+fn chain_crc(life: u32, records: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&life.to_le_bytes());
+    hasher.update(records);
+    hasher.finalize()
+}
+
 impl List {
     /// Blocks that one copy of a list of so many record bytes takes.
     pub(crate) fn blocks_for(record_bytes: usize) -> u32 {
@@ -215,7 +236,7 @@ impl List {
         let mut out = Writer::new();
         self.records.iter().for_each(|record| put_record(&mut out, record));
         let records = out.finish();
-        self.crc = crc32fast::hash(&records);
+        self.crc = chain_crc(self.life, &records);
         records
     }
 
@@ -236,6 +257,7 @@ impl List {
         out.u32(self.records.len() as u32);
         out.u64(self.flushed);
         out.u64(self.oldest);
+        out.u32(self.life);
         out.u32(records.len() as u32);
         let fixed = out.finish();
         place[..fixed.len()].copy_from_slice(&fixed);
@@ -273,7 +295,7 @@ impl List {
         let (list_blocks, total_blocks) = (input.u32()?, input.u32()?);
         let (seq, previous, previous_crc) = (input.u64()?, input.u64()?, input.u32()?);
         let count = input.count("records", RECORDS_MAX)?;
-        let (flushed, oldest) = (input.u64()?, input.u64()?);
+        let (flushed, oldest, life) = (input.u64()?, input.u64()?, input.u32()?);
         let length = input.u32()? as usize;
         let fixed = &bytes[..bytes.len() - input.remaining()];
         let crc = input.u32()?;
@@ -288,7 +310,7 @@ impl List {
         let mut records_input = Reader::new(records_bytes);
         let records = (0..count).map(|_| get_record(&mut records_input)).collect::<Result<Vec<_>, _>>()?;
         records_input.end()?;
-        let crc = crc32fast::hash(records_bytes);
+        let crc = chain_crc(life, records_bytes);
         let list = Self {
             store,
             segment,
@@ -300,6 +322,7 @@ impl List {
             previous_crc,
             flushed,
             oldest,
+            life,
             records,
             crc,
         };

@@ -105,13 +105,13 @@ impl Group {
         }
     }
 
-    /// Removes entries after `keep`; what was removed is given back for the accounting of segments.
-    pub(super) fn truncate_after(&mut self, keep: LogIndex) -> Vec<Meta> {
-        let keep_count = (keep.0 + 1).saturating_sub(self.first).min(self.entries.len() as u64) as usize;
+    /// Removes entries from `from` on; what was removed is given back for the accounting of segments.
+    pub(super) fn truncate_from(&mut self, from: LogIndex) -> Vec<Meta> {
+        let keep_count = from.0.saturating_sub(self.first).min(self.entries.len() as u64) as usize;
         let removed: Vec<Meta> = self.entries.drain(keep_count..).collect();
         self.forget(&removed);
-        self.flushed = self.flushed.min(keep);
-        self.evicted_below = self.evicted_below.min(keep.0 + 1);
+        self.flushed = self.flushed.min(LogIndex(from.0.saturating_sub(1)));
+        self.evicted_below = self.evicted_below.min(from.0);
         removed
     }
 
@@ -162,6 +162,9 @@ impl GroupLog {
         if let Some(error) = self.journal.failed() {
             return done(Err(error));
         }
+        if self.group.borrow().state.dropped {
+            return done(Err(StoreError::Failed("the group was dropped".into())));
+        }
         let count = entries.len();
         if count == 0 {
             return done(Ok(()));
@@ -193,14 +196,28 @@ impl GroupLog {
         self.journal.kick();
     }
 
-    /// Writes the group's state and waits until it is durable.
-    async fn write_state(&self, truncate_after: Option<LogIndex>, urgent: bool) -> Result<(), StoreError> {
+    /// Writes the group's state and waits until it is durable. Until then the segments of the entries that it
+    /// removes are kept, whether anybody waits or not.
+    async fn write_state(
+        &self,
+        truncate_from: Option<LogIndex>,
+        urgent: bool,
+        removed: Vec<Meta>,
+    ) -> Result<(), StoreError> {
         if let Some(error) = self.journal.failed() {
             return Err(error);
         }
-        let state = GroupState { truncate_after, ..self.group.borrow().state.clone() };
+        if !self.journal.0.groups.borrow().contains_key(&self.who) {
+            return Err(StoreError::Failed("the group was dropped".into()));
+        }
+        let state = GroupState { truncate_from, ..self.group.borrow().state.clone() };
         let (sender, receiver) = oneshot::channel();
+        self.journal.removed(&removed);
+        let journal = self.journal.downgrade();
         let done: Done = Box::new(move |result| {
+            if let (Ok(()), Some(journal)) = (&result, journal.upgrade().map(Journal)) {
+                journal.released(&removed);
+            }
             // The waiter was dropped with its task; the state is written all the same.
             let _ = sender.send(result);
         });
@@ -215,9 +232,10 @@ impl GroupLog {
     }
 
     pub(super) async fn create(&self) -> Result<(), StoreError> {
-        self.write_state(None, false).await
+        self.write_state(None, false, Vec::new()).await
     }
 
+    /// Drops everything. What was in line before may still be written, and counts for nothing.
     pub(super) async fn drop_all(&self) -> Result<(), StoreError> {
         let removed = {
             let mut group = self.group.borrow_mut();
@@ -226,9 +244,7 @@ impl GroupLog {
             group.cached_bytes = 0;
             removed
         };
-        let result = self.write_state(None, true).await;
-        self.journal.released(&removed);
-        result
+        self.write_state(None, true, removed).await
     }
 
     /// Waits until a payload of `bytes` may be proposed. A proposal may be committed by others long before it is
@@ -247,7 +263,7 @@ impl GroupLog {
     pub async fn save_vote(&self, vote: Bytes) -> Result<(), StoreError> {
         assert!(vote.len() <= VOTE_BYTES_MAX, "a vote is small");
         self.group.borrow_mut().state.vote = Some(vote);
-        self.write_state(None, false).await
+        self.write_state(None, false, Vec::new()).await
     }
 
     /// The last vote.
@@ -270,19 +286,15 @@ impl GroupLog {
 
     /// Cuts off everything after `keep` (everything, if `None`); durable when it returns.
     pub async fn truncate_after(&self, keep: Option<LogIndex>) -> Result<(), StoreError> {
-        let keep = keep.unwrap_or_default();
-        let removed = self.group.borrow_mut().truncate_after(keep);
-        let result = self.write_state(Some(keep), false).await;
-        self.journal.released(&removed);
-        result
+        let from = keep.map_or(LogIndex::ZERO, LogIndex::next);
+        let removed = self.group.borrow_mut().truncate_from(from);
+        self.write_state(Some(from), false, removed).await
     }
 
     /// Forgets entries up to `upto`; they never come back. Their segments may be reused.
     pub async fn purge(&self, upto: EntryId) -> Result<(), StoreError> {
         let removed = self.group.borrow_mut().purge(upto);
-        let result = self.write_state(None, true).await;
-        self.journal.released(&removed);
-        result
+        self.write_state(None, true, removed).await
     }
 
     /// The last purged entry.

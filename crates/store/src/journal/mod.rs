@@ -16,11 +16,13 @@ mod writer;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
-use holdfast_types::{ClusterId, DecodeError, LatencyHistogram, NodeName, Reader, StoreId, Writer};
+use holdfast_types::{
+    ClusterId, DecodeError, GroupId, LatencyHistogram, NodeName, Reader, ReplicaId, StoreId, Writer,
+};
 use tokio::sync::{Notify, Semaphore};
 
 pub use group::{Done, GroupLog};
@@ -31,12 +33,13 @@ use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
 
 const IDENTITY_FILE: &str = "journal/identity";
 const IDENTITY_MAGIC: u64 = 0x6873_6166_6964_3031;
-const IDENTITY_VERSION: u16 = 1;
+/// Goes up with every change of the journal's bytes, so that another version's journal is refused, not taken for empty.
+const IDENTITY_VERSION: u16 = 2;
 
 /// How a store is laid out; fixed when it is made.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
-    /// Bytes of a segment; a multiple of 4096, at least 4 MiB.
+    /// Bytes of a segment; a multiple of 4096, at least 2 MiB.
     pub segment_bytes: u64,
     /// Number of segments, at least 4.
     pub segments: u32,
@@ -74,6 +77,10 @@ pub struct JournalUsage {
     pub waiting_records: u64,
     /// Bytes of payload that stand in line.
     pub waiting_bytes: u64,
+    /// Log entries that the index in memory holds.
+    pub entries_indexed: u64,
+    /// Payload that is kept in memory, in bytes.
+    pub bytes_cached: u64,
 }
 
 /// What recovery found out about a group.
@@ -98,6 +105,10 @@ pub struct RecoveredGroup {
     /// A vote may have been lost: the replica must not vote again under its id.
     pub vote_lost: bool,
 }
+
+/// A group that stands for the journal itself: it is there if some part of the journal, once durable, was found
+/// unreadable. Its state is kept as any group's is.
+const DOUBT: ReplicaIdentity = ReplicaIdentity { group: GroupId::NIL, replica: ReplicaId(0) };
 
 struct Inner {
     identity: StoreIdentity,
@@ -209,8 +220,8 @@ impl Journal {
         options: &StoreOptions,
     ) -> Result<(), StoreError> {
         assert!(
-            options.segments >= 4 && options.segment_bytes >= 4 << 20,
-            "a journal has room for its largest batch"
+            options.segments >= 4 && options.segment_bytes >= 2 << 20,
+            "a segment has room for the largest entry"
         );
         if read_identity(&directory).await.is_ok() {
             return Err(StoreError::Failed("there is a store here already".into()));
@@ -251,6 +262,8 @@ impl Journal {
         expected: &StoreIdentity,
         _options: &StoreOptions,
     ) -> Result<(Self, Vec<RecoveredGroup>), StoreError> {
+        // Names that a process before this one made may be there and not be durable yet.
+        directory.sync().await.map_err(|error| StoreError::io("the store's directory", &error))?;
         let block = read_identity(&directory).await?;
         if block.identity != *expected {
             let name = |id: &StoreIdentity| {
@@ -269,6 +282,7 @@ impl Journal {
 
     /// Makes a group's log; durable when it returns.
     pub async fn create_group(&self, who: ReplicaIdentity) -> Result<GroupLog, StoreError> {
+        assert!(who.group != GroupId::NIL, "a group has an id");
         if self.group(who).is_some() {
             return Err(StoreError::Failed(format!(
                 "replica {} of group {} has a log already",
@@ -292,6 +306,8 @@ impl Journal {
     pub async fn drop_group(&self, who: ReplicaIdentity) -> Result<(), StoreError> {
         let Some(log) = self.group(who) else { return Ok(()) };
         log.drop_all().await?;
+        // What still stands in line would bring the group back.
+        self.forget_queued(who);
         self.0.groups.borrow_mut().remove(&who);
         Ok(())
     }
@@ -299,6 +315,18 @@ impl Journal {
     /// Why the store has stopped, if it has.
     pub fn failed(&self) -> Option<StoreError> {
         self.0.failed.borrow().clone()
+    }
+
+    /// Stops the store for good: another of its files could not be written or flushed, and what that leaves behind is
+    /// unknown. Nothing is tried again.
+    pub fn stop(&self, error: &StoreError) {
+        self.fail(error);
+    }
+
+    /// What of the journal cannot be read though it may have been acknowledged. A group whose identity is used again
+    /// after this (the catalog's) may have had a log here.
+    pub fn doubt(&self) -> bool {
+        self.0.groups.borrow().contains_key(&DOUBT)
     }
 
     /// How full the journal is.
@@ -347,13 +375,19 @@ impl Journal {
     pub fn usage(&self) -> JournalUsage {
         let total = u64::from(self.0.options.segments) * self.0.options.segment_bytes;
         let state = self.0.state.borrow();
-        JournalUsage {
+        let mut usage = JournalUsage {
             bytes_total: total,
             bytes_used: state.used_segments() as u64 * self.0.options.segment_bytes,
             waiting_records: state.waiting_records(),
             waiting_bytes: state.waiting_bytes(),
             ..self.0.usage.get()
+        };
+        for group in self.0.groups.borrow().values() {
+            let group = group.borrow();
+            usage.entries_indexed += group.entries.len() as u64;
+            usage.bytes_cached += group.cached_bytes as u64;
         }
+        usage
     }
 
     /// How long batches took from their hand-over to the disk until they were durable.
@@ -369,6 +403,15 @@ impl Journal {
         let read = file.read_at(place.offset + start, length).await;
         let buffer = read.map_err(|error| StoreError::io(segment_name(place.segment as u32), &error))?;
         Ok(Bytes::from_owner(buffer))
+    }
+
+    fn downgrade(&self) -> Weak<Inner> {
+        Rc::downgrade(&self.0)
+    }
+
+    /// Entries are gone from memory; what says so is not durable yet.
+    fn removed(&self, removed: &[Meta]) {
+        self.0.state.borrow_mut().leave(removed);
     }
 
     /// Entries are not needed any more.

@@ -5,13 +5,21 @@
 //! | a list and every payload | good | good while every batch before it is good, else void |
 //! | a list, a payload does not match | that entry is *faulty* | torn: void from here on |
 //! | no list | *unknown* for every group | torn: void from here on |
+//! | a list of it at another place | *unknown* for every group | *unknown*: a misdirected write is no torn one |
 //!
 //! «Named as flushed» is said by any valid list of a later batch or closing mark. Batches complete in order, so what
 //! follows a batch that was not flushed was never acknowledged either: cutting it forgets no promise. Nothing else is
 //! ever cut. The cut itself is written down in the next batch, so that what was void stays void.
+//!
+//! What a batch says of segments that are not needed any more counts only if the batch is not void: the records that
+//! made them unneeded are in it or before it. What is unknown is written down at once (`GroupState::doubt`), because
+//! the segments that prove it are reused.
+//!
+//! Before anything is believed the segments are flushed: what a process before this one wrote may be readable and not
+//! yet be on the medium.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -22,11 +30,10 @@ use tokio::sync::{Notify, Semaphore};
 use super::format::{EntryRecord, GroupState, List, Record};
 use super::group::{Group, GroupLog, Meta, Place};
 use super::writer::{Start, State};
-use super::{Inner, Journal, JournalUsage, RecoveredGroup, Recovery, StoreOptions, segment_name};
+use super::{
+    DOUBT, Inner, Journal, JournalUsage, RecoveredGroup, Recovery, StoreOptions, planted, segment_name,
+};
 use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
-
-/// Bytes read at once.
-const READ_BYTES: usize = 4 << 20;
 
 /// A batch as found.
 struct Found {
@@ -35,24 +42,45 @@ struct Found {
     intact: Vec<bool>,
 }
 
+impl Found {
+    fn is_whole(&self) -> bool {
+        self.intact.iter().all(|intact| *intact)
+    }
+}
+
 #[derive(Default)]
 struct Scan {
     batches: BTreeMap<u64, Found>,
     flushed: u64,
-    oldest: u64,
     highest: u64,
+    /// Batches of which a list was found where it does not belong.
+    misplaced: BTreeSet<u64>,
+    /// Blocks that the medium does not give back.
+    unreadable: BTreeSet<(u32, u64)>,
 }
 
-async fn read_segment(file: &Rc<dyn File>, name: &str, bytes: u64) -> Result<AlignedBuffer, StoreError> {
+/// Bytes of a segment, and its blocks that the medium does not give back; those are zeros.
+async fn read_segment(
+    file: &Rc<dyn File>,
+    name: &str,
+    bytes: u64,
+) -> Result<(AlignedBuffer, Vec<u64>), StoreError> {
+    // What this process does not know to be flushed may be readable and still be lost.
+    file.flush().await.map_err(|error| StoreError::io(name, &error))?;
+    let cause = match file.read_at(0, bytes as usize).await {
+        Ok(whole) => return Ok((whole, Vec::new())),
+        Err(error) => error,
+    };
     let mut whole = AlignedBuffer::zeroed(bytes as usize);
-    let mut at = 0;
-    while at < bytes as usize {
-        let length = READ_BYTES.min(bytes as usize - at);
-        let part = file.read_at(at as u64, length).await.map_err(|error| StoreError::io(name, &error))?;
-        whole.as_mut_slice()[at..at + length].copy_from_slice(part.as_slice());
-        at += length;
+    let mut unreadable = Vec::new();
+    for (number, place) in (0u64..).zip(whole.as_mut_slice().chunks_exact_mut(ALIGNMENT)) {
+        match file.read_at(number * ALIGNMENT as u64, ALIGNMENT).await {
+            Ok(block) => place.copy_from_slice(block.as_slice()),
+            Err(_) => unreadable.push(number),
+        }
     }
-    Ok(whole)
+    tracing::warn!(name, error = %cause, blocks = unreadable.len(), "blocks of a segment cannot be read");
+    Ok((whole, unreadable))
 }
 
 impl Scan {
@@ -64,43 +92,62 @@ impl Scan {
         while block < blocks {
             let here = &bytes[block * ALIGNMENT..];
             let found = if List::looks_like(here) { List::decode(salt, here) } else { None };
-            let Some((list, front)) = found.filter(|(list, _)| list.store == store && list.segment == number)
-            else {
+            let Some((list, front)) = found.filter(|(list, _)| list.store == store) else {
                 block += 1;
                 continue;
             };
             let start = list.start_block as usize;
             let end = start + list.total_blocks as usize;
             let expected = if front { start } else { end.saturating_sub(list.list_blocks as usize) };
-            if expected != block || end > blocks {
-                block += 1; // a misdirected write, or block data that looks like a list
+            if list.segment != number || expected != block || end > blocks {
+                self.misplaced.insert(list.seq);
+                block += 1;
                 continue;
             }
-            self.take(list, bytes);
-            // The walk goes on behind the batch; an older lap's batches lie there once the newest was passed.
-            block = if front { end } else { block + 1 };
+            let seq = list.seq;
+            // Only what is untouched from front to back is passed over: a newer batch, torn or not, may have been
+            // written into the middle of what an older lap left.
+            let back = &bytes[(end - list.list_blocks as usize) * ALIGNMENT..];
+            let untouched = front && List::decode(salt, back).is_some_and(|(other, _)| other == list);
+            if front || !planted("forget-second-list") {
+                self.take(list, bytes);
+            }
+            let is_whole = self.batches.get(&seq).is_some_and(Found::is_whole);
+            block = if untouched && is_whole { end } else { block + 1 };
         }
     }
 
     fn take(&mut self, list: List, bytes: &[u8]) {
         self.flushed = self.flushed.max(list.flushed);
-        self.oldest = self.oldest.max(list.oldest);
         self.highest = self.highest.max(list.seq);
         if self.batches.contains_key(&list.seq) {
             return;
         }
-        let mut at = (list.start_block + list.list_blocks) as usize * ALIGNMENT;
+        let mut block = u64::from(list.start_block + list.list_blocks);
         let mut intact = Vec::new();
         for record in &list.records {
-            if let Record::Entry(_, entry) = record {
-                let length = entry.payload_bytes as usize;
-                if length > 0 {
-                    intact.push(crc32fast::hash(&bytes[at..at + length]) == entry.payload_crc);
-                    at += length;
-                }
+            let length = record.payload_bytes();
+            if length > 0 {
+                let (at, Record::Entry(_, entry)) = (block as usize * ALIGNMENT, record) else { continue };
+                let next = block + (length / ALIGNMENT) as u64;
+                let lost =
+                    self.unreadable.range((list.segment, block)..(list.segment, next)).next().is_some();
+                intact.push(!lost && crc32fast::hash(&bytes[at..at + length]) == entry.payload_crc);
+                block = next;
             }
         }
         self.batches.insert(list.seq, Found { list, intact });
+    }
+
+    /// Blocks that cannot be read and that no batch accounts for: anything may have stood there.
+    fn unexplained(&self, last: u64) -> Option<(u32, u64)> {
+        let covers = |list: &List, (segment, block): (u32, u64)| {
+            let start = u64::from(list.start_block);
+            list.segment == segment && (start..start + u64::from(list.total_blocks)).contains(&block)
+        };
+        let known: Vec<&List> = self.batches.range(..=last).map(|(_, found)| &found.list).collect();
+        let mut lost = self.unreadable.iter().copied();
+        lost.find(|place| !known.iter().any(|list| covers(list, *place)))
     }
 }
 
@@ -128,14 +175,19 @@ impl Replay {
             match record {
                 Record::State(who, state) => {
                     let group = self.groups.entry(*who).or_default();
-                    if let Some(keep) = state.truncate_after {
-                        group.entries.split_off(&(keep.0 + 1));
+                    if let Some(from) = state.truncate_from {
+                        group.entries.split_off(&from.0);
                     }
                     if let Some(purged) = state.purged {
                         group.entries = group.entries.split_off(&(purged.index.0 + 1));
                     }
+                    if state.dropped {
+                        group.entries.clear();
+                    }
                     let committed = group.state.committed.max(state.committed);
-                    group.state = GroupState { committed, truncate_after: None, ..state.clone() };
+                    let vote =
+                        if planted("forget-vote") { group.state.vote.clone() } else { state.vote.clone() };
+                    group.state = GroupState { committed, truncate_from: None, vote, ..state.clone() };
                     group.state_segment = Some(segment);
                 }
                 Record::Entry(who, entry) => {
@@ -160,8 +212,31 @@ impl Replay {
 
 /// Where the valid part of the journal ends.
 struct End {
+    /// The first batch that is still needed.
+    first: u64,
     last: (u64, u32),
     void: Option<(u64, u64)>,
+}
+
+/// The last batch that may have been acknowledged, and the first that is needed by what those up to it say.
+fn bounds(scan: &Scan, replay: &Replay) -> (u64, u64) {
+    let mut last = scan.flushed;
+    for seq in scan.flushed + 1..=scan.highest {
+        if replay.is_cut(seq) {
+            continue;
+        }
+        if !scan.batches.get(&seq).is_some_and(Found::is_whole) {
+            break;
+        }
+        last = seq;
+    }
+    if planted("cut-faulty-entry") {
+        let rotten = scan.batches.iter().find(|(_, found)| !found.is_whole()).map(|(seq, _)| seq - 1);
+        last = rotten.unwrap_or(last).min(last);
+    }
+    let valid = scan.batches.range(..=last).filter(|(seq, _)| !replay.is_cut(**seq));
+    let first = valid.map(|(_, found)| found.list.oldest).max().unwrap_or(1);
+    (first.max(1), last)
 }
 
 fn replay(scan: &Scan) -> (Replay, End) {
@@ -170,38 +245,41 @@ fn replay(scan: &Scan) -> (Replay, End) {
     replay.cut = cuts
         .filter_map(|r| if let Record::Cut { from, to } = r { Some((*from, *to)) } else { None })
         .collect();
-    let first = scan.oldest.max(1);
-    let mut last = (first - 1, 0);
-    let mut void = None;
-    for seq in first..=scan.highest {
+    let (first, valid) = bounds(scan, &replay);
+    let mut last = (first - 1, None);
+    for seq in first..=valid {
         if replay.is_cut(seq) {
             continue;
         }
-        let found = scan.batches.get(&seq);
-        let whole = found.is_some_and(|found| found.intact.iter().all(|intact| *intact));
-        if seq > scan.flushed && !whole {
-            // From the last valid batch on: what lies between was cut by a batch that is now void itself, and its word
-            // goes with it. Cut again, else the next recovery would stumble over it and cut what came after.
-            void = Some((last.0 + 1, scan.highest));
-            break;
+        let Some(found) = scan.batches.get(&seq) else {
+            replay.unknown =
+                Some(format!("batch {seq} was flushed and neither copy of its list can be read"));
+            continue;
+        };
+        let follows =
+            found.list.previous != last.0 || last.1.is_none_or(|crc| crc == found.list.previous_crc);
+        if !follows {
+            replay.unknown =
+                Some(format!("batch {seq} does not follow batch {}: the chain is broken", last.0));
         }
-        match found {
-            None => {
-                let why = format!("batch {seq} was flushed and neither copy of its list can be read");
-                tracing::error!(%why, "the journal is damaged");
-                replay.unknown = Some(why);
-            }
-            Some(found) => {
-                if found.list.previous == last.0 && last.1 != 0 && found.list.previous_crc != last.1 {
-                    replay.unknown =
-                        Some(format!("batch {seq} does not follow batch {}: the chain is broken", last.0));
-                }
-                replay.batch(found);
-                last = (seq, found.list.crc);
-            }
-        }
+        replay.batch(found);
+        last = (seq, Some(found.list.crc));
     }
-    (replay, End { last, void })
+    let strayed = scan.misplaced.range(valid + 1..).find(|seq| !replay.is_cut(**seq));
+    if let Some(seq) = strayed {
+        replay.unknown = Some(format!("batch {seq} was written to a wrong place"));
+    }
+    if let Some((segment, block)) = scan.unexplained(valid) {
+        replay.unknown = Some(format!("block {block} of segment {segment} cannot be read"));
+    }
+    if let Some(why) = &replay.unknown {
+        tracing::error!(%why, "the journal is damaged");
+    }
+    // Everything behind the last valid batch, also what an earlier cut, itself not durable, had made void.
+    let highest = scan.misplaced.last().copied().unwrap_or_default().max(scan.highest);
+    let void = (highest > valid).then_some((valid + 1, highest));
+    let crc = last.1.filter(|_| last.0 == valid).unwrap_or_default();
+    (replay, End { first, last: (valid, crc), void })
 }
 
 /// Opens the segments and recovers the groups.
@@ -214,11 +292,9 @@ pub(super) async fn open(
     let mut scan = Scan::default();
     for (number, file) in files.iter().enumerate() {
         let name = segment_name(number as u32);
-        let bytes = read_segment(file, &name, options.segment_bytes).await?;
+        let (bytes, unreadable) = read_segment(file, &name, options.segment_bytes).await?;
+        scan.unreadable.extend(unreadable.into_iter().map(|block| (number as u32, block)));
         scan.segment(number as u32, bytes.as_slice(), identity.store, salt);
-        // A daemon that was killed may have left a batch in the kernel's or the disk's cache only. What is read from
-        // there is counted on from now on (Raft tells others that it has it), so it must be on the medium first.
-        file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
     }
     let (replayed, end) = replay(&scan);
     if let Some((from, to)) = end.void {
@@ -244,32 +320,33 @@ pub(super) async fn open(
     journal.log_recovered();
     // What was freed just before the end is not yet known to be free.
     journal.reclaim();
+    journal.kick();
+    journal.close_when_idle();
     Ok((journal, groups))
 }
 
 /// Where writing goes on: behind the last valid batch, over what is void.
 fn start(scan: &Scan, replayed: &Replay, end: &End, options: &StoreOptions) -> Start {
     let segment_blocks = (options.segment_bytes / ALIGNMENT as u64) as u32;
-    let first = scan.oldest.max(1);
     let mut first_in: BTreeMap<usize, u64> = BTreeMap::new();
-    for (seq, found) in scan.batches.range(first..) {
-        let void = end.void.is_some_and(|(from, _)| *seq >= from) || replayed.is_cut(*seq);
-        if !void {
-            first_in.entry(found.list.segment as usize).or_insert(*seq);
-        }
+    let valid = || scan.batches.range(end.first..end.last.0 + 1).filter(|(seq, _)| !replayed.is_cut(**seq));
+    for (seq, found) in valid() {
+        first_in.entry(found.list.segment as usize).or_insert(*seq);
     }
     let mut used: Vec<(usize, u64)> = first_in.into_iter().collect();
     used.sort_by_key(|(_, seq)| *seq);
-    let tail = scan.batches.get(&end.last.0).filter(|_| !used.is_empty());
-    let (head, head_block) = match tail {
-        Some(found) => (found.list.segment as usize, found.list.start_block + found.list.total_blocks),
-        None => (0, 0),
-    };
+    let tail = valid().next_back().map(|(_, found)| &found.list);
+    let (head, head_block) =
+        tail.map_or((0, 0), |list| (list.segment as usize, list.start_block + list.total_blocks));
+    let next_seq = end.void.map_or(end.last.0, |(_, to)| to) + 1;
     if used.is_empty() {
-        used.push((head, scan.highest + 1));
+        used.push((head, next_seq));
     }
+    let is_mark = tail.is_some_and(|list| {
+        list.flushed == list.previous && list.records.iter().all(|r| matches!(r, Record::Cut { .. }))
+    });
     Start {
-        next_seq: scan.highest + 1,
+        next_seq,
         last: end.last,
         head,
         head_block,
@@ -277,28 +354,42 @@ fn start(scan: &Scan, replayed: &Replay, end: &End, options: &StoreOptions) -> S
         used,
         segments: options.segments as usize,
         cut: end.void,
+        marked: if is_mark { end.last.0 } else { 0 },
     }
 }
 
-fn adopt(journal: &Journal, replayed: Replay) -> Vec<RecoveredGroup> {
+fn adopt(journal: &Journal, mut replayed: Replay) -> Vec<RecoveredGroup> {
     let mut out = Vec::new();
+    if replayed.unknown.is_some() {
+        replayed.groups.entry(DOUBT).or_default();
+    }
     for (who, found) in replayed.groups {
         if found.state.dropped {
             continue;
         }
-        let mut recovery = replayed.unknown.clone().map_or(Recovery::Clean, Recovery::Unknown);
-        let (group, faulty, gap) = index(journal, found);
-        if let Some(gap) = gap {
-            recovery = Recovery::Unknown(gap);
+        let mut unknown = replayed.unknown.clone();
+        if found.state.doubt {
+            unknown.get_or_insert_with(|| "an earlier start found part of the journal unreadable".into());
         }
-        if recovery == Recovery::Clean && !faulty.is_empty() {
-            recovery = Recovery::Faulty(faulty);
+        let vote_lost = unknown.is_some();
+        let (mut group, faulty, gap) = index(journal, found);
+        let unknown = gap.or(unknown);
+        if unknown.is_some() && !group.state.doubt {
+            group.state.doubt = true;
+            journal.enqueue_urgent(Record::State(who, group.state.clone()), None);
         }
         let group = Rc::new(RefCell::new(group));
         journal.0.groups.borrow_mut().insert(who, group.clone());
+        if who == DOUBT {
+            continue;
+        }
+        let state = match unknown {
+            Some(why) => Recovery::Unknown(why),
+            None if !faulty.is_empty() => Recovery::Faulty(faulty),
+            None => Recovery::Clean,
+        };
         let log = GroupLog { journal: journal.clone(), who, group };
-        let vote_lost = replayed.unknown.is_some();
-        out.push(RecoveredGroup { id: who, log, state: recovery, vote_lost });
+        out.push(RecoveredGroup { id: who, log, state, vote_lost });
     }
     out
 }

@@ -9,7 +9,7 @@ use holdfast_env::disk::{ALIGNMENT, Durability};
 
 use super::format::{self, GroupState, List, Record};
 use super::group::{Done, Meta, Place};
-use super::{Journal, segment_name};
+use super::{Journal, planted, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 /// Batches under way at once: one is written while the next gathers.
@@ -24,7 +24,8 @@ const RESERVE_FOR_ROOM: usize = 1;
 /// Segments that entries alone may not take: they are for a vote or a truncation, which Raft waits for, and for the
 /// entries that stand in line before it. A quarter of the journal, so that the line fits.
 const RESERVE_FOR_STATE: usize = 4;
-/// Blocks that the last segment keeps for saying that others are free.
+/// Blocks of a batch without records. The last segment keeps two of them: one for saying that others are free, one for
+/// a closing mark.
 const DECLARATION_BLOCKS: u32 = 2;
 /// After so much idleness a closing mark says that the last batch was flushed.
 const CLOSING_MARK_AFTER: Duration = Duration::from_millis(100);
@@ -55,6 +56,9 @@ struct Segment {
     first_seq: u64,
     /// Entries with payload that are still needed.
     live: u64,
+    /// Entries without payload that were removed, while the record that removes them is not durable: a recovery
+    /// before that still needs them.
+    leaving: u64,
 }
 
 /// Where the journal stands.
@@ -78,6 +82,9 @@ pub(super) struct State {
     /// Batches that recovery found never to have been acknowledged.
     cut: Option<(u64, u64)>,
     marked: u64,
+    life: u32,
+    /// A closing mark is being waited for.
+    marking: bool,
     copying: bool,
 }
 
@@ -92,6 +99,8 @@ pub(super) struct Start {
     pub(super) used: Vec<(usize, u64)>,
     pub(super) segments: usize,
     pub(super) cut: Option<(u64, u64)>,
+    /// The last batch, if it is a mark that names every batch before it as flushed.
+    pub(super) marked: u64,
 }
 
 impl State {
@@ -119,7 +128,9 @@ impl State {
             free,
             segments,
             cut: start.cut,
-            marked: 0,
+            marked: start.marked,
+            life: holdfast_env::random_u64() as u32,
+            marking: false,
             copying: false,
         }
     }
@@ -133,11 +144,19 @@ impl State {
     pub(super) fn add_live(&mut self, segment: usize) {
         self.segments[segment].live += 1;
     }
+    /// Entries were removed in memory.
+    pub(super) fn leave(&mut self, removed: &[Meta]) {
+        for place in removed.iter().filter(|meta| meta.payload_bytes == 0).filter_map(|meta| meta.place) {
+            self.segments[place.segment].leaving += 1;
+        }
+    }
+    /// Their removal is durable.
     pub(super) fn release(&mut self, removed: &[Meta]) {
-        for meta in removed.iter().filter(|meta| meta.payload_bytes > 0) {
-            if let Some(place) = meta.place {
-                self.segments[place.segment].live -= 1;
-            }
+        for meta in removed {
+            let Some(place) = meta.place else { continue };
+            let segment = &mut self.segments[place.segment];
+            let count = if meta.payload_bytes > 0 { &mut segment.live } else { &mut segment.leaving };
+            *count -= 1;
         }
     }
 
@@ -193,7 +212,7 @@ impl State {
         let Some(free) = at.and_then(|at| self.free.remove(at)) else { return false };
         self.head = free.number;
         self.head_block = 0;
-        self.segments[free.number] = Segment { first_seq: self.next_seq, live: 0 };
+        self.segments[free.number] = Segment { first_seq: self.next_seq, ..Segment::default() };
         self.used.push_back(free.number);
         true
     }
@@ -210,7 +229,7 @@ impl State {
     /// Records for one batch that fits into what is left of the head segment.
     fn gather(&mut self) -> Vec<Queued> {
         let usable = self.usable();
-        let kept = if usable == 0 { DECLARATION_BLOCKS } else { 0 };
+        let kept = if usable == 0 { 2 * DECLARATION_BLOCKS } else { 0 };
         let room = (self.segment_blocks - self.head_block).saturating_sub(kept) as usize * ALIGNMENT;
         let mut taken = Vec::new();
         let (mut payload, mut list) = (0, 17);
@@ -273,6 +292,25 @@ impl Journal {
         state.queue.push_back(queued);
     }
 
+    /// Takes what a dropped group still has in line, and tells who waits for it.
+    pub(super) fn forget_queued(&self, who: ReplicaIdentity) {
+        let mut taken = Vec::new();
+        {
+            let mut state = self.0.state.borrow_mut();
+            let state = &mut *state;
+            for line in [&mut state.queue, &mut state.urgent] {
+                let (theirs, rest): (Vec<_>, Vec<_>) =
+                    line.drain(..).partition(|queued| queued.record.who() == Some(who));
+                line.extend(rest);
+                taken.push(theirs);
+            }
+            taken[0].iter().for_each(|queued| state.count(queued, false));
+        }
+        for done in taken.into_iter().flatten().filter_map(|queued| queued.done) {
+            done(Err(StoreError::Failed("the group was dropped".into())));
+        }
+    }
+
     /// For records that make room: they may take the reserve, and overtake what waits for room.
     pub(super) fn enqueue_urgent(&self, record: Record, done: Option<Done>) {
         self.0.state.borrow_mut().urgent.push_back(Queued { record, payload: Bytes::new(), done });
@@ -296,7 +334,7 @@ impl Journal {
         usage.payload_bytes_written += batch.payload_bytes;
         self.0.usage.set(usage);
         let began = Instant::now();
-        let skipped = super::planted("skip-journal-flush");
+        let skipped = planted("skip-journal-flush");
         let durability = if skipped { Durability::Volatile } else { Durability::Durable };
         let write = file.write_at(batch.offset, batch.buffer, durability);
         holdfast_env::spawn("journal-batch", async move {
@@ -345,10 +383,8 @@ impl Journal {
         let mut done = Vec::new();
         for queued in taken {
             done.extend(queued.done);
-            if self.is_outdated_copy(&queued.record) {
-                continue;
-            }
-            records.push(self.newest(queued.record));
+            let Some(record) = self.as_of_now(queued.record) else { continue };
+            records.push(record);
             if !queued.payload.is_empty() {
                 payloads.push(queued.payload);
             }
@@ -364,6 +400,7 @@ impl Journal {
             previous_crc: state.last.1,
             flushed: state.flushed,
             oldest: state.oldest(),
+            life: state.life,
             records,
             crc: 0,
         };
@@ -379,23 +416,24 @@ impl Journal {
     }
 
     /// A group's state as it is now: what makes room overtakes what stands in line, and an older state that was
-    /// written after a newer one would bring back a purged position or an earlier vote.
-    fn newest(&self, record: Record) -> Record {
-        let Record::State(who, queued) = record else { return record };
-        let now = self.0.groups.borrow().get(&who).map(|group| group.borrow().state.clone());
-        let state =
-            now.map_or(queued.clone(), |now| GroupState { truncate_after: queued.truncate_after, ..now });
-        Record::State(who, state)
-    }
-
-    /// Whether a record is the copy of an entry that the group has cut off or purged since the copy was queued. It may
-    /// have been overtaken by what replaced the entry, and recovery would bring the old one back (INV-TERM).
-    fn is_outdated_copy(&self, record: &Record) -> bool {
-        let Record::Entry(who, entry) = record else { return false };
-        let is_there = |group: &std::rc::Rc<std::cell::RefCell<super::group::Group>>| {
-            group.borrow().get(entry.id.index).is_some_and(|meta| meta.id == entry.id)
-        };
-        entry.copy && !self.0.groups.borrow().get(who).is_some_and(is_there)
+    /// written after a newer one would bring back a purged position or an earlier vote. A copy of an entry that was
+    /// removed since is not written: behind the truncation it would bring the entry back.
+    fn as_of_now(&self, record: Record) -> Option<Record> {
+        let groups = self.0.groups.borrow();
+        match record {
+            Record::State(who, queued) => {
+                let now = groups.get(&who)?.borrow().state.clone();
+                Some(Record::State(who, GroupState { truncate_from: queued.truncate_from, ..now }))
+            }
+            Record::Entry(who, entry) => {
+                let group = groups.get(&who)?.borrow();
+                let is_there = group.get(entry.id.index).is_some_and(|meta| meta.id == entry.id);
+                // Behind the word that the group was dropped it would outlive that word.
+                let counts = !group.state.dropped && (is_there || !entry.copy);
+                counts.then_some(Record::Entry(who, entry))
+            }
+            other => Some(other),
+        }
     }
 
     /// Notes in the groups where the batch's records stand.
@@ -478,7 +516,7 @@ impl Journal {
     }
 
     /// Stops the store for good. Whatever waits is told; nothing is tried again.
-    fn fail(&self, error: &StoreError) {
+    pub(super) fn fail(&self, error: &StoreError) {
         if self.failed().is_some() {
             return;
         }
@@ -500,41 +538,52 @@ impl Journal {
     }
 
     /// Says, some time after the last batch, that it was flushed: a later rot of it is then no torn tail.
-    fn close_when_idle(&self) {
-        let last = {
-            let state = self.0.state.borrow();
-            let idle = state.in_flight.is_empty() && state.queue.is_empty() && state.urgent.is_empty();
-            if !idle || state.marked == state.last.0 {
-                return;
-            }
-            state.last.0
-        };
-        let journal = std::rc::Rc::downgrade(&self.0);
+    pub(super) fn close_when_idle(&self) {
+        if self.0.state.borrow().marking || self.is_marked() || self.failed().is_some() {
+            return;
+        }
+        self.0.state.borrow_mut().marking = true;
+        let journal = self.downgrade();
         holdfast_env::spawn("journal-mark", async move {
-            holdfast_env::sleep(CLOSING_MARK_AFTER).await;
-            let Some(journal) = journal.upgrade().map(Journal) else { return };
-            let is_last = {
-                let mut state = journal.0.state.borrow_mut();
-                let is_last = state.last.0 == last && state.in_flight.is_empty() && state.marked < last;
-                if is_last {
-                    // The mark is a batch of its own; none follows it.
-                    state.marked = state.next_seq;
+            let mut last = 0;
+            loop {
+                {
+                    let Some(journal) = journal.upgrade().map(Journal) else { return };
+                    let now = journal.0.state.borrow().last.0;
+                    if journal.is_marked() || journal.failed().is_some() || (now == last && journal.is_idle())
+                    {
+                        journal.0.state.borrow_mut().marking = false;
+                        return journal.write_mark();
+                    }
+                    last = now;
                 }
-                is_last
-            };
-            if is_last && journal.failed().is_none() {
-                journal.write_mark();
+                holdfast_env::sleep(CLOSING_MARK_AFTER).await;
             }
         });
     }
 
+    fn is_marked(&self) -> bool {
+        let state = self.0.state.borrow();
+        state.marked == state.last.0
+    }
+
+    /// Nothing is being written. What stands in line then waits for room, which may take long.
+    fn is_idle(&self) -> bool {
+        self.0.state.borrow().in_flight.is_empty()
+    }
+
     fn write_mark(&self) {
+        if self.is_marked() || self.failed().is_some() {
+            return;
+        }
         let batch = {
             let mut state = self.0.state.borrow_mut();
-            // Not worth a reserve: a full journal is not idle for long.
-            if state.segment_blocks - state.head_block < 2 * DECLARATION_BLOCKS && !state.next_segment() {
+            // The rest of a segment out of the reserve stays with those that it is reserved for.
+            if state.segment_blocks - state.head_block < 2 * DECLARATION_BLOCKS && !state.take_segment() {
                 return;
             }
+            // The mark is a batch of its own; none follows it.
+            state.marked = state.next_seq;
             self.build(&mut state, Vec::new())
         };
         self.write_batch(batch);
@@ -548,7 +597,8 @@ impl Journal {
                 let state = self.0.state.borrow();
                 let enough = state.free.len() * 2 > state.segments.len();
                 let Some(tail) = state.used.front().copied() else { return };
-                if enough || tail == state.head || state.segments[tail].live > 0 || state.copying {
+                let needed = state.segments[tail].live + state.segments[tail].leaving > 0;
+                if enough || tail == state.head || needed || state.copying {
                     return;
                 }
                 tail
@@ -559,7 +609,7 @@ impl Journal {
                 state.used.pop_front();
                 // A batch made from now on says that nothing of this segment is counted on; the segment may be
                 // overwritten once that batch is durable.
-                let after = state.next_seq;
+                let after = if planted("reuse-at-once") { 0 } else { state.next_seq };
                 state.free.push_back(FreeSegment { number: tail, after });
                 drop(state);
                 self.0.changed.notify_waiters();
@@ -568,7 +618,7 @@ impl Journal {
             state.copying = true;
             let count = needed.len();
             for (n, record) in needed.into_iter().enumerate() {
-                let journal = std::rc::Rc::downgrade(&self.0);
+                let journal = self.downgrade();
                 let done: Option<Done> = (n + 1 == count).then(|| -> Done {
                     Box::new(move |result| {
                         let Some(journal) = journal.upgrade().map(Journal) else { return };

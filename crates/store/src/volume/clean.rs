@@ -25,8 +25,9 @@ impl VolumeData {
     /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so. While a rebuild is
     /// collected nothing is done, and the checkpoint before is answered.
     ///
-    /// Order: home data, home flush, table pages, table flush, manifest. A crash anywhere leaves the checkpoint
-    /// before, from which the journal repeats everything.
+    /// Order: home data, home flush, table pages, table flush, manifest, second copies of the pages. A crash before the
+    /// manifest leaves the checkpoint before, from which the journal repeats everything. After an error that is no
+    /// lack of space the store must stop: what was written is unknown.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
         if self.0.rebuilds.get() > 0 {
@@ -36,8 +37,10 @@ impl VolumeData {
         let runs = self.0.map.borrow().up_to(target.id.index);
         let lines = self.changed_lines(&runs).await?;
         if planted("checkpoint-before-home-flush") {
-            self.write_manifest(target.clone(), false).await?;
+            self.write_manifest(target.clone(), false, None).await?;
         }
+        // Who reads home now looks again if it does not match.
+        self.changed();
         self.write_home(&runs).await?;
         self.flush_home().await?;
         let emptied: Vec<ChunkIndex> = lines
@@ -45,11 +48,13 @@ impl VolumeData {
             .filter(|(_, (had, line))| *had && !line.has_data())
             .map(|(chunk, _)| *chunk)
             .collect();
-        self.0.table.write(lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect()).await?;
-        self.write_manifest(target.clone(), false).await?;
+        let lines = lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect();
+        let pages = self.0.table.write(lines).await?;
+        self.write_manifest(target.clone(), false, Some(&pages)).await?;
         self.count(|usage| usage.checkpoints += 1);
         self.0.map.borrow_mut().drop_up_to(target.id.index);
         self.changed();
+        self.0.table.write_other_copies().await?;
         self.punch(&emptied).await?;
         self.0.payloads.evict_hint();
         Ok(target)
@@ -81,7 +86,8 @@ impl VolumeData {
     /// What newer entries have overwritten is not in the map any more and never comes home. So an older state is whole
     /// only together with them: after a restart nothing is served before they are applied again (INV-STAGE).
     fn with_floor(target: Checkpoint, applied: LogIndex) -> Checkpoint {
-        let floor = if target.id.index < applied { applied } else { LogIndex::ZERO };
+        let hides = target.id.index < applied && !planted("forget-hidden-runs");
+        let floor = if hides { applied } else { LogIndex::ZERO };
         Checkpoint { serve_floor: target.serve_floor.max(floor), ..target }
     }
 
@@ -191,7 +197,7 @@ impl VolumeData {
     }
 
     /// Gives chunks back that the checkpoint just made has emptied.
-    async fn punch(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
+    pub(super) async fn punch(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
         for chunk in emptied {
             if !self.0.table.chunk(*chunk).await?.has_data() {
                 let offset = chunk.first_block().byte_offset();
@@ -225,9 +231,5 @@ impl VolumeData {
         }
         let emptied = lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
         Ok((lines, emptied))
-    }
-
-    pub(super) async fn punch_staged(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
-        self.punch(emptied).await
     }
 }

@@ -112,6 +112,9 @@ impl ExtentMap {
     pub(super) fn data_blocks(&self) -> u64 {
         self.data_blocks
     }
+    pub(super) fn len(&self) -> usize {
+        self.runs.len()
+    }
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }

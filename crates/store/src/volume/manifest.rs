@@ -10,10 +10,14 @@ use holdfast_types::{
 };
 
 use super::Checkpoint;
+use super::table::PageMark;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 const MAGIC: u64 = 0x6873_6166_6d66_3031;
-const VERSION: u16 = 1;
+/// Version 1 was never released; it listed no table pages.
+const VERSION: u16 = 2;
+/// Pages that a manifest lists at most; more, and every page is looked at when it is opened.
+pub(super) const PAGES_LISTED_MAX: usize = 8192;
 /// Room for one generation, in bytes.
 const SLOT_BYTES: usize = 1 << 20;
 /// Largest state in a checkpoint, in bytes.
@@ -49,6 +53,8 @@ pub struct Manifest {
     pub generation: u64,
     /// A rebuild was switched in and is being moved home.
     pub staged: bool,
+    /// Table pages that this checkpoint wrote, whose second copies may still be older; `None` if there were too many.
+    pub(super) pages: Option<Vec<PageMark>>,
 }
 
 fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
@@ -87,6 +93,13 @@ impl Manifest {
         out.bool(self.staged);
         out.bytes(&self.spec_json);
         put_checkpoint(&mut out, &self.checkpoint);
+        out.bool(self.pages.is_some());
+        let pages = self.pages.as_deref().unwrap_or_default();
+        out.u32(pages.len() as u32);
+        for page in pages {
+            out.u64(page.number);
+            out.u64(page.generation);
+        }
         let body = out.finish();
         let mut whole = Writer::new();
         whole.u64(MAGIC);
@@ -125,7 +138,16 @@ impl Manifest {
         let generation = input.u64()?;
         let staged = input.bool()?;
         let spec_json = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
-        Ok(Self { identity, spec_json, checkpoint: get_checkpoint(input)?, generation, staged })
+        let checkpoint = get_checkpoint(input)?;
+        let has_list = input.bool()?;
+        let count = input.count("table pages", PAGES_LISTED_MAX)?;
+        let mut pages = Vec::with_capacity(count);
+        for _ in 0..count {
+            pages.push(PageMark { number: input.u64()?, generation: input.u64()? });
+        }
+        input.clone().end()?;
+        let pages = has_list.then_some(pages);
+        Ok(Self { identity, spec_json, checkpoint, generation, staged, pages })
     }
 }
 
@@ -178,8 +200,13 @@ impl ManifestFile {
         let mut newest: Option<Manifest> = None;
         let mut problem = DecodeError::Short { missing: 0 };
         for slot in 0..2 {
-            let read = self.file.read_at(slot * SLOT_BYTES as u64, SLOT_BYTES).await;
-            let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
+            let bytes = match self.file.read_at(slot * SLOT_BYTES as u64, SLOT_BYTES).await {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    tracing::warn!(name = %self.name, %error, "a generation of a manifest cannot be read");
+                    continue;
+                }
+            };
             match Manifest::decode(bytes.as_slice()) {
                 Ok(found) if newest.as_ref().is_none_or(|n| n.generation < found.generation) => {
                     newest = Some(found)

@@ -33,8 +33,8 @@ pub use table::BlockSum;
 
 use crate::{EntryId, ReplicaIdentity, StoreError};
 use extent::{Extent, ExtentMap, What};
-use manifest::ManifestFile;
-use table::Table;
+use manifest::{ManifestFile, PAGES_LISTED_MAX};
+use table::{PageMark, Table};
 
 /// Where payloads of log entries are read from.
 pub trait PayloadSource {
@@ -101,6 +101,8 @@ pub struct Dirty {
     pub any: bool,
     /// Bytes of data that are not home.
     pub bytes: u64,
+    /// Runs of blocks that the map holds.
+    pub runs: usize,
 }
 
 /// Space of a replica in bytes.
@@ -214,6 +216,7 @@ impl VolumeData {
             checkpoint: initial,
             generation: 1,
             staged: false,
+            pages: Some(Vec::new()),
         };
         file.write(&manifest).await?;
         directory.sync().await.map_err(|error| StoreError::io(&prefix, &error))?;
@@ -253,6 +256,11 @@ impl VolumeData {
             usage: Cell::default(),
             rebuilds: Cell::new(0),
         }));
+        data.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
+        let listed = data.0.manifest.borrow().pages.clone();
+        let empty = data.0.table.settle(listed.as_deref()).await?;
+        // A crash may have come between the checkpoint that emptied them and their punching.
+        data.punch(&empty).await?;
         data.finish_staging().await?;
         Ok(data)
     }
@@ -318,7 +326,11 @@ impl VolumeData {
     /// What is not home yet. Asked for after every run of applied entries, so it looks at no single block.
     pub fn dirty(&self) -> Dirty {
         let map = self.0.map.borrow();
-        Dirty { any: !map.is_empty(), bytes: map.data_blocks() * holdfast_types::BLOCK_BYTES as u64 }
+        Dirty {
+            any: !map.is_empty(),
+            bytes: map.data_blocks() * holdfast_types::BLOCK_BYTES as u64,
+            runs: map.len(),
+        }
     }
 
     /// Space on the medium.
@@ -356,8 +368,18 @@ impl VolumeData {
         self.0.changes.set(self.0.changes.get() + 1);
     }
 
-    async fn write_manifest(&self, checkpoint: Checkpoint, staged: bool) -> Result<(), StoreError> {
+    /// Writes the next generation. `pages` are those that the checkpoint wrote; without them the list stays.
+    async fn write_manifest(
+        &self,
+        checkpoint: Checkpoint,
+        staged: bool,
+        pages: Option<&[PageMark]>,
+    ) -> Result<(), StoreError> {
         let mut next = self.0.manifest.borrow().clone();
+        if let Some(pages) = pages {
+            let all = [self.0.table.stale().as_slice(), pages].concat();
+            next.pages = (all.len() <= PAGES_LISTED_MAX).then_some(all);
+        }
         next.checkpoint = checkpoint;
         next.staged = staged;
         next.generation += 1;

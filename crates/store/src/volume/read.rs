@@ -125,7 +125,15 @@ impl VolumeData {
     ) -> Result<(), StoreError> {
         let mut sums = Vec::with_capacity(count as usize);
         for block in BlockRange::new(start, count).blocks() {
-            sums.push(self.0.table.block(block).await?);
+            match self.0.table.block(block).await {
+                Ok(sum) => sums.push(sum),
+                // What the page said is lost: its blocks are as good as rotten, and others have them.
+                Err(StoreError::Damaged { .. }) => {
+                    bad.push(block.0);
+                    sums.push(BlockSum::Absent);
+                }
+                Err(error) => return Err(error),
+            }
         }
         let mut at = 0;
         while at < sums.len() {

@@ -119,10 +119,11 @@ impl VolumeData {
         let staged = self.move_home(&file, &name).await?;
         let (lines, emptied) = self.staged_lines(&staged, checkpoint.id.index).await?;
         self.flush_home().await?;
-        self.0.table.write(lines).await?;
-        self.write_manifest(checkpoint, false).await?;
+        let pages = self.0.table.write(lines).await?;
+        self.write_manifest(checkpoint, false, Some(&pages)).await?;
         self.changed();
-        self.punch_staged(&emptied).await?;
+        self.0.table.write_other_copies().await?;
+        self.punch(&emptied).await?;
         self.0.directory.remove(&name).await.map_err(wrap)?;
         self.0.directory.sync().await.map_err(wrap)
     }
@@ -215,7 +216,7 @@ impl StagingLayer {
         let name = data.staging_name();
         data.count(|usage| usage.flushes += 1);
         self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
-        data.write_manifest(checkpoint, true).await?;
+        data.write_manifest(checkpoint, true, None).await?;
         // What the map holds is of entries that the checkpoint covers; what they made of their blocks was not compared.
         data.0.map.borrow_mut().clear();
         data.changed();

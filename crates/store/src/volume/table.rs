@@ -1,12 +1,17 @@
 //! The chunk table: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
-//! 4 KiB, each with two alternating copies, loaded when first touched.
+//! 4 KiB, each with two copies, loaded when first touched.
+//!
+//! Between checkpoints both copies of a page are equal, so that either may rot. A checkpoint writes one copy of each
+//! changed page, flushes, is written to the manifest, which lists the pages, and only then writes the other copies. A
+//! crash before the manifest leaves at least the copies of the checkpoint before; a crash after it leaves the list,
+//! and [`Table::settle`] makes the copies equal again.
 //!
 //! Invariant: what memory shows of a page is never older than what was last written of it. A page that is being
 //! written stays in memory until the write has ended, and what was read from disk meanwhile is read again: an older
 //! page that came back would be changed and written over the newer one, whose blocks then read as zeros.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use holdfast_env::disk::{AlignedBuffer, Durability, File};
@@ -22,8 +27,8 @@ const VERSION: u16 = 1;
 /// Chunks of a page.
 pub(super) const PAGE_CHUNKS: u64 = 14;
 const HEADER_BYTES: usize = 64;
-/// Clean pages kept in memory.
-const PAGES_MAX: usize = 16384;
+/// Clean pages kept in memory: 16 MiB a replica.
+const PAGES_MAX: usize = 4096;
 
 /// How a block is, by the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,15 +94,24 @@ impl Chunk {
     }
 }
 
+/// A page that a checkpoint wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PageMark {
+    pub(super) number: u64,
+    pub(super) generation: u64,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Page {
     chunks: [Chunk; PAGE_CHUNKS as usize],
     generation: u64,
+    /// The copy that may be overwritten first: the other one is good.
+    spare: u64,
 }
 
 impl Default for Page {
     fn default() -> Self {
-        Self { chunks: std::array::from_fn(|_| Chunk::default()), generation: 0 }
+        Self { chunks: std::array::from_fn(|_| Chunk::default()), generation: 0, spare: 0 }
     }
 }
 
@@ -174,6 +188,8 @@ pub(super) struct Table {
     name: String,
     who: ReplicaIdentity,
     pages: RefCell<BTreeMap<u64, Rc<Page>>>,
+    /// Pages of which only a copy older than the checkpoint is left.
+    stale: RefCell<BTreeSet<u64>>,
     bytes_written: Cell<u64>,
     flushes: Cell<u64>,
     pages_max: usize,
@@ -181,6 +197,24 @@ pub(super) struct Table {
     writing: RefCell<BTreeMap<u64, Rc<Page>>>,
     /// Writes that have ended.
     writes: Cell<u64>,
+    /// Pages of which one copy was written, and the other is not yet.
+    owed: RefCell<Vec<Written>>,
+}
+
+/// A page of which one copy was written.
+#[derive(Clone)]
+struct Written {
+    number: u64,
+    /// The copy that is still as it was.
+    other: u64,
+    page: Rc<Page>,
+}
+
+/// Both copies of a page as they stand on the medium.
+struct Copies {
+    bytes: AlignedBuffer,
+    page: Page,
+    equal: bool,
 }
 
 fn place_of(chunk: ChunkIndex) -> (u64, usize) {
@@ -194,9 +228,11 @@ impl Table {
             name,
             who,
             pages: RefCell::default(),
+            stale: RefCell::default(),
             pages_max: PAGES_MAX,
             writing: RefCell::default(),
             writes: Cell::new(0),
+            owed: RefCell::default(),
             bytes_written: Cell::new(0),
             flushes: Cell::new(0),
         }
@@ -215,13 +251,59 @@ impl Table {
         pages.insert(number, page);
     }
 
+    async fn copies(&self, number: u64) -> Result<Copies, StoreError> {
+        let place = number * 2 * BLOCK_BYTES as u64;
+        let mut bytes = AlignedBuffer::zeroed(2 * BLOCK_BYTES);
+        match self.file.read_at(place, 2 * BLOCK_BYTES).await {
+            Ok(both) => bytes = both,
+            // One of the copies may still be there; the other is as good as rotten.
+            Err(error) => {
+                for copy in 0..2 {
+                    let part = &mut bytes.as_mut_slice()[copy * BLOCK_BYTES..(copy + 1) * BLOCK_BYTES];
+                    match self.file.read_at(place + (copy * BLOCK_BYTES) as u64, BLOCK_BYTES).await {
+                        Ok(read) => part.copy_from_slice(read.as_slice()),
+                        Err(_) => part.fill(0xff),
+                    }
+                }
+                tracing::warn!(file = %self.name, page = number, %error, "a copy of a table page cannot be read");
+            }
+        }
+        let (first, second) = bytes.as_slice().split_at(BLOCK_BYTES);
+        let decoded = [first, second].map(|copy| Page::decode(copy, number, self.who));
+        let equal = first == second;
+        let mut page = match decoded {
+            [Ok(Some(first)), Ok(Some(second))] if second.generation > first.generation => {
+                Page { spare: 0, ..second }
+            }
+            [Ok(Some(first)), _] => Page { spare: 1, ..first },
+            [_, Ok(Some(second))] => Page { spare: 0, ..second },
+            // A copy that was being written for the first time, and never before.
+            [Ok(None), Ok(None) | Err(_)] => Page { spare: 1, ..Page::default() },
+            [Err(_), Ok(None)] => Page::default(),
+            [Err(error), Err(_)] => {
+                return Err(StoreError::damaged(format!("page {number} of {}", self.name), &error));
+            }
+        };
+        if equal {
+            page.spare = (page.generation + 1) % 2;
+        }
+        Ok(Copies { bytes, page, equal })
+    }
+
     async fn page(&self, number: u64) -> Result<Rc<Page>, StoreError> {
+        if self.stale.borrow().contains(&number) {
+            return Err(StoreError::Damaged {
+                what: format!("page {number} of {}", self.name),
+                why: "only an older copy of it is left; replace this replica, the others hold the data"
+                    .into(),
+            });
+        }
         loop {
             if let Some(page) = self.cached(number) {
                 return Ok(page);
             }
             let before = self.writes.get();
-            let loaded = self.load(number).await;
+            let loaded = self.copies(number).await;
             // Somebody may have loaded or changed it meanwhile: theirs is at least as new.
             if let Some(newer) = self.cached(number) {
                 return Ok(newer);
@@ -229,42 +311,9 @@ impl Table {
             if self.writes.get() != before {
                 continue; // it may have been written since it was read
             }
-            let page = Rc::new(loaded?);
+            let page = Rc::new(loaded?.page);
             self.keep(number, page.clone());
             return Ok(page);
-        }
-    }
-
-    /// A page as the disk has it.
-    async fn load(&self, number: u64) -> Result<Page, StoreError> {
-        let read = self.file.read_at(number * 2 * BLOCK_BYTES as u64, 2 * BLOCK_BYTES).await;
-        let bytes = read.map_err(|error| StoreError::io(&self.name, &error))?;
-        let (first, second) = bytes.as_slice().split_at(BLOCK_BYTES);
-        let mut newest: Option<Page> = None;
-        let mut problem = None;
-        for copy in [first, second] {
-            match Page::decode(copy, number, self.who) {
-                Ok(Some(page)) if newest.as_ref().is_none_or(|n| n.generation < page.generation) => {
-                    newest = Some(page)
-                }
-                Ok(_) => {}
-                Err(error) => problem = Some(error),
-            }
-        }
-        match (newest, problem) {
-            (Some(page), problem) => {
-                if let Some(error) = problem {
-                    // A crash tore the copy that was being written; what it said is repeated from the journal.
-                    tracing::warn!(file = %self.name, page = number, %error, "one copy of a table page is damaged");
-                }
-                Ok(page)
-            }
-            (None, Some(error))
-                if second.iter().chain(first).any(|byte| *byte != 0) && !torn_first(first, second) =>
-            {
-                Err(StoreError::damaged(format!("page {number} of {}", self.name), &error))
-            }
-            (None, _) => Ok(Page::default()),
         }
     }
 
@@ -278,47 +327,132 @@ impl Table {
         Ok(self.page(page).await?.chunks[within].get(block.within_chunk()))
     }
 
-    /// Writes changed chunks: each page into its older copy, then one flush. In memory the change shows at once; the
-    /// block map still covers what it is about. After an error memory forgets the change, so that trying again writes
-    /// over the same copy and never over the only whole one.
-    pub(super) async fn write(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<(), StoreError> {
+    /// Writes one copy of each page of the changed chunks, then flushes. In memory the change shows at once; the block
+    /// map still covers what it is about. [`Self::write_other_copies`] follows once the manifest lists the pages. After
+    /// an error memory forgets the change, so that trying again never writes over the only whole copy.
+    pub(super) async fn write(
+        &self,
+        changed: BTreeMap<ChunkIndex, Chunk>,
+    ) -> Result<Vec<PageMark>, StoreError> {
         if changed.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
+        // A full medium may have come between.
+        self.write_other_copies().await?;
         let written = self.write_pages(changed).await;
         let pages = self.writing.take();
         if written.is_err() {
             self.pages.borrow_mut().retain(|number, _| !pages.contains_key(number));
         }
         self.writes.set(self.writes.get() + 1);
-        written
+        let written = written?;
+        let mark = |page: &Written| PageMark { number: page.number, generation: page.page.generation };
+        let marks = written.iter().map(mark).collect();
+        *self.owed.borrow_mut() = written;
+        Ok(marks)
     }
 
-    async fn write_pages(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<(), StoreError> {
+    async fn write_pages(&self, changed: BTreeMap<ChunkIndex, Chunk>) -> Result<Vec<Written>, StoreError> {
         let mut by_page: BTreeMap<u64, Vec<(usize, Chunk)>> = BTreeMap::new();
         for (chunk, line) in changed {
             let (page, within) = place_of(chunk);
             by_page.entry(page).or_default().push((within, line));
         }
+        let mut written = Vec::with_capacity(by_page.len());
         for (number, lines) in by_page {
             let mut page = (*self.page(number).await?).clone();
             for (within, line) in lines {
                 page.chunks[within] = line;
             }
             page.generation += 1;
-            let in_place = crate::journal::planted("page-in-place");
-            let copy = if in_place { 0 } else { page.generation % 2 };
-            let offset = (number * 2 + copy) * BLOCK_BYTES as u64;
-            let bytes = page.encode(number, self.who);
+            let (bytes, spare) = (page.encode(number, self.who), page.spare);
             let page = Rc::new(page);
             self.writing.borrow_mut().insert(number, page.clone());
-            self.keep(number, page);
-            self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
-            let written = self.file.write_at(offset, bytes, Durability::Volatile).await;
-            written.map_err(|error| StoreError::io(&self.name, &error))?;
+            self.keep(number, page.clone());
+            self.write_copy(number, spare, bytes.clone()).await?;
+            if crate::journal::planted("page-in-place") {
+                self.write_copy(number, 1 - spare, bytes).await?;
+            }
+            written.push(Written { number, other: 1 - spare, page });
         }
+        self.flush().await?;
+        Ok(written)
+    }
+
+    async fn write_copy(&self, number: u64, copy: u64, bytes: AlignedBuffer) -> Result<(), StoreError> {
+        let offset = (number * 2 + copy) * BLOCK_BYTES as u64;
+        self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
+        let written = self.file.write_at(offset, bytes, Durability::Volatile).await;
+        written.map(drop).map_err(|error| StoreError::io(&self.name, &error))
+    }
+
+    async fn flush(&self) -> Result<(), StoreError> {
         self.flushes.set(self.flushes.get() + 1);
         self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))
+    }
+
+    /// Writes the other copy of each page, now that the manifest says that the first copies count.
+    pub(super) async fn write_other_copies(&self) -> Result<(), StoreError> {
+        let owed = self.owed.borrow().clone();
+        if owed.is_empty() || crate::journal::planted("one-table-copy") {
+            return Ok(());
+        }
+        for Written { number, other, page } in owed {
+            self.write_copy(number, other, page.encode(number, self.who)).await?;
+        }
+        self.flush().await?;
+        self.owed.borrow_mut().clear();
+        Ok(())
+    }
+
+    /// Makes both copies of the listed pages equal again, at start; of every page, if there is no list. A page of which
+    /// only a copy older than the list says is left is stale from now on. Returns the listed pages' chunks that were
+    /// changed once and hold no data now.
+    pub(super) async fn settle(&self, listed: Option<&[PageMark]>) -> Result<Vec<ChunkIndex>, StoreError> {
+        // What a process before this one wrote may be readable and not yet be on the medium.
+        self.flush().await?;
+        let every: Vec<PageMark>;
+        let marks = match listed {
+            Some(marks) => marks,
+            None => {
+                let size = self.file.size().await.map_err(|error| StoreError::io(&self.name, &error))?;
+                let count = size.length.div_ceil(2 * BLOCK_BYTES as u64);
+                every = (0..count).map(|number| PageMark { number, generation: 0 }).collect();
+                &every
+            }
+        };
+        let (mut repaired, mut empty) = (0, Vec::new());
+        for mark in marks {
+            let copies = match self.copies(mark.number).await {
+                Ok(copies) if copies.page.generation >= mark.generation => copies,
+                Ok(_) | Err(StoreError::Damaged { .. }) => {
+                    tracing::error!(file = %self.name, page = mark.number, "a table page is lost");
+                    self.stale.borrow_mut().insert(mark.number);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let chunks = (mark.number * PAGE_CHUNKS..).zip(&copies.page.chunks);
+            let emptied = chunks.filter(|(_, line)| line.last_index > LogIndex::ZERO && !line.has_data());
+            empty.extend(emptied.map(|(chunk, _)| ChunkIndex(chunk)));
+            if !copies.equal {
+                let good = (1 - copies.page.spare) as usize * BLOCK_BYTES;
+                let bytes = AlignedBuffer::copy_of(&copies.bytes.as_slice()[good..good + BLOCK_BYTES]);
+                self.write_copy(mark.number, copies.page.spare, bytes).await?;
+                repaired += 1;
+            }
+        }
+        if repaired > 0 {
+            tracing::info!(file = %self.name, repaired, "table pages have two good copies again");
+            self.flush().await?;
+        }
+        Ok(empty)
+    }
+
+    /// Pages that are lost, for the next manifest's list: it must not be forgotten that they are.
+    pub(super) fn stale(&self) -> Vec<PageMark> {
+        let stale = self.stale.borrow();
+        stale.iter().map(|number| PageMark { number: *number, generation: u64::MAX }).collect()
     }
 
     /// Bytes written, and flushes.
@@ -331,12 +465,6 @@ impl Table {
     pub(super) fn name(&self) -> &str {
         &self.name
     }
-}
-
-/// Whether a page without a whole copy was just being written for the first time: generation 1 goes to the second
-/// copy, so the first is still empty. What it was to say is repeated from the journal.
-fn torn_first(first: &[u8], second: &[u8]) -> bool {
-    first.iter().all(|byte| *byte == 0) && second.iter().any(|byte| *byte != 0)
 }
 
 #[cfg(test)]
@@ -437,7 +565,8 @@ mod tests {
                 gate.add_permits(1);
                 writing.await.expect("is written");
             }
-            gate.add_permits(1);
+            // One for the first write's second copy.
+            gate.add_permits(2);
             table.write(line(same_page, 8)).await.expect("is written");
             assert_eq!(index_of(&table, other_page).await, 0);
             assert_eq!(index_of(&table, 0).await, 7, "the newer line was written over by an older one");
@@ -449,19 +578,19 @@ mod tests {
     fn a_write_that_failed_is_tried_again_over_the_same_copy() {
         holdfast_env::real::run(async {
             let Place { table, bytes, gate, full } = place();
-            gate.add_permits(3);
+            gate.add_permits(4);
             table.write(line(0, 1)).await.expect("is written");
             let whole = bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES].to_vec();
             full.set(true);
             table.write(line(0, 2)).await.expect_err("the medium is full");
             assert_eq!(index_of(&table, 0).await, 1, "memory shows what was not written");
-            full.set(false);
-            table.write(line(0, 3)).await.expect("is written");
             assert_eq!(
                 bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES],
                 whole,
                 "the only whole copy was written over"
             );
+            full.set(false);
+            table.write(line(0, 3)).await.expect("is written");
             assert_eq!(index_of(&table, 0).await, 3);
         });
     }

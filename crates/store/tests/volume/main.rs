@@ -1,0 +1,7 @@
+//! The blocks of a replica over its journal, on a disk that loses, tears, rots and fills up, against a reference.
+
+mod bounds;
+mod crashes;
+mod golden;
+mod replica;
+mod rot;
