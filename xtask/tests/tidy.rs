@@ -241,7 +241,8 @@ fn every_invariant_of_the_code_is_on_the_page_and_the_other_way_round() {
     );
 }
 
-/// Whether something that is said to attack an invariant is there: a file with tests, a test's name, or a command.
+/// Whether something that is said to attack an invariant is there: a file with tests, a test's name, a command, or the
+/// name of an attack on real processes.
 fn exists(sources: &BTreeMap<String, String>, name: &str) -> bool {
     if name.starts_with("cargo xtask ") {
         return true;
@@ -250,7 +251,10 @@ fn exists(sources: &BTreeMap<String, String>, name: &str) -> bool {
         let is_it = |path: &str| path == name || path == format!("crates/{name}");
         return sources.iter().any(|(path, text)| is_it(path) && text.contains("#[test]"));
     }
-    sources.values().any(|text| text.contains(&format!("fn {name}(")))
+    let is_scenario = |path: &str, text: &str| {
+        path.starts_with("tests/cluster/src/scenarios/") && text.contains(&format!("\"{name}\""))
+    };
+    sources.iter().any(|(path, text)| text.contains(&format!("fn {name}(")) || is_scenario(path, text))
 }
 
 #[test]

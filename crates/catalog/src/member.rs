@@ -11,6 +11,7 @@ use holdfast_protocol::catalog::{
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::user_error;
+use holdfast_replica::host::reaches;
 use holdfast_replica::machine::Position;
 use holdfast_replica::{Group, GroupError, Host, StateMachine};
 use holdfast_store::ReplicaIdentity;
@@ -78,6 +79,9 @@ impl Member {
         let checkpoint = file.newest();
         if fresh && checkpoint.is_some() {
             return Err(failed("its checkpoint is there, but its log is not"));
+        }
+        if !fresh {
+            reaches(&log, &checkpoint.clone().unwrap_or_default()).map_err(failed)?;
         }
         let position = Position::recovered(checkpoint.as_ref(), log.last());
         let position = Rc::new(position.map_err(failed)?);

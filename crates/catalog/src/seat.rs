@@ -90,6 +90,10 @@ impl Seat {
             None if stood => {
                 return Ok(Sitting::Nobody(None, "its log is gone: the store was emptied".into()));
             }
+            None if host.journal().doubt() => {
+                let why = "part of the journal is unreadable and may have held its vote";
+                return Ok(Sitting::Nobody(None, why.into()));
+            }
             None => {
                 let id = identity(first);
                 (id, host.journal().create_group(id).await.map_err(failed)?, true)

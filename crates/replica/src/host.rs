@@ -135,7 +135,7 @@ impl Host {
         let data = VolumeData::open(self.directory.clone(), &manifest.identity, payloads)
             .await
             .map_err(|error| error.to_string())?;
-        reaches(&recovered, &data.checkpoint())?;
+        reaches(&recovered.log, &data.checkpoint())?;
         self.run(manifest.identity.volume, manifest.identity.id, recovered.log, data, false)
             .await
             .map_err(|error| error.to_string())?;
@@ -448,8 +448,8 @@ pub fn usable(recovered: &RecoveredGroup) -> Result<(), String> {
 
 /// Whether a log begins where a checkpoint ends. If the newest generation of a checkpoint is lost, the one before it
 /// is found, and the log may have been purged since.
-pub fn reaches(recovered: &RecoveredGroup, checkpoint: &Checkpoint) -> Result<(), String> {
-    match recovered.log.purged() {
+pub fn reaches(log: &GroupLog, checkpoint: &Checkpoint) -> Result<(), String> {
+    match log.purged() {
         Some(purged) if purged.index > checkpoint.id.index => Err(format!(
             "its checkpoint is of index {} and its log begins after {}: the newest checkpoint is damaged. \
              Replace the replica; the others hold the data",
