@@ -75,6 +75,40 @@ fn a_forced_attach_fences_the_holder_who_hears_nothing() {
 }
 
 #[test]
+fn a_write_whose_entry_another_leader_discards_is_repeated() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let group = members(place.path(), &switch).await;
+        let session = attach(&group[0], false).await.expect("attaches");
+        session.write(BlockRange::new(BlockIndex(0), 1), block(1, 1)).await.expect("writes");
+        let leads =
+            |member: &Member| member.host.volume(GROUP).is_some_and(|volume| volume.group().is_leader());
+        assert!(leads(&group[0]), "the session is beside the leader");
+        for other in [2, 3].map(StoreId) {
+            switch.cut.borrow_mut().extend([(StoreId(1), other), (other, StoreId(1))]);
+        }
+        let pending = holdfast_env::spawn("write", {
+            let session = session.clone();
+            async move { session.write(BlockRange::new(BlockIndex(0), 1), block(2, 1)).await }
+        });
+        let elected = async {
+            while !group[1..].iter().any(leads) {
+                holdfast_env::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        holdfast_env::timeout(Duration::from_secs(10), elected).await.expect("another leader is elected");
+        switch.cut.borrow_mut().clear();
+        pending.await.expect("ends").expect("the write is repeated until it is done");
+        let read = session.read(BlockRange::new(BlockIndex(0), 1)).await.expect("reads");
+        assert_eq!(read, block(2, 1));
+        for member in &group {
+            member.host.stop().await;
+        }
+    });
+}
+
+#[test]
 fn a_follower_that_was_left_behind_is_healed_by_chunks() {
     let place = tempfile::tempdir().expect("a place");
     holdfast_env::real::run(async {
