@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use group::Member;
 use group::{GROUP, Switch, attach, block, members, start};
 use holdfast_session::SessionError;
 use holdfast_types::{BlockIndex, BlockRange, StoreId};
