@@ -491,7 +491,8 @@ mod tests {
         assert_eq!(*log.borrow(), [1, 1]);
         executor.kill(1);
         executor.set_paused(2, false);
-        executor.run_until(3 * SECOND, || false);
+        // Its first second begins when it is polled for the first time, after the pause.
+        executor.run_until(3 * SECOND + 2 * MILLISECOND, || false);
         assert_eq!(*log.borrow(), [1, 1, 2]);
         executor.spawn_for(1, Box::pin(async { unreachable!("a dead owner starts nothing") }));
         executor.run_until(4 * SECOND, || false);
