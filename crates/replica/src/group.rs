@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use holdfast_env::Instant;
-use holdfast_env::net::Frame;
+use holdfast_env::net::{Frame, Lane};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
 use holdfast_types::{LogIndex, Reader, ReplicaId, StoreId, Term};
@@ -84,7 +84,8 @@ pub struct Group {
     machine: Machine,
     timers: Timers,
     silent_until: Cell<Instant>,
-    streams: RefCell<BTreeMap<ReplicaId, AppendStream>>,
+    /// The newest stream of each peer and lane: heartbeats have one of their own.
+    streams: RefCell<BTreeMap<(ReplicaId, Lane), AppendStream>>,
     leading_since: Cell<Option<(Term, Instant)>>,
     leadership: Notify,
     transferring: Cell<bool>,
@@ -583,6 +584,7 @@ impl Group {
         responder: Responder,
     ) {
         let mut streams = self.streams.borrow_mut();
+        let from = (from, responder.lane());
         let current = streams.get(&from).filter(|stream| stream.id == id && !stream.requests.is_closed());
         let sender = match current {
             Some(stream) => stream.requests.clone(),

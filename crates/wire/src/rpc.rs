@@ -342,6 +342,11 @@ pub struct Responder {
 }
 
 impl Responder {
+    /// The lane on which the request came.
+    pub fn lane(&self) -> Lane {
+        self.lane
+    }
+
     /// Sends the answer.
     pub fn reply(mut self, response: Frame) {
         self.send(RESPONSE, &response.head, response.body);
