@@ -39,7 +39,8 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
             return;
         }
         let pressure_changed = journal.pressure_changed();
-        let pressed = journal.pressure().used_percent >= PURGE_ABOVE_PERCENT;
+        let pressure = journal.pressure();
+        let pressed = pressure.line_waits || pressure.used_percent >= PURGE_ABOVE_PERCENT;
         let dirty = this.data().dirty();
         if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this, &journal).await {
             return;
@@ -61,7 +62,8 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
     let dirtied = async {
         loop {
             volume.machine().dirtied.notified().await;
-            let urgent = journal.pressure().used_percent >= URGENT_ABOVE_PERCENT;
+            let pressure = journal.pressure();
+            let urgent = pressure.line_waits || pressure.used_percent >= URGENT_ABOVE_PERCENT;
             if urgent || volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
                 return;
             }
@@ -105,7 +107,9 @@ async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
 /// Purges the log to the checkpoint, or to what a rebuild from this replica still needs; false if the group stopped.
 async fn purge(volume: &Rc<Volume>, journal: &Journal, hold: &PurgeHold) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
-    let held = hold.index().filter(|_| journal.pressure().used_percent < HOLD_BELOW_PERCENT);
+    let pressure = journal.pressure();
+    let may_hold = !pressure.line_waits && pressure.used_percent < HOLD_BELOW_PERCENT;
+    let held = hold.index().filter(|_| may_hold);
     let upto = held.map_or(checkpoint, |index| checkpoint.min(index));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
     if upto <= purged {

@@ -56,6 +56,8 @@ impl Default for StoreOptions {
 pub struct Pressure {
     /// Segments in use, in percent.
     pub used_percent: u32,
+    /// What stands in line waits for room, which only a purge makes.
+    pub line_waits: bool,
 }
 
 /// Counters of a journal.
@@ -331,7 +333,8 @@ impl Journal {
 
     /// How full the journal is.
     pub fn pressure(&self) -> Pressure {
-        Pressure { used_percent: self.0.state.borrow().used_percent() }
+        let state = self.0.state.borrow();
+        Pressure { used_percent: state.used_percent(), line_waits: state.line_waits() }
     }
 
     /// Ends when the pressure has changed since this call (not since the future is first polled), or the store has

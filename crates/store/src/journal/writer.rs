@@ -86,6 +86,8 @@ pub(super) struct State {
     /// A closing mark is being waited for.
     marking: bool,
     copying: bool,
+    /// There was no room for the line when it was last looked at.
+    blocked: bool,
 }
 
 /// What recovery hands over.
@@ -132,6 +134,7 @@ impl State {
             life: holdfast_env::random_u64() as u32,
             marking: false,
             copying: false,
+            blocked: false,
         }
     }
 
@@ -140,6 +143,10 @@ impl State {
     }
     pub(super) fn used_percent(&self) -> u32 {
         (self.used.len().saturating_sub(1) * 100 / self.segments.len()) as u32
+    }
+    /// Whether what stands in line waits for room.
+    pub(super) fn line_waits(&self) -> bool {
+        self.blocked && !self.queue.is_empty()
     }
     pub(super) fn add_live(&mut self, segment: usize) {
         self.segments[segment].live += 1;
@@ -366,9 +373,14 @@ impl Journal {
             state = self.0.state.borrow_mut();
             taken = state.gather();
             if taken.is_empty() && !next && !state.may_declare() {
+                if !std::mem::replace(&mut state.blocked, true) {
+                    drop(state);
+                    self.0.changed.notify_waiters();
+                }
                 return None;
             }
         }
+        state.blocked = false;
         Some(self.build(&mut state, taken))
     }
 
