@@ -213,7 +213,7 @@ pub(crate) fn lame_one(world: &Rc<World>, random: &mut Random) -> u64 {
     let others = (1..=NODES).filter(|other| *other != lame);
     let kind = match random.below(6) {
         // A leader whose disk hangs for ever keeps its leadership: yielding it is not built yet.
-        5 if leader == Some(lame) => 4,
+        5 if world.leader() == Some(lame) => 4,
         kind => kind,
     };
     world.trace.add(lame, format_args!("LAME for good: {kind}"));

@@ -157,6 +157,9 @@ async fn progress_with_one_lame(world: &Rc<World>, guests: &Rc<Guests>, random: 
     faults::heal_all(world);
     // Whoever was attaching must not come in between.
     world.wait_until(25 * SECOND, || guests.all().iter().all(|g| g.has_ended() || g.is_attached())).await;
+    // A replica that still needs chunks while another is lost for good would be a second failure: its source may have
+    // to hear of a commit before it serves any.
+    world.wait_until(CONVERGED_WITHIN, || nobody_needs_chunks(world)).await;
     let lame = faults::lame_one(world, random);
     let nodes: Vec<u64> = world.nodes().iter().map(|n| n.number).filter(|n| *n != lame).collect();
     world.trace.mark("demands for progress with one node lame");
@@ -166,6 +169,14 @@ async fn progress_with_one_lame(world: &Rc<World>, guests: &Rc<Guests>, random: 
         return false;
     }
     true
+}
+
+/// Whether every replica can be healed by log.
+fn nobody_needs_chunks(world: &World) -> bool {
+    let reports: Vec<ReplicaReport> =
+        world.replicas().iter().filter_map(|node| Some(node.volume()?.group().report())).collect();
+    let purged = reports.iter().map(|report| report.purged).max().unwrap_or_default();
+    reports.len() == world.replicas().len() && reports.iter().all(|report| report.last_log >= purged)
 }
 
 fn reports(world: &World) -> Vec<(u64, Option<ReplicaReport>)> {
