@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use holdfast_catalog::volumes;
@@ -16,7 +17,7 @@ use holdfast_replica::administration::ShardRequest;
 use holdfast_session::{AttachOptions, Closed, Session, SessionError, VolumeTarget};
 use holdfast_types::{ByteSize, Epoch, ErrorCode, GroupId, StoreId, UserError, VolumeId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::config::Layout;
 use crate::device::SessionDevice;
@@ -55,8 +56,8 @@ pub(crate) struct Attachments {
     running: RefCell<BTreeMap<VolumeId, Attached>>,
     notes: RefCell<BTreeMap<VolumeId, Note>>,
     path: PathBuf,
-    /// One attach or detach at a time: they are rare, and each sees the other whole.
-    changing: Mutex<()>,
+    /// One attach or detach of a volume at a time: each sees the other whole.
+    changing: RefCell<BTreeMap<VolumeId, Arc<Mutex<()>>>>,
 }
 
 /// An attachment as it is told to others.
@@ -81,11 +82,21 @@ impl Attachments {
             Err(error) => return Err(wrong(&error)),
         };
         let notes = RefCell::new(notes);
-        Ok(Self { running: RefCell::default(), notes, path, changing: Mutex::new(()) })
+        Ok(Self { running: RefCell::default(), notes, path, changing: RefCell::default() })
     }
 
     pub(crate) fn get(&self, id: VolumeId) -> Option<Attached> {
         self.running.borrow().get(&id).cloned()
+    }
+
+    /// Waits for a volume's turn to be changed. A volume that waits for its quorum delays no other.
+    async fn turn(&self, id: VolumeId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut changing = self.changing.borrow_mut();
+            changing.retain(|_, lock| Arc::strong_count(lock) > 1);
+            changing.entry(id).or_default().clone()
+        };
+        lock.lock_owned().await
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -179,7 +190,7 @@ impl Shard {
             let message = format!("volume {name} is not ready yet");
             return Err(UserError::new(ErrorCode::Unavailable, message).hint("wait a moment and ask again"));
         }
-        let _one_at_a_time = self.attachments.changing.lock().await;
+        let _turn = self.attachments.turn(record.id).await;
         if let Some(attached) = self.attachments.get(record.id) {
             match attached.session.closed_now() {
                 None if attached.session.read_only() == read_only && choice.allows(attached.shown.kind()) => {
@@ -317,7 +328,7 @@ impl Shard {
     /// Detaches a volume that is attached here; false if it was not. Without `force` it is refused while its device
     /// is mounted or open.
     pub(crate) async fn detach_here(&self, id: VolumeId, force: bool) -> Result<bool, UserError> {
-        let _one_at_a_time = self.attachments.changing.lock().await;
+        let _turn = self.attachments.turn(id).await;
         let Some(attached) = self.attachments.get(id) else {
             self.attachments.forget(id)?;
             return Ok(false);
@@ -371,7 +382,7 @@ impl Shard {
     async fn resume(self: Rc<Self>, id: VolumeId, note: Note) {
         loop {
             {
-                let _one_at_a_time = self.attachments.changing.lock().await;
+                let _turn = self.attachments.turn(id).await;
                 if self.attachments.get(id).is_some() || !self.attachments.notes.borrow().contains_key(&id) {
                     return;
                 }

@@ -25,7 +25,8 @@ pub enum Road {
     Force,
     /// A forced detach, then an attach.
     DetachThenAttach,
-    /// A forced attach, whose leader is killed while it waits for the old holder's lease to end.
+    /// A forced attach, and the leader is killed while the first request of the new holder waits for the old one's
+    /// lease to end.
     LeaderKilled,
 }
 
@@ -33,8 +34,6 @@ pub enum Road {
 const REQUESTS: usize = 50;
 /// How long the new holder works alone, and after the old one is back.
 const ALONE: Duration = Duration::from_millis(1500);
-/// When the leader is killed: within the old holder's lease of one second.
-const KILL_AFTER: Duration = Duration::from_millis(100);
 /// Times that the wait may be missed, on a machine that is busy with other things.
 const MISSES_MAX: usize = 3;
 const DOWN: Duration = Duration::from_millis(500);
@@ -88,9 +87,9 @@ impl Round<'_> {
         let led = broken.elapsed();
         let to = dev.nodes()?.into_iter().find(|node| node != old && *node != leader);
         let to = to.ok_or("there is no third node")?;
-        let taken = self.take(&to, &leader).await?;
+        let taken = self.take(&to).await?;
         let now = Instant::now();
-        let mut new = NewHolder::begin(dev.nbd(&to), volume, now).await?;
+        let mut new = self.begin(&to, &leader, now).await?;
         let waited = now - broken;
         let alone = new.work(ALONE).await?;
         let healed = Instant::now();
@@ -137,7 +136,7 @@ impl Round<'_> {
     }
 
     /// Attaches the volume to `to`; the epoch.
-    async fn take(&self, to: &str, leader: &str) -> Outcome<Option<u64>> {
+    async fn take(&self, to: &str) -> Outcome<Option<u64>> {
         let Self { dev, volume, .. } = self;
         let attach = ["volume", "attach", "--frontend", "nbd", volume, "--node", to];
         let forced = [&attach[..], &["--force"]].concat();
@@ -147,25 +146,28 @@ impl Round<'_> {
                 dev.insist(&["volume", "detach", volume, "--force"], RECOVERY).await?;
                 dev.insist(&attach, RECOVERY).await?
             }
-            Road::LeaderKilled => {
-                let attaching = dev.insist_at(to, &forced, RECOVERY);
-                let killing = async {
-                    tokio::time::sleep(KILL_AFTER).await;
-                    dev.ctl(&["kill", leader]).await?;
-                    let killed = Instant::now();
-                    tokio::time::sleep(DOWN).await;
-                    dev.ctl(&["start", leader]).await?;
-                    Ok::<Instant, String>(killed)
-                };
-                let attaching = async { attaching.await.map(|taken| (taken, Instant::now())) };
-                let ((taken, attached), killed) = tokio::try_join!(attaching, killing)?;
-                if attached < killed {
-                    return Err(MISSED.into());
-                }
-                taken
-            }
+            // The supervisor may pass a command to the leader's node, which is about to die.
+            Road::LeaderKilled => dev.insist_at(to, &forced, RECOVERY).await?,
         };
         Ok(taken["epoch"].as_u64())
+    }
+
+    /// The new holder's first requests, which wait until the old holder's lease has ended, whoever leads.
+    async fn begin(&self, to: &str, leader: &str, attached: Instant) -> Outcome<NewHolder> {
+        let beginning = NewHolder::begin(self.dev.nbd(to), &self.volume, attached);
+        if self.road != Road::LeaderKilled {
+            return beginning.await;
+        }
+        let killing = async {
+            self.dev.ctl(&["kill", leader]).await?;
+            let killed = Instant::now();
+            tokio::time::sleep(DOWN).await;
+            self.dev.ctl(&["start", leader]).await?;
+            Ok::<Instant, String>(killed)
+        };
+        let beginning = async { beginning.await.map(|new| (new, Instant::now())) };
+        let ((new, began), killed) = tokio::try_join!(beginning, killing)?;
+        if began < killed { Err(MISSED.into()) } else { Ok(new) }
     }
 
     async fn check_state(&self, to: &str, before: Option<u64>, taken: Option<u64>) -> Outcome<()> {
