@@ -430,14 +430,17 @@ pub(crate) async fn pull(
     // The comparison speaks of what is home, and until the switch nothing more is moved there: what the map holds or
     // gets meanwhile is of a log that is about to go. So as much as can be is brought home before.
     let reached = volume.group().position().reached(LogIndex::ZERO);
-    let _own_log_is_applied = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
+    let marks_hold = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
     volume.data().clean(volume.group().machine()).await?;
     let staging = volume.data().begin_staging(target.clone(), state.size()).await?;
     let mut next = 0;
     while next < chunks {
         let count = SUMMARIES_MAX.min(u32::try_from(chunks - next).unwrap_or(u32::MAX));
         let theirs = source.summaries(ChunkIndex(next), count).await?;
-        let ours = volume.data().home_summaries(ChunkIndex(next), count).await?;
+        let mut ours = volume.data().home_summaries(ChunkIndex(next), count).await?;
+        if !marks_hold {
+            ours.iter_mut().for_each(|summary| summary.last_index = LogIndex::ZERO);
+        }
         let differing = differing_chunks(&ours, &theirs);
         for some in differing.chunks(CHECKSUM_CHUNKS_MAX) {
             let sums = source.checksums(some).await?;
@@ -453,7 +456,8 @@ pub(crate) async fn pull(
 }
 
 /// Chunks whose change marks differ. Equal marks of one incarnation mean equal content: both replicas hold what the
-/// same prefix of the same log made of the chunk.
+/// same prefix of the same log made of the chunk. (A replica that may not serve yet holds blocks newer or older than
+/// its marks say. Index zero, which no change has, equals nobody's.)
 fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<ChunkIndex> {
     let mine: BTreeMap<ChunkIndex, &ChunkSummary> =
         ours.iter().map(|summary| (summary.chunk, summary)).collect();
@@ -539,6 +543,35 @@ mod tests {
     use super::*;
 
     const GROUP: GroupId = GroupId(1);
+
+    #[test]
+    fn only_equal_marks_of_changes_are_trusted() {
+        let summary = |chunk, incarnation, last_index, present| ChunkSummary {
+            chunk: ChunkIndex(chunk),
+            incarnation,
+            last_index: LogIndex(last_index),
+            present,
+        };
+        // Equal; newer there; another incarnation; emptied there; unknown there; of no change; unknown here.
+        let ours = [
+            summary(0, 1, 5, true),
+            summary(1, 1, 5, true),
+            summary(2, 1, 5, true),
+            summary(3, 1, 5, true),
+            summary(4, 1, 5, true),
+            summary(5, 1, 0, true),
+        ];
+        let theirs = [
+            summary(0, 1, 5, true),
+            summary(1, 1, 6, true),
+            summary(2, 2, 5, true),
+            summary(3, 1, 9, false),
+            summary(5, 1, 7, true),
+            summary(6, 1, 7, true),
+        ];
+        let differing: Vec<u64> = differing_chunks(&ours, &theirs).iter().map(|chunk| chunk.0).collect();
+        assert_eq!(differing, [1, 2, 3, 4, 5, 6]);
+    }
 
     fn offer(term: u64, index: u64) -> Offer {
         let vote = Vote::new_committed(term, 1);

@@ -1,6 +1,6 @@
 //! The cleaner: moves the newest applied and flushed blocks home, in block order, and makes a checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -97,14 +97,13 @@ impl VolumeData {
         runs: &[(BlockIndex, Extent)],
     ) -> Result<BTreeMap<ChunkIndex, (bool, Chunk)>, StoreError> {
         let mut lines: BTreeMap<ChunkIndex, (bool, Chunk)> = BTreeMap::new();
+        let mut present = BTreeSet::new();
         for (start, run) in runs {
             let last = BlockIndex(start.0 + run.count - 1).chunk();
             for chunk in (start.chunk().0..=last.0).map(ChunkIndex) {
                 if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(chunk) {
                     let line = self.0.table.chunk(chunk).await?;
-                    if matches!(run.what, What::Absent) && !line.is_present() {
-                        continue; // giving back nothing changes nothing
-                    }
+                    present.extend(line.is_present().then_some(chunk));
                     e.insert((line.has_data(), line));
                 }
                 let Some((_, line)) = lines.get_mut(&chunk) else { continue };
@@ -117,6 +116,8 @@ impl VolumeData {
                 line.incarnation = self.0.identity.incarnation;
             }
         }
+        // Giving back nothing changes nothing. It counts in a chunk that changes otherwise: its mark tells of all of it.
+        lines.retain(|chunk, (_, line)| present.contains(chunk) || line.is_present());
         Ok(lines)
     }
 
