@@ -9,14 +9,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub const USAGE: &str = "cargo xtask sim [--seeds N] [--from S] [--seed S] [--trace] [--check-determinism] \
 [--plant FAULT] [--keep-going] [--profile dev|release]";
 
-/// Faults that the simulation must find, each within so many seeds.
-const MUTANTS: [(&str, u64); 6] = [
-    ("skip-epoch-check", 60),
-    ("leader-restore", 60),
-    ("skip-journal-flush", 20),
-    ("unsettled-ignored", 200),
-    ("retry-applied-twice", 200),
-    ("attach-without-compare", 200),
+/// Faults that the simulation must find, each from a first seed on within so many.
+const MUTANTS: [(&str, u64, u64); 7] = [
+    ("skip-epoch-check", 1, 60),
+    ("leader-restore", 1, 60),
+    ("skip-journal-flush", 1, 20),
+    ("unsettled-ignored", 1, 200),
+    ("retry-applied-twice", 1, 200),
+    ("attach-without-compare", 1, 200),
+    ("append-clock", 1_795_595_456, 500),
 ];
 
 /// Fresh seeds of the suite.
@@ -118,15 +119,16 @@ impl Simulator {
     }
 
     /// Whether a planted fault is found within its bound.
-    fn finds(&self, fault: &str, bound: u64) -> Result<bool, String> {
-        let arguments = ["--seeds", &bound.to_string(), "--plant", fault].map(str::to_owned);
+    fn finds(&self, (fault, from, bound): (&str, u64, u64)) -> Result<bool, String> {
+        let (from, count) = (from.to_string(), bound.to_string());
+        let arguments = ["--from", &from, "--seeds", &count, "--plant", fault].map(str::to_owned);
         let (passed, said) = self.output(&arguments)?;
         let found = said.lines().find_map(|line| line.strip_prefix("seed ")?.strip_suffix(" FAILED:"));
         let what = said.lines().skip_while(|line| !line.ends_with(" FAILED:")).nth(1).unwrap_or_default();
         let what: String = what.trim().chars().take(120).collect();
         match found.filter(|_| !passed) {
-            Some(seed) => println!("{fault:24} found within {seed} of {bound} seeds: {what}"),
-            None => println!("{fault:24} NOT FOUND within {bound} seeds"),
+            Some(seed) => println!("{fault:24} found by seed {seed}, of {bound} from {from}: {what}"),
+            None => println!("{fault:24} NOT FOUND by {bound} seeds from {from}"),
         }
         Ok(found.is_some() && !passed)
     }
@@ -183,8 +185,8 @@ pub fn mutants() -> bool {
     let all = || -> Result<bool, String> {
         let simulator = Simulator::build("dev")?;
         let mut found = true;
-        for (fault, bound) in MUTANTS {
-            found &= simulator.finds(fault, bound)?;
+        for mutant in MUTANTS {
+            found &= simulator.finds(mutant)?;
         }
         Ok(found)
     };
@@ -209,8 +211,8 @@ pub fn suite() -> bool {
         for seed in 1..=SUITE_TWICE {
             passed = passed && simulator.same_twice(seed)?;
         }
-        for (fault, bound) in &MUTANTS[..SUITE_MUTANTS] {
-            passed = passed && simulator.finds(fault, *bound)?;
+        for mutant in &MUTANTS[..SUITE_MUTANTS] {
+            passed = passed && simulator.finds(*mutant)?;
         }
         Ok(passed)
     };

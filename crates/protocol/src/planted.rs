@@ -2,13 +2,14 @@
 //! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
 /// Every fault that can be planted, and the invariant that it breaks.
-pub const KNOWN: [(&str, &str); 7] = [
+pub const KNOWN: [(&str, &str); 8] = [
     ("skip-epoch-check", "INV-FENCE"),
     ("attach-without-compare", "INV-FENCE"),
     ("retry-applied-twice", "INV-ONCE"),
     ("late-write-applied", "INV-LATE"),
     ("unsettled-ignored", "INV-SETTLE"),
     ("drift-ignored", "INV-LEASE"),
+    ("append-clock", "INV-LEASE"),
     ("leader-restore", "INV-TERM"),
 ];
 

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
 use holdfast_types::{LogIndex, Reader, ReplicaId, StoreId, Term};
@@ -21,12 +22,14 @@ use holdfast_wire::rpc::{Responder, Rpc};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::AppendEntriesRequest;
+use openraft::raft::linearizable_read::LinearizerOption;
 use openraft::{ChangeMembers, ReadPolicy, ServerState};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::catch_up::{CatchUp, Heard};
 use crate::codec;
 use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
+use crate::confirm;
 use crate::log::Log;
 use crate::machine::{Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
@@ -80,6 +83,7 @@ struct AppendStream {
 pub struct Group {
     id: ReplicaIdentity,
     raft: Raft,
+    networks: Networks,
     log: GroupLog,
     machine: Machine,
     timers: Timers,
@@ -126,12 +130,14 @@ impl Group {
             captures: Rc::default(),
         };
         let storage = Log::new(log.clone(), position);
-        let raft =
-            Raft::new(id.replica.0, config, networks, storage, machine.clone()).await.map_err(stopped)?;
+        let raft = Raft::new(id.replica.0, config, networks.clone(), storage, machine.clone())
+            .await
+            .map_err(stopped)?;
         let silent_until = if fresh { Instant::now() } else { environment.silent_until };
         let group = Rc::new(Self {
             id,
             raft,
+            networks,
             log,
             machine,
             timers: environment.timers,
@@ -259,17 +265,46 @@ impl Group {
 
     /// Confirms with a quorum that this replica still leads; the index that a linearizable read must have applied.
     pub async fn confirm_leadership(&self) -> Result<LogIndex, GroupError> {
-        let deadline = self.timers.election_max;
-        let confirmed =
-            holdfast_env::timeout(deadline, self.raft.get_read_log_id(ReadPolicy::ReadIndex)).await;
-        match confirmed {
-            Err(_) => Err(GroupError::TimedOut),
-            Ok(Ok((read, _))) => Ok(LogIndex(read.log_id().index)),
-            Ok(Err(RaftError::Fatal(error))) => Err(stopped(error)),
-            Ok(Err(RaftError::APIError(_))) => {
-                Err(GroupError::NotLeader { leader: self.leader().map(|(_, s)| s) })
+        let confirmed = async {
+            // Waits while openraft holds its heartbeats back: a leader that hears nobody must fall silent, and the
+            // question below is an append like any other. From here on it has given its vote to nobody else.
+            let index = match self.raft.get_read_log_id(self.reading()).await {
+                Ok((read, _)) => LogIndex(read.log_id().index),
+                Err(RaftError::Fatal(error)) => return Err(stopped(error)),
+                Err(RaftError::APIError(_)) => return Err(self.not_leader()),
+            };
+            if is_planted("append-clock") || self.majority_follows().await {
+                Ok(index)
+            } else {
+                Err(self.not_leader())
             }
+        };
+        holdfast_env::timeout(self.timers.election_max, confirmed).await.unwrap_or(Err(GroupError::TimedOut))
+    }
+
+    fn not_leader(&self) -> GroupError {
+        GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) }
+    }
+
+    /// Whether a majority answers, from now on, that it follows this leader.
+    async fn majority_follows(&self) -> bool {
+        let (vote, membership) = {
+            let metrics = self.raft.server_metrics();
+            let now = metrics.borrow_watched();
+            if now.state != ServerState::Leader {
+                return false;
+            }
+            (now.vote, now.membership_config.membership().clone())
+        };
+        confirm::majority_follows(&self.networks, vote, &membership, self.timers.election_max).await
+    }
+
+    /// The majority is asked; openraft's clock need only show that the leader has heard of it lately.
+    fn reading(&self) -> LinearizerOption {
+        if is_planted("append-clock") {
+            return ReadPolicy::ReadIndex.into();
         }
+        LinearizerOption::new(None, true)
     }
 
     /// The leader that this replica follows, and its store.
@@ -483,7 +518,10 @@ impl Group {
             Method::Append => {
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
-                self.hear(&request, bytes);
+                // A leader that only asks who follows it tells nothing of its log.
+                if request.prev_log_id.is_some() || !request.entries.is_empty() {
+                    self.hear(&request, bytes);
+                }
                 if self.check_entries(&request.entries) {
                     self.answer(responder, |raft| async move {
                         raft.append_entries(request).await.map(|r| codec::append_response(&r))

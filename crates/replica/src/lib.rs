@@ -5,13 +5,14 @@
 //! that it shares with the catalog. Everything is single-threaded and belongs to the store's shard.
 //!
 //! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside `codec`,
-//! `config`, `log`, `machine`, `network` and `group` names an openraft type.
+//! `config`, `confirm`, `log`, `machine`, `network` and `group` names an openraft type.
 
 pub mod administration;
 mod catch_up;
 mod cleaner;
 mod codec;
 pub mod config;
+mod confirm;
 pub mod group;
 pub mod host;
 mod log;

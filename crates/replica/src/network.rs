@@ -72,6 +72,13 @@ impl Networks {
     }
 }
 
+impl Networks {
+    /// A client that asks a voter whether it still follows.
+    pub(crate) fn asking(&self, target: u64, peer: &Peer) -> Client {
+        self.client(target, peer, Lane::Control)
+    }
+}
+
 impl RaftNetworkFactory<Types> for Networks {
     type Network = Client;
 
@@ -122,6 +129,22 @@ impl Client {
                 usage.catch_up_bytes_sent += body.iter().map(|part| part.len() as u64).sum::<u64>();
             }
         });
+    }
+
+    /// Whether the voter still follows the leader of `vote`: an append of nothing after nothing, which is refused only
+    /// if the voter has given its vote to another.
+    pub(crate) async fn follows(&self, vote: Vote, deadline: Duration) -> bool {
+        let request = AppendEntriesRequest::<Types> {
+            vote,
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: None,
+        };
+        let mut head = self.head(Method::Append);
+        let body = codec::append_request(&request, &mut head);
+        self.note_append(&request, &body);
+        let Ok(answer) = self.call(self.lane, head, body, deadline).await else { return false };
+        matches!(codec::append_response_from(&answer), Ok(AppendEntriesResponse::Success))
     }
 
     fn start_append(&self, stream: u64, request: &AppendEntriesRequest<Types>) -> Pending {
@@ -275,7 +298,8 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
     }
 
     /// Sends a request, or holds it if it only tells of a commit. What is sent carries the newest commit, so what was
-    /// held has been said with it; openraft counts a request as answered by the answer to any later one.
+    /// held has been said with it; openraft counts a request as answered by the answer to any later one. (And, in its
+    /// clock, by the answer to an earlier one that ends at the same entry: see [`crate::confirm`].)
     fn take(&mut self, request: AppendEntriesRequest<Types>) {
         // On the control lane such a request is a heartbeat.
         let only_commits =
