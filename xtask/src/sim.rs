@@ -10,13 +10,12 @@ pub const USAGE: &str = "cargo xtask sim [--seeds N] [--from S] [--seed S] [--tr
 [--plant FAULT] [--keep-going] [--profile dev|release]";
 
 /// Faults that the simulation must find, each from a first seed on within so many.
-const MUTANTS: [(&str, u64, u64); 7] = [
+///
+/// Those that `holdfast_protocol` guards alone are found by its model; here the leader's own gate stands before them.
+const MUTANTS: [(&str, u64, u64); 4] = [
     ("skip-epoch-check", 1, 60),
     ("leader-restore", 1, 60),
     ("skip-journal-flush", 1, 20),
-    ("unsettled-ignored", 1, 200),
-    ("retry-applied-twice", 1, 200),
-    ("attach-without-compare", 1, 200),
     ("append-clock", 1_795_595_456, 500),
 ];
 
@@ -126,11 +125,15 @@ impl Simulator {
         let found = said.lines().find_map(|line| line.strip_prefix("seed ")?.strip_suffix(" FAILED:"));
         let what = said.lines().skip_while(|line| !line.ends_with(" FAILED:")).nth(1).unwrap_or_default();
         let what: String = what.trim().chars().take(120).collect();
-        match found.filter(|_| !passed) {
-            Some(seed) => println!("{fault:24} found by seed {seed}, of {bound} from {from}: {what}"),
-            None => println!("{fault:24} NOT FOUND by {bound} seeds from {from}"),
-        }
-        Ok(found.is_some() && !passed)
+        let Some(seed) = found.filter(|_| !passed) else {
+            println!("{fault:24} NOT FOUND by {bound} seeds from {from}");
+            return Ok(false);
+        };
+        // What fails without it shows nothing of it.
+        let (innocent, _) = self.output(&["--seed".to_owned(), seed.to_owned()])?;
+        let verdict = if innocent { "found" } else { "NOT FOUND: without it fails too" };
+        println!("{fault:24} {verdict} by seed {seed}, of {bound} from {from}: {what}");
+        Ok(innocent)
     }
 }
 

@@ -34,6 +34,7 @@ use crate::log::Log;
 use crate::machine::{Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
+use crate::stall::{Stall, Stalled};
 use crate::usage::{Counters, GroupUsage};
 
 /// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
@@ -129,7 +130,8 @@ impl Group {
             counters: counters.clone(),
             captures: Rc::default(),
         };
-        let storage = Log::new(log.clone(), position);
+        let (stall, stalled) = Stall::new();
+        let storage = Log::new(log.clone(), position, stall);
         let raft = Raft::new(id.replica.0, config, networks.clone(), storage, machine.clone())
             .await
             .map_err(stopped)?;
@@ -151,6 +153,7 @@ impl Group {
             counters,
         });
         holdfast_env::spawn("group-silence", Self::end_silence(Rc::downgrade(&group), silent_until));
+        holdfast_env::spawn("group-ticks", Self::tick_unless_stalled(Rc::downgrade(&group), stalled));
         holdfast_env::spawn("group-leadership", Self::watch_leadership(Rc::downgrade(&group)));
         Ok(group)
     }
@@ -159,6 +162,15 @@ impl Group {
         holdfast_env::sleep_until(until).await;
         if let Some(group) = group.upgrade() {
             group.raft.runtime_config().elect(true);
+        }
+    }
+
+    async fn tick_unless_stalled(group: std::rc::Weak<Self>, stalled: Stalled) {
+        let mut stalls = true;
+        while stalled.until(stalls).await {
+            let Some(group) = group.upgrade() else { return };
+            group.raft.runtime_config().tick(!stalls);
+            stalls = !stalls;
         }
     }
 

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod messages;
 mod network;
 pub mod rebuild;
+mod stall;
 mod usage;
 pub mod volume;
 

@@ -17,12 +17,14 @@ use openraft::{OptionalSend, RaftLogReader};
 use crate::codec;
 use crate::config::{Entry, LogId, Types, Vote};
 use crate::machine::Position;
+use crate::stall::Stall;
 
 /// One group's log.
 #[derive(Clone)]
 pub(crate) struct Log {
     journal: GroupLog,
     position: Rc<Position>,
+    stall: Stall,
 }
 
 /// A store's error as openraft takes it: any of them is fatal to the group.
@@ -35,8 +37,8 @@ fn broken(error: holdfast_types::DecodeError) -> io::Error {
 }
 
 impl Log {
-    pub(crate) fn new(journal: GroupLog, position: Rc<Position>) -> Self {
-        Self { journal, position }
+    pub(crate) fn new(journal: GroupLog, position: Rc<Position>, stall: Stall) -> Self {
+        Self { journal, position, stall }
     }
 
     async fn read_some(&self, from: u64, to_exclusive: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
@@ -110,6 +112,7 @@ impl RaftLogStorage<Types> for Log {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let _waiting = self.stall.waiting();
         self.journal.save_vote(codec::vote_bytes(vote)).await.map_err(io_error)
     }
 
@@ -135,6 +138,7 @@ impl RaftLogStorage<Types> for Log {
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        let _waiting = self.stall.waiting();
         let keep = last.map(|id| LogIndex(id.index));
         self.journal.truncate_after(keep).await.map_err(io_error)?;
         self.position.truncated_after(keep.unwrap_or_default());
@@ -142,6 +146,7 @@ impl RaftLogStorage<Types> for Log {
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        let _waiting = self.stall.waiting();
         self.journal.purge(codec::entry_id(&upto)).await.map_err(io_error)
     }
 }
