@@ -1,13 +1,8 @@
 //! A crash, and another one during the first batch after it: what was written after that stays.
 
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::rc::Rc;
-
 use bytes::Bytes;
-use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::{OpenError, RealDirectory};
 use holdfast_store::journal::{GroupLog, Journal, Recovery, StoreOptions};
+use holdfast_store::testing::{MemoryDisk, simulate};
 use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 use holdfast_types::{ClusterId, GroupId, LogIndex, NodeName, ReplicaId, StoreId, Term};
 
@@ -22,20 +17,9 @@ fn options() -> StoreOptions {
     StoreOptions { segment_bytes: 4 << 20, segments: 4 }
 }
 
-async fn directory(path: &Path) -> Rc<dyn Directory> {
-    // The tasks of the journal before end one by one; its lock goes with the last of them.
-    loop {
-        match RealDirectory::open(path) {
-            Ok(directory) => return directory,
-            Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
 /// The log as recovery finds it; clean, since nothing that was flushed is ever damaged here.
-async fn recovered(path: &Path) -> GroupLog {
-    let (_, mut groups) = Journal::open(directory(path).await, &identity(), &options()).await.expect("opens");
+async fn recovered(disk: &MemoryDisk) -> GroupLog {
+    let (_, mut groups) = Journal::open(disk.directory(), &identity(), &options()).await.expect("opens");
     let found = groups.pop().expect("the group is there");
     assert_eq!(found.state, Recovery::Clean);
     found.log
@@ -56,15 +40,13 @@ fn append(log: &GroupLog, entry: LogEntry) {
     log.append(vec![entry], Box::new(|result| result.expect("is flushed")));
 }
 
-/// Zeroes the first block of that content, as if the write of it had been cut short.
-fn tear(path: &Path, fill: u8) {
-    for number in 0..4 {
-        let name = path.join(format!("journal/{number:04}"));
-        let bytes = std::fs::read(&name).expect("a segment");
-        let at = bytes.chunks(BLOCK).position(|block| block.iter().all(|byte| *byte == fill));
-        if let Some(at) = at {
-            let file = std::fs::OpenOptions::new().write(true).open(&name).expect("opens");
-            return file.write_all_at(&[0; BLOCK], (at * BLOCK) as u64).expect("tears");
+/// Spoils the first block of that content, as if the write of it had been cut short.
+fn tear(disk: &MemoryDisk, fill: u8) {
+    for name in disk.names().into_iter().filter(|name| name.starts_with("journal/0")) {
+        let written = disk.written(&name).into_iter().map(|(block, _)| block);
+        let mut holding = written.filter(|block| disk.block(&name, *block).iter().all(|byte| *byte == fill));
+        if let Some(block) = holding.next() {
+            return (0..BLOCK as u64).for_each(|byte| disk.rot(&name, block * BLOCK as u64 + byte, fill));
         }
     }
     panic!("no block of {fill:#x}");
@@ -72,10 +54,10 @@ fn tear(path: &Path, fill: u8) {
 
 #[test]
 fn what_follows_two_torn_tails_is_not_cut_with_them() {
-    let place = tempfile::tempdir().expect("a place");
-    let path = place.path();
-    holdfast_env::real::run(async {
-        let directory = directory(path).await;
+    // Time stands still while there is work: no closing mark comes in between.
+    let disk = MemoryDisk::new(1);
+    simulate(1, async {
+        let directory = disk.directory();
         Journal::format(directory.clone(), &identity(), &options()).await.expect("formats");
         let (journal, _) = Journal::open(directory, &identity(), &options()).await.expect("opens");
         let log = journal.create_group(WHO).await.expect("creates");
@@ -87,23 +69,26 @@ fn what_follows_two_torn_tails_is_not_cut_with_them() {
         flushed(&log, 2).await;
     });
     // The first crash: the first of the two never arrived whole.
-    tear(path, 0xa1);
-    holdfast_env::real::run(async {
-        let log = recovered(path).await;
+    disk.kill();
+    tear(&disk, 0xa1);
+    simulate(2, async {
+        let log = recovered(&disk).await;
         assert_eq!(log.last().map(|id| id.index), Some(LogIndex(0)), "the torn tail is void");
         append(&log, entry(1, 0xb1, 1));
         flushed(&log, 1).await;
     });
     // The second crash: the batch that said so is torn, too.
-    tear(path, 0xb1);
-    holdfast_env::real::run(async {
-        let log = recovered(path).await;
+    disk.kill();
+    tear(&disk, 0xb1);
+    simulate(3, async {
+        let log = recovered(&disk).await;
         assert_eq!(log.last().map(|id| id.index), Some(LogIndex(0)), "the second torn tail is void");
         append(&log, entry(1, 0xc1, 1));
         flushed(&log, 1).await;
     });
-    holdfast_env::real::run(async {
-        let log = recovered(path).await;
+    disk.kill();
+    simulate(4, async {
+        let log = recovered(&disk).await;
         assert_eq!(log.last().map(|id| id.index), Some(LogIndex(1)), "an acknowledged entry is lost");
         let read = log.read(LogIndex(1), LogIndex(2), 1 << 20).await.expect("is read");
         assert_eq!(read, [entry(1, 0xc1, 1)]);

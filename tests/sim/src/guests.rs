@@ -236,6 +236,9 @@ pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
     let mut next_move = world.executor.time() + random.around(world.plan.move_every);
     while !stop.get() {
         world.sleep(random.range(50, 150) * MILLISECOND).await;
+        if stop.get() {
+            return; // whoever comes now would take the volume from the last guest
+        }
         let now = world.executor.time();
         if random.below(200) == 0 {
             guests.quiet_until.set(now + random.range(1, 7) * SECOND);
@@ -264,6 +267,9 @@ pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
                 }
             }));
             world.sleep(random.range(1, 200) * MILLISECOND).await;
+            if stop.get() {
+                return;
+            }
         }
         // Whether it got it is seen from the guest.
         let patience = Duration::from_secs(random.range(2, 20));
