@@ -295,7 +295,8 @@ impl Group {
     }
 
     fn not_leader(&self) -> GroupError {
-        GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) }
+        let another = self.leader().filter(|(leader, _)| *leader != self.id.replica);
+        GroupError::NotLeader { leader: another.map(|(_, store)| store) }
     }
 
     /// Whether a majority answers, from now on, that it follows this leader.

@@ -257,7 +257,10 @@ impl Volume {
             GroupError::NotLeader { leader } => {
                 DataReply::Elsewhere { leader, why: "this replica does not lead the volume's group".into() }
             }
-            GroupError::TimedOut => self.elsewhere("no quorum answered in time"),
+            // Whoever leads now, who was asked cannot show that it does.
+            GroupError::TimedOut => {
+                DataReply::Elsewhere { leader: None, why: "no quorum answered in time".into() }
+            }
             GroupError::Stopped(why) => self.elsewhere(format!("the replica has stopped: {why}")),
             GroupError::Refused(why) => DataReply::Failed(why),
         }
@@ -309,6 +312,10 @@ impl Volume {
 
     /// Whether a reader of this epoch and floor may be served now; otherwise what to answer.
     async fn admit_read(&self, epoch: Epoch, session: SessionId, floor: LogIndex) -> Result<(), DataReply> {
+        // A leader has nobody to send the reader to.
+        if self.log().is_hung() && !self.group.is_leader() {
+            return Err(self.elsewhere("the disk of this store hangs"));
+        }
         let reached = holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(floor)).await;
         if reached.is_err() {
             return Err(self.elsewhere("this replica has not applied far enough yet"));

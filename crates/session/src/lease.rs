@@ -58,7 +58,8 @@ async fn renew(session: &Rc<Session>) -> bool {
         }
         Ok((DataReply::Elsewhere { leader, why }, _)) => {
             tracing::debug!(%why, "the lease was not renewed");
-            session.members().set_leader(leader);
+            // A leader that cannot renew may have a successor that it has not heard of.
+            session.members().set_leader(leader.filter(|leader| *leader != to));
             false
         }
         Ok((other, _)) => {

@@ -174,6 +174,7 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
         counter("journal_entries", "Log entries written to the journal", one(usage.entries_written)),
         gauge("journal_size_bytes", "Bytes of all segments", one(usage.bytes_total)),
         gauge("journal_used_bytes", "Bytes of segments that are in use", one(usage.bytes_used)),
+        gauge("journal_hung", "Whether the disk does not answer for the journal", one(snapshot.hung.into())),
         gauge("journal_queue_records", "Records that wait for a batch", one(usage.waiting_records)),
         gauge("journal_queue_bytes", "Payload that waits for a batch", one(usage.waiting_bytes)),
         latency(

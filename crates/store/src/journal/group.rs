@@ -259,6 +259,11 @@ impl GroupLog {
         self.journal.has_room().await;
     }
 
+    /// Whether the disk below hangs: see [`super::Journal::is_hung`].
+    pub fn is_hung(&self) -> bool {
+        self.journal.is_hung()
+    }
+
     /// Keeps a vote: durable when it returns.
     pub async fn save_vote(&self, vote: Bytes) -> Result<(), StoreError> {
         assert!(vote.len() <= VOTE_BYTES_MAX, "a vote is small");

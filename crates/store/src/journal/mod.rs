@@ -17,6 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
@@ -31,6 +32,8 @@ use writer::State;
 
 use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
 
+/// A disk that has not answered for a batch after so long is taken to hang, until it does.
+pub const HUNG_AFTER: Duration = Duration::from_secs(2);
 const IDENTITY_FILE: &str = "journal/identity";
 const IDENTITY_MAGIC: u64 = 0x6873_6166_6964_3031;
 /// Goes up with every change of the journal's bytes, so that another version's journal is refused, not taken for empty.
@@ -123,6 +126,8 @@ struct Inner {
     changed: Notify,
     usage: Cell<JournalUsage>,
     flush_latency: RefCell<LatencyHistogram>,
+    /// Batches that the disk has not answered for in time.
+    overdue: Cell<u32>,
     /// What stands in line has become less.
     shorter: Notify,
     /// Payload that may be on its way into the journal, in KiB.
@@ -391,6 +396,11 @@ impl Journal {
             usage.bytes_cached += group.cached_bytes as u64;
         }
         usage
+    }
+
+    /// Whether the disk has not answered for a batch within [`HUNG_AFTER`].
+    pub fn is_hung(&self) -> bool {
+        self.0.overdue.get() > 0
     }
 
     /// How long batches took from their hand-over to the disk until they were durable.

@@ -1,6 +1,7 @@
 //! Writing batches, and reusing segments.
 
 use std::collections::VecDeque;
+use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +10,7 @@ use holdfast_env::disk::{ALIGNMENT, Durability};
 
 use super::format::{self, GroupState, List, Record};
 use super::group::{Done, Meta, Place};
-use super::{Journal, planted, segment_name};
+use super::{HUNG_AFTER, Journal, planted, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 /// Batches under way at once: one is written while the next gathers.
@@ -345,7 +346,7 @@ impl Journal {
         let durability = if skipped { Durability::Volatile } else { Durability::Durable };
         let write = file.write_at(batch.offset, batch.buffer, durability);
         holdfast_env::spawn("journal-batch", async move {
-            match write.await {
+            match journal.watched(write).await {
                 Ok(_) => {
                     let took = Instant::now().since(began);
                     journal.0.flush_latency.borrow_mut().record(took);
@@ -354,6 +355,20 @@ impl Journal {
                 Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
             }
         });
+    }
+
+    /// The outcome of a write to the disk; meanwhile the store is known to hang if it takes too long.
+    async fn watched<T>(&self, mut write: impl Future<Output = T> + Unpin) -> T {
+        if let Ok(outcome) = holdfast_env::timeout(HUNG_AFTER, &mut write).await {
+            return outcome;
+        }
+        let (store, overdue) = (self.0.identity.store, &self.0.overdue);
+        tracing::warn!(%store, after = ?HUNG_AFTER, "the disk hangs: it does not answer for a write of the journal");
+        overdue.set(overdue.get() + 1);
+        let outcome = write.await;
+        overdue.set(overdue.get() - 1);
+        tracing::warn!(%store, "the disk has answered");
+        outcome
     }
 
     /// Makes the next batch, if there is something to write and room for it.

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
@@ -27,6 +28,8 @@ pub enum Fault {
     Misdirect(u64),
     /// A write is reported as durable and never reaches the medium.
     Lose,
+    /// A write ends only after so long.
+    Hang(Duration),
 }
 
 /// What a power cut leaves of a block's write that was not flushed.
@@ -395,6 +398,9 @@ impl File for Handle {
         let this = Self { disk: self.disk.clone(), id: self.id };
         async move {
             this.disk.turn().await;
+            if let Some(Fault::Hang(long)) = fault {
+                holdfast_env::sleep(long).await;
+            }
             started?;
             if durability == Durability::Durable {
                 this.disk.disk.borrow_mut().flushes += 1;

@@ -116,7 +116,8 @@ impl VolumeData {
                 line.incarnation = self.0.identity.incarnation;
             }
         }
-        // Giving back nothing changes nothing. It counts in a chunk that changes otherwise: its mark tells of all of it.
+        // Giving back nothing changes nothing. It counts in a chunk that changes otherwise: its mark tells of all of it
+        // (INV-MARK).
         lines.retain(|chunk, (_, line)| present.contains(chunk) || line.is_present());
         Ok(lines)
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use holdfast_store::StoreError;
-use holdfast_store::journal::{Journal, Recovery};
+use holdfast_store::journal::{HUNG_AFTER, Journal, Recovery};
 use holdfast_store::testing::{Fault, MemoryDisk, Tear, simulate};
 
 use crate::life::{Life, formatted, identity, live, options};
@@ -184,4 +184,32 @@ fn a_journal_of_another_format_is_refused_not_taken_for_empty() {
         matches!(&refused, Err(StoreError::Damaged { why, .. }) if why.contains("version")),
         "{refused:?}"
     );
+}
+
+#[test]
+fn a_disk_that_hangs_is_noticed_and_forgiven() {
+    let (disk, groups) = prepared(1);
+    simulate(1, async {
+        let (journal, _) = Journal::open(disk.directory(), &identity(), &options()).await.expect("opens");
+        let life = Life { journal: journal.clone(), groups: groups.clone() };
+        holdfast_env::sleep(Duration::from_millis(500)).await;
+        let long = HUNG_AFTER / 2;
+        disk.at(disk.operations(), Fault::Hang(long));
+        life.append(who(0), 1);
+        holdfast_env::sleep(long * 3).await;
+        assert!(!journal.is_hung(), "a slow write is no hung disk");
+        // Two batches are under way at once: the store hangs once, and until both have ended.
+        disk.at(disk.operations(), Fault::Hang(HUNG_AFTER * 2));
+        disk.at(disk.operations() + 1, Fault::Hang(HUNG_AFTER * 3));
+        life.append(who(0), 1);
+        holdfast_env::sleep(Duration::from_millis(1)).await;
+        life.append(who(1), 1);
+        holdfast_env::sleep(HUNG_AFTER + long).await;
+        assert!(journal.is_hung());
+        holdfast_env::sleep(HUNG_AFTER).await;
+        assert!(journal.is_hung(), "the second batch still hangs");
+        life.settle().await;
+        assert_eq!((journal.is_hung(), journal.failed()), (false, None));
+    });
+    live(&disk, &groups, 3, |life| async move { life.settle().await }).expect("nothing is lost");
 }
