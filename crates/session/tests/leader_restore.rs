@@ -4,89 +4,15 @@
 
 mod group;
 
-use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use futures_util::future::LocalBoxFuture;
-use group::{GROUP, Member, Switch, attach, begin, block, start, start_on};
-use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, FileSize, OpenMode, Space};
+use group::stalling::Stall;
+use group::{GROUP, Member, Switch, attach, begin, block, first_leads, start, start_on};
 use holdfast_protocol::planted;
-use holdfast_types::{BlockIndex, BlockRange, ReplicaId, StoreId};
-
-/// A disk that stops completing what it is asked to write.
-struct StallingDirectory {
-    inner: Rc<dyn Directory>,
-    stalled: Rc<Cell<bool>>,
-}
-
-struct StallingFile {
-    inner: Rc<dyn File>,
-    stalled: Rc<Cell<bool>>,
-}
-
-impl Directory for StallingDirectory {
-    fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>> {
-        let (opening, stalled) = (self.inner.open(name, mode), self.stalled.clone());
-        Box::pin(async move {
-            let file: Rc<dyn File> = Rc::new(StallingFile { inner: opening.await?, stalled });
-            Ok(file)
-        })
-    }
-    fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
-        self.inner.list(prefix)
-    }
-    fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.remove(name)
-    }
-    fn rename(&self, from: &str, to: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.rename(from, to)
-    }
-    fn sync(&self) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.sync()
-    }
-    fn space(&self) -> LocalBoxFuture<'static, io::Result<Space>> {
-        self.inner.space()
-    }
-}
-
-impl File for StallingFile {
-    fn write_at(
-        &self,
-        offset: u64,
-        buffer: AlignedBuffer,
-        durability: Durability,
-    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
-        if self.stalled.get() {
-            return Box::pin(std::future::pending());
-        }
-        self.inner.write_at(offset, buffer, durability)
-    }
-    fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
-        self.inner.read_at(offset, length)
-    }
-    fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
-        if self.stalled.get() {
-            return Box::pin(std::future::pending());
-        }
-        self.inner.flush()
-    }
-    fn allocate(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.allocate(offset, length)
-    }
-    fn punch(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.punch(offset, length)
-    }
-    fn set_length(&self, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.inner.set_length(length)
-    }
-    fn size(&self) -> LocalBoxFuture<'static, io::Result<FileSize>> {
-        self.inner.size()
-    }
-}
+use holdfast_types::{BlockIndex, BlockRange, StoreId};
 
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("makes a directory");
@@ -106,30 +32,13 @@ async fn within<T>(seconds: u64, what: &str, work: impl Future<Output = T>) -> R
     done.map_err(|_| format!("{what}: not within {seconds} s"))
 }
 
-/// The first member leads.
-async fn first_leads(members: &[Member]) {
-    let group = |member: &Member| member.host.volume(GROUP).expect("runs").group().clone();
-    loop {
-        if group(&members[0]).is_leader() {
-            return;
-        }
-        if let Some(leader) = members.iter().map(group).find(|group| group.is_leader()) {
-            // It may have lost its place meanwhile: look again either way.
-            drop(leader.transfer_to(ReplicaId(1)).await);
-        }
-        holdfast_env::sleep(Duration::from_millis(10)).await;
-    }
-}
-
 /// A leader whose disk stalls has a write acknowledged by its followers, is killed, and starts again on what its disk
 /// held. What was acknowledged must be there, and the replicas equal.
 async fn attack(place: &Path) -> Result<(), String> {
     let switch = Rc::new(Switch::default());
-    let stalled = Rc::new(Cell::new(false));
+    let stall = Stall::default();
     let path = place.join("n1");
-    let stalling =
-        |inner| -> Rc<dyn Directory> { Rc::new(StallingDirectory { inner, stalled: stalled.clone() }) };
-    let mut members = vec![start_on(&path, &switch, 1, true, stalling).await];
+    let mut members = vec![start_on(&path, &switch, 1, true, |inner| stall.over(inner)).await];
     for number in 2..=3 {
         members.push(start(place, &switch, number, true).await);
     }
@@ -138,7 +47,7 @@ async fn attack(place: &Path) -> Result<(), String> {
     let session = attach(&members[1], false).await.map_err(|error| error.to_string())?;
     let at = |block| BlockRange::new(BlockIndex(block), 1);
     session.write(at(0), block(1, 1)).await.map_err(|error| error.to_string())?;
-    stalled.set(true);
+    stall.begin();
     let written =
         within(20, "a write that only the followers flush", session.write(at(0), block(2, 1))).await?;
     written.map_err(|error| error.to_string())?;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 mod slow;
+pub mod stalling;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -171,4 +172,19 @@ pub async fn members(place: &Path, switch: &Rc<Switch>) -> Vec<Member> {
     }
     begin(&members).await;
     members
+}
+
+/// The first member leads.
+pub async fn first_leads(members: &[Member]) {
+    let group = |member: &Member| member.host.volume(GROUP).expect("runs").group().clone();
+    loop {
+        if group(&members[0]).is_leader() {
+            return;
+        }
+        if let Some(leader) = members.iter().map(group).find(|group| group.is_leader()) {
+            // It may have lost its place meanwhile: look again either way.
+            drop(leader.transfer_to(ReplicaId(1)).await);
+        }
+        holdfast_env::sleep(Duration::from_millis(10)).await;
+    }
 }

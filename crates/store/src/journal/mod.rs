@@ -20,6 +20,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use holdfast_env::Instant;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
 use holdfast_types::{
     ClusterId, DecodeError, GroupId, LatencyHistogram, NodeName, Reader, ReplicaId, StoreId, Writer,
@@ -126,8 +127,6 @@ struct Inner {
     changed: Notify,
     usage: Cell<JournalUsage>,
     flush_latency: RefCell<LatencyHistogram>,
-    /// Batches that the disk has not answered for in time.
-    overdue: Cell<u32>,
     /// What stands in line has become less.
     shorter: Notify,
     /// Payload that may be on its way into the journal, in KiB.
@@ -400,7 +399,7 @@ impl Journal {
 
     /// Whether the disk has not answered for a batch within [`HUNG_AFTER`].
     pub fn is_hung(&self) -> bool {
-        self.0.overdue.get() > 0
+        self.0.state.borrow().oldest_batch().is_some_and(|since| Instant::now().since(since) > HUNG_AFTER)
     }
 
     /// How long batches took from their hand-over to the disk until they were durable.

@@ -312,7 +312,6 @@ pub(super) async fn open(
         shorter: Notify::new(),
         usage: Cell::new(JournalUsage::default()),
         flush_latency: RefCell::default(),
-        overdue: Cell::new(0),
         admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
         options,
     };

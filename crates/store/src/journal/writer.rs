@@ -1,7 +1,6 @@
 //! Writing batches, and reusing segments.
 
 use std::collections::VecDeque;
-use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -39,6 +38,7 @@ pub(super) struct Queued {
 
 struct InFlight {
     seq: u64,
+    since: Instant,
     ended: bool,
     entries: Vec<(ReplicaIdentity, EntryId)>,
     done: Vec<Done>,
@@ -139,6 +139,10 @@ impl State {
         }
     }
 
+    /// When the oldest batch that is not durable was handed to the disk.
+    pub(super) fn oldest_batch(&self) -> Option<Instant> {
+        self.in_flight.front().map(|batch| batch.since)
+    }
     pub(super) fn used_segments(&self) -> usize {
         self.used.len()
     }
@@ -346,29 +350,18 @@ impl Journal {
         let durability = if skipped { Durability::Volatile } else { Durability::Durable };
         let write = file.write_at(batch.offset, batch.buffer, durability);
         holdfast_env::spawn("journal-batch", async move {
-            match journal.watched(write).await {
+            match write.await {
                 Ok(_) => {
                     let took = Instant::now().since(began);
                     journal.0.flush_latency.borrow_mut().record(took);
+                    if took > HUNG_AFTER {
+                        tracing::warn!(store = %journal.0.identity.store, ?took, "the disk hung, and has answered");
+                    }
                     journal.completed(batch.seq);
                 }
                 Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
             }
         });
-    }
-
-    /// The outcome of a write to the disk; meanwhile the store is known to hang if it takes too long.
-    async fn watched<T>(&self, mut write: impl Future<Output = T> + Unpin) -> T {
-        if let Ok(outcome) = holdfast_env::timeout(HUNG_AFTER, &mut write).await {
-            return outcome;
-        }
-        let (store, overdue) = (self.0.identity.store, &self.0.overdue);
-        tracing::warn!(%store, after = ?HUNG_AFTER, "the disk hangs: it does not answer for a write of the journal");
-        overdue.set(overdue.get() + 1);
-        let outcome = write.await;
-        overdue.set(overdue.get() - 1);
-        tracing::warn!(%store, "the disk has answered");
-        outcome
     }
 
     /// Makes the next batch, if there is something to write and room for it.
@@ -437,7 +430,7 @@ impl Journal {
         state.last = (seq, list.crc);
         state.head_block += list.total_blocks;
         let segment = state.head;
-        state.in_flight.push_back(InFlight { seq, ended: false, entries, done });
+        state.in_flight.push_back(InFlight { seq, since: Instant::now(), ended: false, entries, done });
         let payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
         Batch { seq, segment, offset: start, buffer, payload_bytes }
     }
