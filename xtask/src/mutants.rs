@@ -30,6 +30,11 @@ const MUTANTS: &[Mutant] = &[
         by: By::Attack(&["kills", "--kills", "24", "--seed", "1", "--disk", "discard"]),
     },
     Mutant {
+        name: "skip-epoch-check",
+        breaks: "INV-FENCE: a write of an old epoch is accepted",
+        by: By::Attack(&["scenarios", "--seed", "1", "--rounds", "3", "partition", "pause"]),
+    },
+    Mutant {
         name: "leader-restore",
         breaks: "INV-TERM: a restarted leader leads on in its old term",
         by: By::Test(&[

@@ -9,14 +9,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub const USAGE: &str = "cargo xtask sim [--seeds N] [--from S] [--seed S] [--trace] [--check-determinism] \
 [--plant FAULT] [--keep-going] [--profile dev|release]";
 
-/// Faults that the simulation must find, each from a first seed on within so many.
-///
-/// Those that `holdfast_protocol` guards alone are found by its model; here the leader's own gate stands before them.
-const MUTANTS: [(&str, u64, u64); 4] = [
+/// Faults that the simulation must find, each from a first seed on within so many. The last three it does not find yet
+/// (docs/simulation.md), and the command says so.
+const MUTANTS: [(&str, u64, u64); 7] = [
     ("skip-epoch-check", 1, 60),
     ("leader-restore", 1, 60),
     ("skip-journal-flush", 1, 20),
     ("append-clock", 1_795_595_456, 500),
+    ("unsettled-ignored", 1, 200),
+    ("retry-applied-twice", 1, 200),
+    ("attach-without-compare", 1, 200),
 ];
 
 /// Fresh seeds of the suite.
