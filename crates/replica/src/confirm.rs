@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use holdfast_env::net::Lane;
 use holdfast_types::ReplicaId;
 
 use crate::config::{Membership, Vote};
@@ -26,7 +27,9 @@ pub(crate) async fn majority_follows(
     let mut following = BTreeSet::from([networks.local.0]);
     let others = membership.voter_ids().filter(|voter| ReplicaId(*voter) != networks.local);
     let mut answers: FuturesUnordered<_> = others
-        .filter_map(|voter| Some((voter, networks.asking(voter, membership.get_node(&voter)?))))
+        .filter_map(|voter| {
+            Some((voter, networks.client(voter, membership.get_node(&voter)?, Lane::Control)))
+        })
         .map(|(voter, client)| async move { (voter, client.follows(vote, deadline).await) })
         .collect();
     while !is_quorum(membership, &following) {

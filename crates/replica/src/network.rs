@@ -59,7 +59,7 @@ pub(crate) struct Client {
 }
 
 impl Networks {
-    fn client(&self, target: u64, peer: &Peer, lane: Lane) -> Client {
+    pub(crate) fn client(&self, target: u64, peer: &Peer, lane: Lane) -> Client {
         Client {
             rpc: self.rpc.clone(),
             group: self.group,
@@ -69,13 +69,6 @@ impl Networks {
             lane,
             counters: self.counters.clone(),
         }
-    }
-}
-
-impl Networks {
-    /// A client that asks a voter whether it still follows.
-    pub(crate) fn asking(&self, target: u64, peer: &Peer) -> Client {
-        self.client(target, peer, Lane::Control)
     }
 }
 
@@ -131,20 +124,24 @@ impl Client {
         });
     }
 
+    async fn append(
+        &self,
+        request: &AppendEntriesRequest<Types>,
+        deadline: Duration,
+    ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
+        let mut head = self.head(Method::Append);
+        let body = codec::append_request(request, &mut head);
+        self.note_append(request, &body);
+        let answer = self.call(self.lane, head, body, deadline).await?;
+        codec::append_response_from(&answer).map_err(malformed)
+    }
+
     /// Whether the voter still follows the leader of `vote`: an append of nothing after nothing, which is refused only
     /// if the voter has given its vote to another.
     pub(crate) async fn follows(&self, vote: Vote, deadline: Duration) -> bool {
-        let request = AppendEntriesRequest::<Types> {
-            vote,
-            prev_log_id: None,
-            entries: Vec::new(),
-            leader_commit: None,
-        };
-        let mut head = self.head(Method::Append);
-        let body = codec::append_request(&request, &mut head);
-        self.note_append(&request, &body);
-        let Ok(answer) = self.call(self.lane, head, body, deadline).await else { return false };
-        matches!(codec::append_response_from(&answer), Ok(AppendEntriesResponse::Success))
+        let nothing =
+            AppendEntriesRequest { vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+        matches!(self.append(&nothing, deadline).await, Ok(AppendEntriesResponse::Success))
     }
 
     fn start_append(&self, stream: u64, request: &AppendEntriesRequest<Types>) -> Pending {
@@ -165,11 +162,7 @@ impl RaftNetworkV2<Types> for Client {
         request: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
-        let mut head = self.head(Method::Append);
-        let body = codec::append_request(&request, &mut head);
-        self.note_append(&request, &body);
-        let answer = self.call(self.lane, head, body, option.hard_ttl()).await?;
-        codec::append_response_from(&answer).map_err(malformed)
+        self.append(&request, option.hard_ttl()).await
     }
 
     fn stream_append<'s, S>(

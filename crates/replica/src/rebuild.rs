@@ -455,8 +455,8 @@ pub(crate) async fn pull(
     Ok(Received { staged: Rc::new(StagedContent(staging)), serve_floor, bytes })
 }
 
-/// Chunks whose change marks differ. Equal marks of one incarnation mean equal content (INV-MARK): both replicas hold what the
-/// same prefix of the same log made of the chunk. (A replica that may not serve yet holds blocks newer or older than
+/// Chunks whose change marks differ. Equal marks of one incarnation mean equal content (INV-MARK): both replicas hold
+/// what the same prefix of the same log made of the chunk. (A replica that may not serve yet holds blocks newer or older than
 /// its marks say. Index zero, which no change has, equals nobody's.)
 fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<ChunkIndex> {
     let mine: BTreeMap<ChunkIndex, &ChunkSummary> =
