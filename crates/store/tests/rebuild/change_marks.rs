@@ -1,26 +1,17 @@
 //! Change marks decide which chunks a rebuild compares at all. Two replicas that have applied prefixes of one log, and
 //! have cleaned at whatever moments, may show equal marks of a chunk only if its content is equal.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 
-use bytes::Bytes;
-use futures_util::future::LocalBoxFuture;
-use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::RealDirectory;
-use holdfast_store::volume::{
-    BlockSum, Checkpoint, CheckpointSource, Clear, PayloadSource, ReplicaFileIdentity, VolumeData,
-};
-use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
-use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, CHUNK_BLOCKS, ChunkIndex, ClusterId, GroupId, LogIndex,
-    NodeName, ReplicaId, StoreId, VolumeId, block_checksum,
-};
+use holdfast_store::volume::{BlockSum, Clear, VolumeData};
+use holdfast_types::{BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, LogIndex};
 use proptest::prelude::*;
 
-const CHUNKS: u64 = 2;
-const SIZE: ByteSize = ByteSize(CHUNKS * CHUNK_BLOCKS * BLOCK_BYTES as u64);
+use crate::replica::{At, Log, replica, write};
+
+/// Chunks that the steps touch.
+const CHUNKS: u32 = 2;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -28,62 +19,13 @@ enum Step {
     Clear(u64, u32, bool),
 }
 
-/// A log that both replicas have; all of it is flushed.
-#[derive(Default)]
-struct Log(RefCell<BTreeMap<u64, Bytes>>);
-
-impl PayloadSource for Log {
-    fn flushed(&self) -> LogIndex {
-        LogIndex(u64::MAX)
-    }
-    fn read_payload(
-        &self,
-        index: LogIndex,
-        block: u32,
-        blocks: u32,
-    ) -> LocalBoxFuture<'static, Result<Bytes, StoreError>> {
-        let found = self.0.borrow().get(&index.0).cloned();
-        let (from, bytes) = (block as usize * BLOCK_BYTES, blocks as usize * BLOCK_BYTES);
-        let found = found.map(|whole| whole.slice(from..from + bytes));
-        Box::pin(async move { found.ok_or_else(|| StoreError::Failed("no such entry".into())) })
-    }
-}
-
-fn checkpoint(index: u64) -> Checkpoint {
-    Checkpoint { id: EntryId { index: LogIndex(index), ..EntryId::default() }, ..Checkpoint::default() }
-}
-
-struct At(u64);
-
-impl CheckpointSource for At {
-    fn capture(&self) -> Checkpoint {
-        checkpoint(self.0)
-    }
-}
-
 /// Makes a replica and applies `steps` to it; it cleans after those that `cleans` names.
-async fn replica(place: &std::path::Path, log: &Rc<Log>, steps: &[Step], cleans: &[bool]) -> VolumeData {
-    let directory: Rc<dyn Directory> = RealDirectory::open(place).expect("opens");
-    let identity = ReplicaFileIdentity {
-        cluster: ClusterId(1),
-        store: StoreId(1),
-        node: NodeName::new("n"),
-        volume: VolumeId(1),
-        id: ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) },
-        incarnation: 1,
-    };
-    let data = VolumeData::create(directory, identity, Bytes::new(), checkpoint(0), log.clone()).await;
-    let data = data.expect("creates");
-    data.set_size(SIZE);
+async fn after(place: &Path, log: &Rc<Log>, steps: &[Step], cleans: &[bool]) -> VolumeData {
+    let data = replica(place, log).await;
     for (index, (step, clean)) in (1..).zip(steps.iter().zip(cleans)) {
         match step {
             Step::Write(start, count) => {
-                let range = BlockRange::new(BlockIndex(*start), *count);
-                let payload = Bytes::from(vec![index as u8; range.bytes() as usize]);
-                let blocks = range.blocks().zip(payload.chunks_exact(BLOCK_BYTES));
-                let sums: Vec<u32> = blocks.map(|(block, data)| block_checksum(block, data)).collect();
-                log.0.borrow_mut().insert(index, payload);
-                data.apply_write(LogIndex(index), range, &sums);
+                write(&data, log, index, BlockRange::new(BlockIndex(*start), *count), index as u8);
             }
             Step::Clear(start, count, trim) => {
                 let how = if *trim { Clear::Trim } else { Clear::Zero };
@@ -99,9 +41,8 @@ async fn replica(place: &std::path::Path, log: &Rc<Log>, steps: &[Step], cleans:
 
 /// The marks of `receiver`'s home and of `source`, and what they stand for.
 async fn check(receiver: &VolumeData, source: &VolumeData) {
-    let count = CHUNKS as u32;
-    let ours = receiver.home_summaries(ChunkIndex(0), count).await.expect("is read");
-    let theirs = source.chunk_summaries(ChunkIndex(0), count).await.expect("is read");
+    let ours = receiver.home_summaries(ChunkIndex(0), CHUNKS).await.expect("is read");
+    let theirs = source.chunk_summaries(ChunkIndex(0), CHUNKS).await.expect("is read");
     for theirs in theirs {
         let mark = (theirs.incarnation, theirs.last_index);
         let ours = ours.iter().find(|ours| ours.chunk == theirs.chunk);
@@ -149,10 +90,10 @@ proptest! {
             let log = Rc::new(Log::default());
             let (ours, theirs): (Vec<bool>, Vec<bool>) = cleans.into_iter().unzip();
             let shorter = steps.len().saturating_sub(behind);
-            let receiver = replica(&place.path().join("a"), &log, &steps[..shorter], &ours).await;
+            let receiver = after(&place.path().join("a"), &log, &steps[..shorter], &ours).await;
             // As a rebuild does before it compares.
             receiver.clean(&At(shorter as u64)).await.expect("is cleaned");
-            let source = replica(&place.path().join("b"), &log, &steps, &theirs).await;
+            let source = after(&place.path().join("b"), &log, &steps, &theirs).await;
             check(&receiver, &source).await;
             source.clean(&At(steps.len() as u64)).await.expect("is cleaned");
             check(&receiver, &source).await;
@@ -167,8 +108,8 @@ fn a_trim_before_the_first_data_comes_home_is_marked() {
     holdfast_env::real::run(async {
         let log = Rc::new(Log::default());
         let steps = [Step::Write(0, 4), Step::Write(9, 1), Step::Clear(0, 4, true)];
-        let receiver = replica(&place.path().join("a"), &log, &steps[..2], &[false, true]).await;
-        let source = replica(&place.path().join("b"), &log, &steps, &[false, false, true]).await;
+        let receiver = after(&place.path().join("a"), &log, &steps[..2], &[false, true]).await;
+        let source = after(&place.path().join("b"), &log, &steps, &[false, false, true]).await;
         check(&receiver, &source).await;
     });
 }

@@ -1,54 +1,12 @@
 //! A replica that is being rebuilt goes on applying what it has in its log: none of that may show after the switch.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use futures_util::future::LocalBoxFuture;
-use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::RealDirectory;
-use holdfast_store::volume::{
-    BlockSum, Checkpoint, CheckpointSource, PayloadSource, ReplicaFileIdentity, VolumeData,
-};
-use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
-use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, ChunkIndex, ClusterId, GroupId, LogIndex, NodeName,
-    ReplicaId, StoreId, VolumeId, block_checksum,
-};
+use holdfast_store::volume::{BlockSum, Checkpoint, CheckpointSource, VolumeData};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, ChunkIndex, LogIndex, block_checksum};
 
-const SIZE: ByteSize = ByteSize(1 << 20);
-
-/// Entries of one block each, all of them flushed.
-#[derive(Default)]
-struct Log(RefCell<BTreeMap<u64, Bytes>>);
-
-impl PayloadSource for Log {
-    fn flushed(&self) -> LogIndex {
-        LogIndex(u64::MAX)
-    }
-    fn read_payload(
-        &self,
-        index: LogIndex,
-        _: u32,
-        _: u32,
-    ) -> LocalBoxFuture<'static, Result<Bytes, StoreError>> {
-        let found = self.0.borrow().get(&index.0).cloned();
-        Box::pin(async move { found.ok_or_else(|| StoreError::Failed("no such entry".into())) })
-    }
-}
-
-struct At(u64);
-
-impl CheckpointSource for At {
-    fn capture(&self) -> Checkpoint {
-        checkpoint(self.0)
-    }
-}
-
-fn checkpoint(index: u64) -> Checkpoint {
-    Checkpoint { id: EntryId { index: LogIndex(index), ..EntryId::default() }, ..Checkpoint::default() }
-}
+use crate::replica::{At, Log, SIZE, checkpoint, replica};
 
 fn block(index: u64) -> BlockRange {
     BlockRange::new(BlockIndex(index), 1)
@@ -63,24 +21,7 @@ fn sum(at: u64, fill: u8) -> u32 {
 }
 
 fn write(data: &VolumeData, log: &Log, index: u64, at: u64, fill: u8) {
-    log.0.borrow_mut().insert(index, content(fill));
-    data.apply_write(LogIndex(index), block(at), &[sum(at, fill)]);
-}
-
-async fn replica(place: &std::path::Path, log: &Rc<Log>) -> VolumeData {
-    let directory: Rc<dyn Directory> = RealDirectory::open(place).expect("opens");
-    let identity = ReplicaFileIdentity {
-        cluster: ClusterId(1),
-        store: StoreId(1),
-        node: NodeName::new("n"),
-        volume: VolumeId(1),
-        id: ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) },
-        incarnation: 1,
-    };
-    let data = VolumeData::create(directory, identity, Bytes::new(), checkpoint(0), log.clone()).await;
-    let data = data.expect("creates");
-    data.set_size(SIZE);
-    data
+    crate::replica::write(data, log, index, block(at), fill);
 }
 
 async fn read(data: &VolumeData, at: u64) -> u8 {

@@ -1,0 +1,5 @@
+//! What a rebuild rests on, seen from the store: which chunks it compares, and what it leaves of the old content.
+
+mod change_marks;
+mod meets_apply;
+mod replica;
