@@ -6,14 +6,18 @@
 use bytes::Bytes;
 use holdfast_types::{
     AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, NodeName, OnQuorumLoss, ReadPolicy,
-    Reader, Seq, SessionId, StoreId, Writer, limits,
+    Reader, Seq, SessionId, SnapshotId, StoreId, Writer, limits,
 };
 
 use crate::refusal::Refusal;
 use crate::window::SEQ_MAX;
 
 /// The newest feature level that this version knows.
-pub const FEATURE_LEVEL: u16 = 1;
+pub const FEATURE_LEVEL: u16 = LEVEL_SNAPSHOTS;
+/// The level of everything that is not newer.
+pub(crate) const LEVEL_FIRST: u16 = 1;
+/// The level of snapshots.
+pub(crate) const LEVEL_SNAPSHOTS: u16 = 2;
 
 /// Who sends a data command, and which one it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,6 +113,28 @@ pub enum VolumeCommand {
         /// Which replica serves reads.
         read_policy: ReadPolicy,
     },
+    /// Freeze what the volume holds. Whether or not it is attached: everything applied before is in it.
+    Snapshot {
+        /// Drawn by who asks for it: a repetition names the same one.
+        id: SnapshotId,
+        /// Its name, unique among the volume's living snapshots.
+        name: String,
+        /// Wall time of who asks for it, in milliseconds since 1970. For people only; nothing depends on it.
+        created_ms: u64,
+    },
+    /// Forget a snapshot; what only it holds is given back. Done already if there is none of that id.
+    DropSnapshot {
+        /// Which.
+        id: SnapshotId,
+    },
+    /// Throw away what was changed after the newest snapshot. Only while nobody holds the volume.
+    RestoreSnapshot {
+        /// Which.
+        id: SnapshotId,
+        /// The epoch that the sender believes current: one that arrives late, after another has attached, must not
+        /// throw away what that wrote.
+        epoch: Epoch,
+    },
 }
 
 const WRITE: u8 = 1;
@@ -119,6 +145,9 @@ const DETACH: u8 = 5;
 const SETTLED: u8 = 6;
 const RESIZE: u8 = 7;
 const SET_POLICY: u8 = 8;
+const SNAPSHOT: u8 = 9;
+const DROP_SNAPSHOT: u8 = 10;
+const RESTORE_SNAPSHOT: u8 = 11;
 
 fn malformed(why: String) -> Result<(), Refusal> {
     Err(Refusal::Malformed(why))
@@ -214,6 +243,21 @@ impl VolumeCommand {
         }
     }
 
+    /// The feature level that a replica needs to apply it.
+    pub fn level(&self) -> u16 {
+        match self {
+            Self::Snapshot { .. } | Self::DropSnapshot { .. } | Self::RestoreSnapshot { .. } => {
+                LEVEL_SNAPSHOTS
+            }
+            _ => LEVEL_FIRST,
+        }
+    }
+
+    /// Whether it makes, drops or restores a snapshot.
+    pub fn is_of_snapshots(&self) -> bool {
+        self.level() == LEVEL_SNAPSHOTS
+    }
+
     /// The blocks that a data command touches.
     pub fn range(&self) -> Option<BlockRange> {
         match self {
@@ -277,6 +321,13 @@ impl VolumeCommand {
             Self::SetPolicy { on_quorum_loss: OnQuorumLoss::Error { after_seconds: 0 }, .. } => {
                 malformed("an error after 0 seconds: give at least 1".into())
             }
+            Self::Snapshot { id: SnapshotId::NIL, .. }
+            | Self::DropSnapshot { id: SnapshotId::NIL }
+            | Self::RestoreSnapshot { id: SnapshotId::NIL, .. } => malformed("a snapshot needs an id".into()),
+            Self::Snapshot { name, .. } => {
+                limits::check_name("snapshot", name).or_else(|error| malformed(error.to_string()))
+            }
+            Self::DropSnapshot { .. } | Self::RestoreSnapshot { .. } => Ok(()),
             Self::Detach { .. } | Self::Settled { .. } | Self::SetPolicy { .. } => Ok(()),
         }
     }
@@ -284,7 +335,7 @@ impl VolumeCommand {
     /// The command as bytes; see docs/FORMAT.md.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::with_capacity(96);
-        out.u16(FEATURE_LEVEL);
+        out.u16(self.level());
         match self {
             Self::Write { tag, range, checksums } => {
                 out.u8(WRITE);
@@ -332,6 +383,21 @@ impl VolumeCommand {
                 out.u8(SET_POLICY);
                 put_policy(&mut out, *on_quorum_loss, *read_policy);
             }
+            Self::Snapshot { id, name, created_ms } => {
+                out.u8(SNAPSHOT);
+                id.encode(&mut out);
+                out.text(name);
+                out.u64(*created_ms);
+            }
+            Self::DropSnapshot { id } => {
+                out.u8(DROP_SNAPSHOT);
+                id.encode(&mut out);
+            }
+            Self::RestoreSnapshot { id, epoch } => {
+                out.u8(RESTORE_SNAPSHOT);
+                id.encode(&mut out);
+                epoch.encode(&mut out);
+            }
         }
         out.finish()
     }
@@ -341,8 +407,10 @@ impl VolumeCommand {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes);
         let input = &mut reader;
-        check_level(input.u16()?)?;
-        let command = match input.u8()? {
+        let level = input.u16()?;
+        check_level(level)?;
+        let kind = input.u8()?;
+        let command = match kind {
             WRITE => {
                 let tag = Tag::decode(input)?;
                 let range = BlockRange::decode(input)?;
@@ -374,8 +442,20 @@ impl VolumeCommand {
                 let (on_quorum_loss, read_policy) = get_policy(input)?;
                 Self::SetPolicy { on_quorum_loss, read_policy }
             }
+            SNAPSHOT => Self::Snapshot {
+                id: SnapshotId::decode(input)?,
+                name: input.text(limits::NAME_LENGTH_MAX)?,
+                created_ms: input.u64()?,
+            },
+            DROP_SNAPSHOT => Self::DropSnapshot { id: SnapshotId::decode(input)? },
+            RESTORE_SNAPSHOT => {
+                Self::RestoreSnapshot { id: SnapshotId::decode(input)?, epoch: Epoch::decode(input)? }
+            }
             other => return Err(DecodeError::Unknown { what: "volume command", value: other.into() }),
         };
+        if level < command.level() {
+            return Err(DecodeError::Unknown { what: "volume command at this level", value: kind.into() });
+        }
         reader.end()?;
         Ok(command)
     }

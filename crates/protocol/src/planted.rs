@@ -2,12 +2,15 @@
 //! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
 /// Every fault that can be planted, and the invariant that it breaks.
-pub const KNOWN: [(&str, &str); 8] = [
+pub const KNOWN: [(&str, &str); 11] = [
     ("skip-epoch-check", "INV-FENCE"),
     ("attach-without-compare", "INV-FENCE"),
     ("retry-applied-twice", "INV-ONCE"),
     ("late-write-applied", "INV-LATE"),
     ("unsettled-ignored", "INV-SETTLE"),
+    ("snapshot-made-twice", "INV-SNAPSHOT"),
+    ("restore-without-compare", "INV-RESTORE"),
+    ("restore-while-held", "INV-RESTORE"),
     ("drift-ignored", "INV-LEASE"),
     ("append-clock", "INV-LEASE"),
     ("leader-restore", "INV-TERM"),

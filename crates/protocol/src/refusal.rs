@@ -63,6 +63,42 @@ pub enum Refusal {
     /// The command is wrong by itself.
     #[error("the command is malformed: {0}")]
     Malformed(String),
+    /// Another snapshot of the volume has the name.
+    #[error("the volume has a snapshot of that name: choose another name, or delete it first")]
+    SnapshotNameTaken,
+    /// No more snapshots.
+    #[error(
+        "the volume has {} snapshots, as many as it can have: delete some first",
+        limits::SNAPSHOTS_PER_VOLUME_MAX
+    )]
+    SnapshotsFull,
+    /// There is no such snapshot.
+    #[error("the volume has no such snapshot: `holdfast snapshot list` shows those it has")]
+    NoSuchSnapshot,
+    /// The snapshot was deleted, perhaps before it was made: a late repetition does not bring it back.
+    #[error("the snapshot was deleted meanwhile: ask for a new one")]
+    SnapshotDropped,
+    /// Only the newest snapshot can be restored: what was snapshotted after it would hang in the air.
+    #[error("there are newer snapshots, which must be deleted first: {}{}", .names.join(", "), and_more(*.more))]
+    NewerSnapshots {
+        /// Their names, newest first, [`NEWER_NAMES_MAX`] at most.
+        names: Vec<String>,
+        /// How many more there are.
+        more: u32,
+    },
+    /// Somebody holds the volume, and what is asked for needs that nobody does.
+    #[error("the volume is attached to node {node}: detach it first")]
+    Attached {
+        /// The holder's node.
+        node: NodeName,
+    },
+}
+
+/// Names that [`Refusal::NewerSnapshots`] tells.
+pub const NEWER_NAMES_MAX: usize = 8;
+
+fn and_more(more: u32) -> String {
+    if more == 0 { String::new() } else { format!(" and {more} more") }
 }
 
 fn held(holder: &Option<NodeName>) -> String {
@@ -117,6 +153,20 @@ impl Refusal {
                     (0..=why.len().min(limits::TEXT_LENGTH_MAX)).rev().find(|n| why.is_char_boundary(*n));
                 out.text(&why[..end.unwrap_or(0)]);
             }
+            Self::SnapshotNameTaken => out.u8(13),
+            Self::SnapshotsFull => out.u8(14),
+            Self::NoSuchSnapshot => out.u8(15),
+            Self::SnapshotDropped => out.u8(16),
+            Self::NewerSnapshots { names, more } => {
+                out.u8(17);
+                out.u32(names.len() as u32);
+                names.iter().for_each(|name| out.text(name));
+                out.u32(*more);
+            }
+            Self::Attached { node } => {
+                out.u8(18);
+                node.encode(out);
+            }
         }
     }
 
@@ -137,6 +187,17 @@ impl Refusal {
             10 => Self::HeldBy { node: NodeName::decode(input)?, epoch: Epoch::decode(input)? },
             11 => Self::CannotShrink { blocks: input.u64()? },
             12 => Self::Malformed(input.text(limits::TEXT_LENGTH_MAX)?),
+            13 => Self::SnapshotNameTaken,
+            14 => Self::SnapshotsFull,
+            15 => Self::NoSuchSnapshot,
+            16 => Self::SnapshotDropped,
+            17 => {
+                let count = input.count("snapshot names", NEWER_NAMES_MAX)?;
+                let names =
+                    (0..count).map(|_| input.text(limits::NAME_LENGTH_MAX)).collect::<Result<_, _>>()?;
+                Self::NewerSnapshots { names, more: input.u32()? }
+            }
+            18 => Self::Attached { node: NodeName::decode(input)? },
             other => return Err(DecodeError::Unknown { what: "refusal", value: other.into() }),
         })
     }

@@ -11,14 +11,17 @@
 use bytes::Bytes;
 use holdfast_types::{
     AttachmentId, BlockRange, ByteSize, DecodeError, Epoch, LogIndex, NodeName, OnQuorumLoss, ReadPolicy,
-    Reader, Seq, SessionId, StoreId, Writer, limits,
+    Reader, Seq, SessionId, SnapshotId, StoreId, Writer, limits,
 };
 
 use crate::command::{
-    AttachMode, FEATURE_LEVEL, Tag, VolumeCommand, check_level, get_mode, get_policy, put_mode, put_policy,
+    AttachMode, LEVEL_FIRST, LEVEL_SNAPSHOTS, Tag, VolumeCommand, check_level, get_mode, get_policy,
+    put_mode, put_policy,
 };
 use crate::planted::is_planted;
 pub use crate::refusal::Refusal;
+use crate::snapshots::Snapshots;
+pub use crate::snapshots::{Layer, Snapshot};
 use crate::window::{Admission, Window};
 
 /// Former holders that one change leaves unsettled, at most: one, and two once migration has two live epochs.
@@ -82,6 +85,13 @@ pub enum VolumeReply {
         /// was used answers as done, without effect (INV-ONCE). 1 in a new attachment.
         next: Seq,
     },
+    /// The snapshot is there. Equal for every repetition: it was made just now if `index` is the command's own.
+    Snapshotted {
+        /// Where it stands.
+        index: LogIndex,
+        /// The volume's size at that moment.
+        size: ByteSize,
+    },
     /// Refused; nothing changed.
     Refused(Refusal),
 }
@@ -106,6 +116,11 @@ impl VolumeReply {
                 out.u8(3);
                 refusal.encode(&mut out);
             }
+            Self::Snapshotted { index, size } => {
+                out.u8(4);
+                index.encode(&mut out);
+                out.u64(size.0);
+            }
         }
         out.finish()
     }
@@ -122,6 +137,7 @@ impl VolumeReply {
                 next: Seq::decode(&mut input)?,
             },
             3 => Self::Refused(Refusal::decode(&mut input)?),
+            4 => Self::Snapshotted { index: LogIndex::decode(&mut input)?, size: ByteSize(input.u64()?) },
             other => return Err(DecodeError::Unknown { what: "volume reply", value: other.into() }),
         };
         input.end()?;
@@ -143,6 +159,7 @@ pub struct VolumeState {
     window: Window,
     window_of: AttachmentId,
     policy: VolumePolicy,
+    snapshots: Snapshots,
 }
 
 impl VolumeState {
@@ -158,6 +175,7 @@ impl VolumeState {
             window: Window::default(),
             window_of: AttachmentId::NIL,
             policy: VolumePolicy::default(),
+            snapshots: Snapshots::default(),
         }
     }
 
@@ -193,6 +211,18 @@ impl VolumeState {
     pub fn read_policy(&self) -> ReadPolicy {
         self.policy.read_policy
     }
+    /// The living snapshots in the order in which they were made.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        self.snapshots.living()
+    }
+    /// A living snapshot.
+    pub fn snapshot(&self, id: SnapshotId) -> Option<&Snapshot> {
+        self.snapshots.find(id)
+    }
+    /// The chain of layers from the oldest to the one that is written: one per living snapshot, and the top.
+    pub fn layers(&self) -> Vec<Layer> {
+        self.snapshots.layers()
+    }
     /// Whether an Attach with this session and expected epoch is the one that the holder holds by, sent again.
     pub fn is_repeated_attach(&self, session: SessionId, expected: Epoch) -> bool {
         let same =
@@ -200,7 +230,8 @@ impl VolumeState {
         self.holder.as_ref().is_some_and(same)
     }
 
-    /// Applies the command at `index`. The caller carries out the effect on the blocks only on `Done { fresh: true }`.
+    /// Applies the command at `index`. The caller carries out the effect on the blocks only on `Done { fresh: true }`,
+    /// and on a `Snapshotted` with this very index.
     pub fn apply(&mut self, index: LogIndex, command: &VolumeCommand) -> VolumeReply {
         let before = self.epoch;
         let result = command.check().and_then(|()| match command {
@@ -215,6 +246,12 @@ impl VolumeState {
                 let policy = VolumePolicy { on_quorum_loss: *on_quorum_loss, read_policy: *read_policy };
                 Ok(VolumeReply::Done { fresh: std::mem::replace(&mut self.policy, policy) != policy })
             }
+            VolumeCommand::Snapshot { id, name, created_ms } => {
+                let made = self.snapshots.create(index, *id, name, self.size, *created_ms);
+                made.map(|made| VolumeReply::Snapshotted { index: made.index, size: made.size })
+            }
+            VolumeCommand::DropSnapshot { id } => Ok(VolumeReply::Done { fresh: self.snapshots.remove(*id) }),
+            VolumeCommand::RestoreSnapshot { id, epoch } => self.restore(index, *id, *epoch),
         });
         assert!(self.epoch >= before, "INV-FENCE: an epoch only grows");
         assert!(
@@ -355,10 +392,25 @@ impl VolumeState {
         Ok(VolumeReply::Done { fresh })
     }
 
-    /// The state as bytes; see docs/FORMAT.md.
+    /// INV-RESTORE.
+    fn restore(&mut self, index: LogIndex, id: SnapshotId, epoch: Epoch) -> Result<VolumeReply, Refusal> {
+        if !is_planted("restore-without-compare") {
+            self.check_epoch(epoch)?;
+        }
+        if let Some(holder) = self.holder.as_ref().filter(|_| !is_planted("restore-while-held")) {
+            return Err(Refusal::Attached { node: holder.node.clone() });
+        }
+        if self.unsettled.is_some() {
+            return Err(Refusal::Unsettled);
+        }
+        Ok(VolumeReply::Done { fresh: self.snapshots.restore(index, id, epoch)? })
+    }
+
+    /// The state as bytes; see docs/FORMAT.md. A volume that never had a snapshot needs no newer version to read it.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::new();
-        out.u16(FEATURE_LEVEL);
+        let untouched = self.snapshots.is_untouched();
+        out.u16(if untouched { LEVEL_FIRST } else { LEVEL_SNAPSHOTS });
         out.u64(self.size.0);
         self.epoch.encode(&mut out);
         self.attached_at.encode(&mut out);
@@ -379,6 +431,9 @@ impl VolumeState {
         self.window.encode(&mut out);
         self.window_of.encode(&mut out);
         put_policy(&mut out, self.policy.on_quorum_loss, self.policy.read_policy);
+        if !untouched {
+            self.snapshots.encode(&mut out);
+        }
         out.finish()
     }
 
@@ -386,7 +441,8 @@ impl VolumeState {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes);
         let input = &mut reader;
-        check_level(input.u16()?)?;
+        let level = input.u16()?;
+        check_level(level)?;
         let size = ByteSize(input.u64()?);
         let epoch = Epoch::decode(input)?;
         let attached_at = LogIndex::decode(input)?;
@@ -404,8 +460,21 @@ impl VolumeState {
         let window_of = AttachmentId::decode(input)?;
         let (on_quorum_loss, read_policy) = get_policy(input)?;
         let policy = VolumePolicy { on_quorum_loss, read_policy };
+        let snapshots =
+            if level >= LEVEL_SNAPSHOTS { Snapshots::decode(input)? } else { Snapshots::default() };
         reader.end()?;
-        let state = Self { size, epoch, holder, attached_at, detached, unsettled, window, window_of, policy };
+        let state = Self {
+            size,
+            epoch,
+            holder,
+            attached_at,
+            detached,
+            unsettled,
+            window,
+            window_of,
+            policy,
+            snapshots,
+        };
         state.check()?;
         Ok(state)
     }

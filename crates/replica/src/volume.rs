@@ -33,6 +33,10 @@ const FLOOR_PATIENCE: Duration = Duration::from_millis(20);
 /// How long a command of a newer epoch waits for the older one to settle before its sender is asked to repeat it.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Whether the store of this version freezes layers. While it does not, no command of snapshots enters a log.
+pub const SNAPSHOTS_BUILT: bool = false;
+const SNAPSHOTS_NOT_BUILT: &str = "snapshots need a store with layers, which this version does not have";
+
 /// The replicated state machine of a volume.
 pub(crate) struct VolumeMachine {
     state: RefCell<VolumeState>,
@@ -64,6 +68,9 @@ impl StateMachine for VolumeMachine {
     fn check(&self, data: &AppData) -> Result<(), String> {
         let command = VolumeCommand::decode(&data.head).map_err(|error| error.to_string())?;
         command.validate(data.payload.len()).map_err(|refusal| refusal.to_string())?;
+        if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
+            return Err(SNAPSHOTS_NOT_BUILT.into());
+        }
         if let VolumeCommand::Write { range, checksums, .. } = &command {
             check_payload(*range, checksums, &data.payload)?;
         }
@@ -73,6 +80,9 @@ impl StateMachine for VolumeMachine {
     fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
         let command = VolumeCommand::decode(&data.head)
             .map_err(|error| ApplyError { index: id.index, why: error.to_string() })?;
+        if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
+            return Err(ApplyError { index: id.index, why: SNAPSHOTS_NOT_BUILT.into() });
+        }
         let reply = self.state.borrow_mut().apply(id.index, &command);
         if matches!(reply, VolumeReply::Done { fresh: true }) {
             self.effect(id.index, &command);

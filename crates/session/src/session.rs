@@ -505,8 +505,8 @@ impl Session {
                     }
                     VolumeReply::Refused(refusal) if refusal.retryable() => {}
                     VolumeReply::Refused(refusal) => return Err(self.refused(refusal)),
-                    VolumeReply::Attached { .. } => {
-                        return Err(SessionError::Failed("a write was answered as an attach".into()));
+                    VolumeReply::Attached { .. } | VolumeReply::Snapshotted { .. } => {
+                        return Err(SessionError::Failed("a write was answered as another command".into()));
                     }
                 },
                 Ok((DataReply::Elsewhere { leader, .. }, _)) => {

@@ -116,6 +116,10 @@ id128!(
     AttachmentId
 );
 id128!(
+    /// A snapshot of a volume; drawn by who asks for it, so that a repeated request names the same one.
+    SnapshotId
+);
+id128!(
     /// One start of a daemon.
     DaemonStart
 );

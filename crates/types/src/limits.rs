@@ -35,6 +35,14 @@ pub const TEXT_LENGTH_MAX: usize = 4096;
 pub const CATALOG_BYTES_MAX: usize = 4 << 20;
 /// Voters of one volume.
 pub const VOTERS_MAX: usize = 5;
+/// Living snapshots of one volume.
+pub const SNAPSHOTS_PER_VOLUME_MAX: usize = 256;
+/// Ids of dropped snapshots that a volume remembers, so that a late repetition of a creation makes none of them anew.
+pub const SNAPSHOTS_DROPPED_MAX: usize = 256;
+/// Largest encoded fencing state of a volume, its snapshots included, in bytes.
+pub const VOLUME_STATE_BYTES_MAX: usize = 128 << 10;
+/// Largest encoded form of one snapshot: its name, and room for its numbers, in bytes.
+pub const SNAPSHOT_BYTES_MAX: usize = NAME_LENGTH_MAX + 64;
 
 const _: () = assert!(REQUEST_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(APPEND_BYTES_MAX >= REQUEST_BYTES_MAX);
@@ -43,6 +51,14 @@ const _: () = assert!(PEER_QUEUE_BYTES_MAX >= 4 * FRAME_BYTES_MAX);
 const _: () = assert!(WINDOW_SEQS_MAX >= 4 * SESSION_IN_FLIGHT_MAX as u64);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(CHUNK_BYTES));
 const _: () = assert!(CATALOG_BYTES_MAX < FRAME_BYTES_MAX);
+const _: () = assert!(
+    SNAPSHOTS_PER_VOLUME_MAX * SNAPSHOT_BYTES_MAX
+        + SNAPSHOTS_DROPPED_MAX * 16
+        + WINDOW_SEQS_MAX as usize * 2
+        + TEXT_LENGTH_MAX
+        <= VOLUME_STATE_BYTES_MAX
+);
+const _: () = assert!(2 * VOLUME_STATE_BYTES_MAX <= FRAME_HEAD_BYTES_MAX);
 
 /// Refuses a name that is empty, too long, or has characters beyond letters, digits, `.`, `_` and `-`.
 pub fn check_name(what: &str, name: &str) -> Result<(), UserError> {

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use holdfast_types::{
     AttachmentId, BlockIndex, BlockRange, ByteSize, DecodeError, Epoch, LogIndex, NodeName, OnQuorumLoss,
-    ReadPolicy, Seq, SessionId, StoreId,
+    ReadPolicy, Seq, SessionId, SnapshotId, StoreId,
 };
 use proptest::prelude::*;
 
-use super::{attach, volume};
-use crate::command::{AttachMode, FEATURE_LEVEL, Tag, VolumeCommand};
+use super::{attach, snapshot, volume};
+use crate::command::{AttachMode, FEATURE_LEVEL, LEVEL_FIRST, LEVEL_SNAPSHOTS, Tag, VolumeCommand};
 use crate::lease::{HolderWatch, LeaseTerms, decide_attach};
 use crate::volume::{Refusal, VolumeReply, VolumeState};
 
@@ -64,6 +64,14 @@ fn any_command() -> impl Strategy<Value = VolumeCommand> {
                 .map_or(OnQuorumLoss::Suspend, |after_seconds| OnQuorumLoss::Error { after_seconds }),
             read_policy: if leader { ReadPolicy::Leader } else { ReadPolicy::Nearest },
         }),
+        ((0_u128..4), "[a-z0-9._-]{0,128}", any::<u64>()).prop_map(|(id, name, created_ms)| {
+            VolumeCommand::Snapshot { id: SnapshotId(id), name, created_ms }
+        }),
+        (0_u128..4).prop_map(|id| VolumeCommand::DropSnapshot { id: SnapshotId(id) }),
+        ((0_u128..4), 0_u64..3).prop_map(|(id, epoch)| VolumeCommand::RestoreSnapshot {
+            id: SnapshotId(id),
+            epoch: Epoch(epoch)
+        }),
     ]
 }
 
@@ -83,6 +91,13 @@ fn any_reply() -> impl Strategy<Value = VolumeReply> {
         (node(), any::<u64>()).prop_map(|(node, epoch)| Refusal::HeldBy { node, epoch: Epoch(epoch) }),
         any::<u64>().prop_map(|blocks| Refusal::CannotShrink { blocks }),
         ".{0,40}".prop_map(Refusal::Malformed),
+        Just(Refusal::SnapshotNameTaken),
+        Just(Refusal::SnapshotsFull),
+        Just(Refusal::NoSuchSnapshot),
+        Just(Refusal::SnapshotDropped),
+        (prop::collection::vec("[a-z]{1,128}", 0..=8), any::<u32>())
+            .prop_map(|(names, more)| Refusal::NewerSnapshots { names, more }),
+        node().prop_map(|node| Refusal::Attached { node }),
     ];
     prop_oneof![
         any::<bool>().prop_map(|fresh| VolumeReply::Done { fresh }),
@@ -96,6 +111,10 @@ fn any_reply() -> impl Strategy<Value = VolumeReply> {
                 }
             }
         ),
+        (any::<u64>(), any::<u64>()).prop_map(|(index, size)| VolumeReply::Snapshotted {
+            index: LogIndex(index),
+            size: ByteSize(size)
+        }),
         refusal.prop_map(VolumeReply::Refused),
     ]
 }
@@ -150,6 +169,10 @@ proptest! {
         let mut state = volume();
         state.apply(LogIndex(1), &attach(0, 1, 1));
         state.apply(LogIndex(2), &super::forced(attach(1, 2, 2)));
+        for id in 1..4 {
+            state.apply(LogIndex(2 + id as u64), &snapshot(id));
+        }
+        state.apply(LogIndex(6), &VolumeCommand::DropSnapshot { id: SnapshotId(2) });
         let mut bytes = state.encode().to_vec();
         let at = at.index(bytes.len());
         if cut {
@@ -158,7 +181,7 @@ proptest! {
         } else {
             bytes[at] ^= flip;
             if let Ok(mut damaged) = VolumeState::decode(&bytes) {
-                for (index, command) in (3..).zip(&commands) {
+                for (index, command) in (7..).zip(&commands) {
                     damaged.apply(LogIndex(index), command);
                 }
             }
@@ -179,6 +202,23 @@ fn a_newer_feature_level_is_refused_by_name() {
     };
     assert_eq!(VolumeCommand::decode(&command), Err(expected.clone()));
     assert_eq!(VolumeState::decode(&state), Err(expected));
+}
+
+/// What an older version can read it does read: only what needs the newer level says so.
+#[test]
+fn every_encoding_carries_the_level_that_it_needs() {
+    let level = |bytes: &[u8]| u16::from_le_bytes([bytes[0], bytes[1]]);
+    assert_eq!(level(&attach(0, 1, 1).encode()), LEVEL_FIRST);
+    assert_eq!(level(&snapshot(1).encode()), LEVEL_SNAPSHOTS);
+    let mut state = volume();
+    assert_eq!(level(&state.encode()), LEVEL_FIRST);
+    state.apply(LogIndex(1), &snapshot(1));
+    assert_eq!(level(&state.encode()), LEVEL_SNAPSHOTS);
+    state.apply(LogIndex(2), &VolumeCommand::DropSnapshot { id: SnapshotId(1) });
+    assert_eq!(level(&state.encode()), LEVEL_SNAPSHOTS, "that it was dropped is remembered");
+    let mut lower = snapshot(1).encode().to_vec();
+    lower[..2].copy_from_slice(&LEVEL_FIRST.to_le_bytes());
+    assert!(VolumeCommand::decode(&lower).is_err(), "a snapshot at a level that has none");
 }
 
 #[test]

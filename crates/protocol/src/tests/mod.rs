@@ -5,9 +5,11 @@ mod lease;
 mod model;
 mod reference;
 mod rules;
+mod snapshots;
 
 use holdfast_types::{
-    AttachmentId, BlockIndex, BlockRange, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, StoreId,
+    AttachmentId, BlockIndex, BlockRange, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, SnapshotId,
+    StoreId,
 };
 
 use crate::command::{AttachMode, Tag, VolumeCommand};
@@ -49,6 +51,11 @@ fn tag(epoch: u64, session: u128, seq: u64, oldest: u64) -> Tag {
 fn write(tag: Tag) -> VolumeCommand {
     let range = BlockRange::new(BlockIndex(tag.seq.0 % BLOCKS), 1);
     VolumeCommand::Write { tag, range, checksums: vec![7] }
+}
+
+/// A creation of snapshot `s<id>`.
+fn snapshot(id: u128) -> VolumeCommand {
+    VolumeCommand::Snapshot { id: SnapshotId(id), name: format!("s{id}"), created_ms: 1_700_000_000_000 }
 }
 
 /// The answer to an Attach; `attachment` is the session and the epoch that began it.

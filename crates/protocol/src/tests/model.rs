@@ -5,12 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_types::{
-    AttachmentId, BlockIndex, BlockRange, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, StoreId,
+    AttachmentId, BlockIndex, BlockRange, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, SnapshotId,
+    StoreId,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 
 use super::reference::Reference;
+use super::snapshots::Layered;
 use super::{BLOCKS, volume};
 use crate::command::{AttachMode, Tag, VolumeCommand};
 use crate::planted;
@@ -29,6 +31,9 @@ enum Op {
     Settled,
     Restart { actor: u8, keeper: bool },
     Resize { blocks: u8 },
+    Snapshot { id: u8, name: u8 },
+    DropSnapshot { id: u8 },
+    Restore { id: u8, newest: bool, stale: u8 },
     Deliver { which: u16, keep: bool, reply_lost: bool },
     Drop { which: u16 },
     Reencode,
@@ -50,6 +55,10 @@ fn any_op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Settled),
         1 => (any::<u8>(), any::<bool>()).prop_map(|(actor, keeper)| Op::Restart { actor, keeper }),
         1 => (0_u8..32).prop_map(|blocks| Op::Resize { blocks }),
+        3 => (0_u8..10, 0_u8..6).prop_map(|(id, name)| Op::Snapshot { id, name }),
+        1 => (0_u8..10).prop_map(|id| Op::DropSnapshot { id }),
+        3 => (0_u8..10, 0_u8..4, 0_u8..6)
+            .prop_map(|(id, newest, stale)| Op::Restore { id, newest: newest > 0, stale }),
         20 => (any::<u16>(), 0_u8..4, 0_u8..4)
             .prop_map(|(which, keep, lost)| Op::Deliver { which, keep: keep == 0, reply_lost: lost == 0 }),
         1 => any::<u16>().prop_map(|which| Op::Drop { which }),
@@ -78,6 +87,7 @@ struct Packet {
 struct World {
     state: VolumeState,
     reference: Reference,
+    layered: Layered,
     index: u64,
     ids: u128,
     actors: Vec<Actor>,
@@ -93,6 +103,7 @@ impl World {
         let mut world = Self {
             state: volume(),
             reference: Reference::new(ByteSize(BLOCKS * 4096)),
+            layered: Layered::default(),
             index: 0,
             ids: 0,
             actors: Vec::new(),
@@ -176,6 +187,17 @@ impl World {
             Op::Resize { blocks } => {
                 self.send(0, VolumeCommand::Resize { size: ByteSize((u64::from(*blocks) + 1) * 4096) });
             }
+            Op::Snapshot { id, name } => {
+                let name = format!("s{name}");
+                self.send(0, VolumeCommand::Snapshot { id: snapshot_id(*id), name, created_ms: 1 });
+            }
+            Op::DropSnapshot { id } => self.send(0, VolumeCommand::DropSnapshot { id: snapshot_id(*id) }),
+            Op::Restore { id, newest, stale } => {
+                let last = self.state.snapshots().last().map(|snapshot| snapshot.id);
+                let id = last.filter(|_| *newest).unwrap_or(snapshot_id(*id));
+                let epoch = Epoch(self.reference.epoch().saturating_sub(u64::from(*stale == 0)));
+                self.send(0, VolumeCommand::RestoreSnapshot { id, epoch });
+            }
             Op::Deliver { which, keep, reply_lost } => return self.deliver(*which, *keep, *reply_lost),
             Op::Drop { which } => {
                 if !self.network.is_empty() {
@@ -247,6 +269,7 @@ impl World {
         let index = LogIndex(self.index);
         let before = self.state.clone();
         let reply = self.state.apply(index, &command);
+        self.layered.effect(index, &command, &reply, &before);
         self.reference.forbid(&command, &reply).map_err(|why| format!("{why}, at {index}"))?;
         let expected = self.reference.apply(index, &command, knows);
         if self.strict && reply != expected {
@@ -256,6 +279,9 @@ impl World {
         }
         if matches!(reply, VolumeReply::Refused(_)) && command.tag().is_none() && self.state != before {
             return Err(format!("{command:?} was refused and changed the state"));
+        }
+        if self.strict {
+            self.layered.check(&self.state, &self.reference).map_err(|why| format!("{why}, at {index}"))?;
         }
         self.note(&command, &reply);
         if let (false, Some(actor)) = (reply_lost, self.actors.get_mut(actor)) {
@@ -276,7 +302,12 @@ impl World {
                     "duplicate"
                 }
             }
+            VolumeReply::Done { fresh: true } if matches!(command, VolumeCommand::RestoreSnapshot { .. }) => {
+                "restored"
+            }
             VolumeReply::Done { .. } => "done",
+            VolumeReply::Snapshotted { index, .. } if index.0 == self.index => "snapshotted",
+            VolumeReply::Snapshotted { .. } => "snapshotted before",
             VolumeReply::Refused(refusal) => match refusal {
                 R::OldEpoch { .. } => "old epoch",
                 R::NotAttached => "not attached",
@@ -290,10 +321,20 @@ impl World {
                 R::HeldBy { .. } => "held",
                 R::CannotShrink { .. } => "cannot shrink",
                 R::Malformed(_) => "malformed",
+                R::SnapshotNameTaken => "name taken",
+                R::SnapshotsFull => "snapshots full",
+                R::NoSuchSnapshot => "no such snapshot",
+                R::SnapshotDropped => "snapshot dropped",
+                R::NewerSnapshots { .. } => "newer snapshots",
+                R::Attached { .. } => "attached, not restored",
             },
         };
         self.seen.insert(what);
     }
+}
+
+fn snapshot_id(number: u8) -> SnapshotId {
+    SnapshotId(u128::from(number) + 1)
 }
 
 impl Actor {
@@ -344,7 +385,7 @@ fn any_ops() -> impl Strategy<Value = Vec<Op>> {
 
 proptest! {
     #![proptest_config(Config { cases: 400, failure_persistence: None, ..Config::default() })]
-    /// INV-FENCE, INV-ONCE, INV-LATE, INV-SETTLE, INV-ACK, and equality with the reference in every answer.
+    /// INV-FENCE, INV-ONCE, INV-LATE, INV-SETTLE, INV-ACK, INV-SNAPSHOT, INV-RESTORE, and equality with the reference in every answer.
     #[test]
     fn every_interleaving_obeys_the_reference(ops in any_ops()) {
         planted::plant(&[]);
@@ -379,6 +420,14 @@ fn the_model_reaches_every_answer() {
         "mismatch",
         "held",
         "cannot shrink",
+        "snapshotted",
+        "snapshotted before",
+        "restored",
+        "name taken",
+        "no such snapshot",
+        "snapshot dropped",
+        "newer snapshots",
+        "attached, not restored",
     ]);
     assert_eq!(seen.into_inner(), expected);
 }

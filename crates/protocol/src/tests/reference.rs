@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use holdfast_types::{AttachmentId, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, limits};
+use holdfast_types::{AttachmentId, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, SnapshotId, limits};
 
 use crate::command::{AttachMode, VolumeCommand};
 use crate::volume::{Refusal, VolumeReply};
@@ -41,6 +41,18 @@ impl Numbers {
     }
 }
 
+/// What blocks hold: the index of their last write; those without are zeros.
+pub(super) type Content = BTreeMap<u64, u64>;
+
+/// A snapshot as a full copy.
+struct Copy {
+    id: SnapshotId,
+    name: String,
+    index: LogIndex,
+    size: ByteSize,
+    content: Content,
+}
+
 /// The reference.
 pub(super) struct Reference {
     size: ByteSize,
@@ -51,6 +63,12 @@ pub(super) struct Reference {
     last_detached: Option<u64>,
     unsettled: Option<u64>,
     numbers: BTreeMap<AttachmentId, Numbers>,
+    content: Content,
+    copies: Vec<Copy>,
+    dropped: BTreeSet<SnapshotId>,
+    /// Every snapshot that was ever made, and where.
+    made: BTreeMap<SnapshotId, LogIndex>,
+    restored: Option<(SnapshotId, Epoch)>,
 }
 
 impl Reference {
@@ -63,7 +81,21 @@ impl Reference {
             last_detached: None,
             unsettled: None,
             numbers: BTreeMap::new(),
+            content: Content::new(),
+            copies: Vec::new(),
+            dropped: BTreeSet::new(),
+            made: BTreeMap::new(),
+            restored: None,
         }
+    }
+
+    /// What the head holds, and each living snapshot.
+    pub(super) fn contents(&self) -> (&Content, Vec<&Content>) {
+        (&self.content, self.copies.iter().map(|copy| &copy.content).collect())
+    }
+    /// Whether the volume is held, or a former holder may still be served.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.held || self.unsettled.is_some()
     }
 
     pub(super) fn epoch(&self) -> u64 {
@@ -84,6 +116,7 @@ impl Reference {
     /// INV-FENCE, INV-ONCE, INV-LATE and INV-SETTLE, from the log alone: `reply` is what the state under test
     /// answered to `command`, before [`Self::apply`].
     pub(super) fn forbid(&self, command: &VolumeCommand, reply: &VolumeReply) -> Result<(), String> {
+        self.forbid_snapshot(command, reply)?;
         let VolumeReply::Done { fresh } = reply else { return self.forbid_attach(command, reply) };
         let Some(tag) = command.tag() else { return Ok(()) };
         let holder = self.holder().ok_or("INV-FENCE: a write was done while nobody held the volume")?;
@@ -109,6 +142,33 @@ impl Reference {
         }
         if !*fresh && !numbers.fresh.contains(&tag.seq.0) {
             return Err(format!("INV-ACK: {tag:?} was answered as done and never was"));
+        }
+        Ok(())
+    }
+
+    /// INV-SNAPSHOT and INV-RESTORE.
+    fn forbid_snapshot(&self, command: &VolumeCommand, reply: &VolumeReply) -> Result<(), String> {
+        match (command, reply) {
+            (VolumeCommand::Snapshot { id, .. }, VolumeReply::Snapshotted { index, .. }) => {
+                if let Some(first) = self.made.get(id).filter(|first| *first != index) {
+                    return Err(format!("INV-SNAPSHOT: {id} was made at {first} and again at {index}"));
+                }
+                if self.dropped.contains(id) {
+                    return Err(format!("INV-SNAPSHOT: {id} was dropped and came back"));
+                }
+            }
+            (VolumeCommand::RestoreSnapshot { id, epoch }, VolumeReply::Done { fresh: true }) => {
+                if self.is_in_use() {
+                    return Err(format!("INV-RESTORE: {id} was restored under somebody who may be served"));
+                }
+                if epoch.0 != self.epoch {
+                    return Err(format!("INV-RESTORE: {id} was restored late, from epoch {epoch}"));
+                }
+                if self.copies.last().is_none_or(|newest| newest.id != *id) {
+                    return Err(format!("INV-RESTORE: {id} was restored and is not the newest"));
+                }
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -148,7 +208,15 @@ impl Reference {
                 self.size = *size;
                 Ok(VolumeReply::Done { fresh })
             }
-            other => self.data(other),
+            VolumeCommand::Snapshot { id, name, .. } => self.snapshot(index, *id, name),
+            VolumeCommand::DropSnapshot { id } => {
+                self.dropped.insert(*id);
+                let before = self.copies.len();
+                self.copies.retain(|copy| copy.id != *id);
+                Ok(VolumeReply::Done { fresh: self.copies.len() < before })
+            }
+            VolumeCommand::RestoreSnapshot { id, epoch } => self.restore(*id, *epoch),
+            other => self.data(index, other),
         };
         if let (true, None, Some(tenure)) = (self.held, self.unsettled, self.tenures.last_mut()) {
             tenure.served = true;
@@ -168,7 +236,41 @@ impl Reference {
         }
     }
 
-    fn data(&mut self, command: &VolumeCommand) -> Result<VolumeReply, Refusal> {
+    fn snapshot(&mut self, index: LogIndex, id: SnapshotId, name: &str) -> Result<VolumeReply, Refusal> {
+        if let Some(copy) = self.copies.iter().find(|copy| copy.id == id) {
+            return Ok(VolumeReply::Snapshotted { index: copy.index, size: copy.size });
+        }
+        if self.dropped.contains(&id) {
+            return Err(Refusal::SnapshotDropped);
+        }
+        if self.copies.iter().any(|copy| copy.name == name) {
+            return Err(Refusal::SnapshotNameTaken);
+        }
+        self.made.insert(id, index);
+        let (size, content) = (self.size, self.content.clone());
+        self.copies.push(Copy { id, name: name.to_owned(), index, size, content });
+        Ok(VolumeReply::Snapshotted { index, size })
+    }
+
+    fn restore(&mut self, id: SnapshotId, epoch: Epoch) -> Result<VolumeReply, Refusal> {
+        self.check_epoch(epoch.0)?;
+        if let Some(holder) = self.holder() {
+            return Err(Refusal::Attached { node: holder.node.clone() });
+        }
+        if self.unsettled.is_some() {
+            return Err(Refusal::Unsettled);
+        }
+        let at = self.copies.iter().position(|copy| copy.id == id).ok_or(Refusal::NoSuchSnapshot)?;
+        let names: Vec<String> = self.copies[at + 1..].iter().rev().map(|copy| copy.name.clone()).collect();
+        if !names.is_empty() {
+            return Err(Refusal::NewerSnapshots { names, more: 0 });
+        }
+        let fresh = self.restored.replace((id, epoch)) != Some((id, epoch));
+        self.content = self.copies[at].content.clone();
+        Ok(VolumeReply::Done { fresh })
+    }
+
+    fn data(&mut self, index: LogIndex, command: &VolumeCommand) -> Result<VolumeReply, Refusal> {
         let (tag, range) = command.tag().zip(command.range()).expect("only data commands are left");
         self.check_epoch(tag.epoch.0)?;
         let holder = self.holder().ok_or(Refusal::NotAttached)?;
@@ -194,7 +296,16 @@ impl Reference {
         if !numbers.fresh.contains(&tag.seq.0) && tag.seq.0 > numbers.floor() + limits::WINDOW_SEQS_MAX {
             return Err(Refusal::BeyondWindow);
         }
-        Ok(VolumeReply::Done { fresh: numbers.fresh.insert(tag.seq.0) })
+        let fresh = numbers.fresh.insert(tag.seq.0);
+        if fresh {
+            for block in range.blocks() {
+                match command {
+                    VolumeCommand::Write { .. } => self.content.insert(block.0, index.0),
+                    _ => self.content.remove(&block.0),
+                };
+            }
+        }
+        Ok(VolumeReply::Done { fresh })
     }
 
     fn attach(&mut self, index: LogIndex, command: &VolumeCommand) -> Result<VolumeReply, Refusal> {

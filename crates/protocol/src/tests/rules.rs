@@ -9,17 +9,17 @@ use crate::command::{AttachMode, VolumeCommand};
 use crate::volume::{Refusal, VolumeReply, VolumeState};
 
 /// Applies at growing indexes.
-struct Log(VolumeState, u64);
+pub(super) struct Log(pub(super) VolumeState, pub(super) u64);
 
 impl Log {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(volume(), 0)
     }
-    fn apply(&mut self, command: &VolumeCommand) -> VolumeReply {
+    pub(super) fn apply(&mut self, command: &VolumeCommand) -> VolumeReply {
         self.1 += 1;
         self.0.apply(LogIndex(self.1), command)
     }
-    fn refusal(&mut self, command: &VolumeCommand) -> Refusal {
+    pub(super) fn refusal(&mut self, command: &VolumeCommand) -> Refusal {
         match self.apply(command) {
             VolumeReply::Refused(refusal) => refusal,
             other => panic!("{command:?} was answered {other:?}"),
@@ -27,7 +27,7 @@ impl Log {
     }
 }
 
-fn detach(epoch: u64, force: bool, confirmed: bool) -> VolumeCommand {
+pub(super) fn detach(epoch: u64, force: bool, confirmed: bool) -> VolumeCommand {
     VolumeCommand::Detach { epoch: Epoch(epoch), force, confirmed }
 }
 
