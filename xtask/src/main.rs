@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed;
 //! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask sim` is the
-//! deterministic simulation, and `cargo xtask mutants sim` proves that it finds planted faults; `cargo xtask bench
+//! deterministic simulation, and `cargo xtask mutants sim` proves that it finds planted faults, `cargo xtask mutants
+//! store` that the tests of the store do; `cargo xtask bench
 //! first` measures.
 
 mod bench;
@@ -9,6 +10,7 @@ mod csi;
 mod interop;
 mod mutants;
 mod sim;
+mod store;
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -200,16 +202,18 @@ fn main() -> ExitCode {
         ["interop", ref rest @ ..] => success(interop::run(rest)),
         ["sim", ref rest @ ..] => success(sim::run(rest)),
         ["mutants", "sim"] => success(sim::mutants()),
+        ["mutants", "store", ref only @ ..] => success(store::mutants(only)),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
         ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
         ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}\n       {}",
                 cluster::USAGE,
                 interop::USAGE,
                 mutants::USAGE,
                 sim::USAGE,
+                store::USAGE,
                 bench::USAGE,
                 csi::USAGE
             );

@@ -274,3 +274,26 @@ fn every_invariant_is_attacked_by_a_test_that_exists() {
     }
     none("invariants", &wrong);
 }
+
+/// Names of the faults in a list of pairs: what stands between the first quotation marks of a line that opens one.
+fn names_of_faults(text: &str) -> BTreeSet<String> {
+    let opened = text.lines().filter_map(|line| line.trim().strip_prefix("(\""));
+    opened.filter_map(|rest| rest.split('"').next()).map(str::to_owned).collect()
+}
+
+/// A fault of the store that is in the code and in no table would never be looked for.
+#[test]
+fn every_fault_of_the_store_is_planted_somewhere_and_looked_for() {
+    let sources = sources();
+    let known = names_of_faults(&sources["crates/store/src/testing/planted.rs"]);
+    assert!(known.len() >= 40, "only {} faults were found in the list", known.len());
+    let table = &sources["xtask/src/store.rs"];
+    let in_table = |name: &String| table.contains(&format!("\"{name}\","));
+    let is_planted = |name: &String| {
+        let call = format!("planted(\"{name}\")");
+        let mut code = sources.iter().filter(|(path, _)| path.starts_with("crates/store/src/"));
+        code.any(|(_, text)| text.contains(&call))
+    };
+    let wrong = known.iter().filter(|name| !in_table(name) || !is_planted(name)).cloned().collect::<Vec<_>>();
+    none("faults that are not planted, or that nothing looks for", &wrong);
+}

@@ -9,6 +9,7 @@ use holdfast_types::{
     ClusterId, DecodeError, GroupId, LogIndex, Reader, ReplicaId, StoreId, Term, Writer, limits,
 };
 
+use crate::journal::planted;
 use crate::volume::Checkpoint;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
@@ -171,7 +172,8 @@ impl StateFile {
         if bytes.len() > SLOT_BYTES {
             return Err(StoreError::Failed(format!("a state of {} bytes is beyond its bound", bytes.len())));
         }
-        let offset = (generation % 2) * SLOT_BYTES as u64;
+        let slot = if planted("state-in-place") { 0 } else { generation % 2 };
+        let offset = slot * SLOT_BYTES as u64;
         let written = self.file.write_at(offset, bytes, Durability::Durable).await;
         written.map_err(|error| StoreError::io(&self.name, &error))?;
         self.generation.set(generation);

@@ -9,7 +9,7 @@ use holdfast_types::{BLOCK_BYTES, LogIndex, limits};
 use tokio::sync::oneshot;
 
 use super::format::{EntryRecord, GroupState, HEAD_BYTES_MAX, Record, VOTE_BYTES_MAX};
-use super::{Admitted, Journal};
+use super::{Admitted, Journal, planted};
 use crate::{EntryId, LogEntry, ReplicaIdentity, StoreError};
 
 /// Called once when something is on stable storage, or with why it never will be.
@@ -213,6 +213,12 @@ impl GroupLog {
         let state = GroupState { truncate_from, ..self.group.borrow().state.clone() };
         let (sender, receiver) = oneshot::channel();
         self.journal.removed(&removed);
+        let removed = if planted("release-at-once") {
+            self.journal.released(&removed);
+            Vec::new()
+        } else {
+            removed
+        };
         let journal = self.journal.downgrade();
         let done: Done = Box::new(move |result| {
             if let (Ok(()), Some(journal)) = (&result, journal.upgrade().map(Journal)) {
@@ -268,6 +274,11 @@ impl GroupLog {
     pub async fn save_vote(&self, vote: Bytes) -> Result<(), StoreError> {
         assert!(vote.len() <= VOTE_BYTES_MAX, "a vote is small");
         self.group.borrow_mut().state.vote = Some(vote);
+        if planted("vote-not-flushed") {
+            let log = self.clone();
+            holdfast_env::spawn("vote", async move { drop(log.write_state(None, false, Vec::new()).await) });
+            return Ok(());
+        }
         self.write_state(None, false, Vec::new()).await
     }
 

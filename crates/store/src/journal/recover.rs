@@ -66,7 +66,9 @@ async fn read_segment(
     bytes: u64,
 ) -> Result<(AlignedBuffer, Vec<u64>), StoreError> {
     // What this process does not know to be flushed may be readable and still be lost.
-    file.flush().await.map_err(|error| StoreError::io(name, &error))?;
+    if !planted("recover-unflushed") {
+        file.flush().await.map_err(|error| StoreError::io(name, &error))?;
+    }
     let cause = match file.read_at(0, bytes as usize).await {
         Ok(whole) => return Ok((whole, Vec::new())),
         Err(error) => error,
@@ -132,7 +134,8 @@ impl Scan {
                 let next = block + (length / ALIGNMENT) as u64;
                 let lost =
                     self.unreadable.range((list.segment, block)..(list.segment, next)).next().is_some();
-                intact.push(!lost && crc32fast::hash(&bytes[at..at + length]) == entry.payload_crc);
+                let matches = crc32fast::hash(&bytes[at..at + length]) == entry.payload_crc;
+                intact.push((!lost && matches) || planted("payload-unchecked"));
                 block = next;
             }
         }
@@ -175,7 +178,7 @@ impl Replay {
             match record {
                 Record::State(who, state) => {
                     let group = self.groups.entry(*who).or_default();
-                    if let Some(from) = state.truncate_from {
+                    if let Some(from) = state.truncate_from.filter(|_| !planted("forget-truncation")) {
                         group.entries.split_off(&from.0);
                     }
                     if let Some(purged) = state.purged {
@@ -226,6 +229,9 @@ fn bounds(scan: &Scan, replay: &Replay) -> (u64, u64) {
             continue;
         }
         if !scan.batches.get(&seq).is_some_and(Found::is_whole) {
+            if planted("trust-behind-a-hole") {
+                continue;
+            }
             break;
         }
         last = seq;
@@ -266,7 +272,7 @@ fn replay(scan: &Scan) -> (Replay, End) {
         last = (seq, Some(found.list.crc));
     }
     let strayed = scan.misplaced.range(valid + 1..).find(|seq| !replay.is_cut(**seq));
-    if let Some(seq) = strayed {
+    if let Some(seq) = strayed.filter(|_| !planted("ignore-misplaced")) {
         replay.unknown = Some(format!("batch {seq} was written to a wrong place"));
     }
     if let Some((segment, block)) = scan.unexplained(valid) {
@@ -338,7 +344,8 @@ fn start(scan: &Scan, replayed: &Replay, end: &End, options: &StoreOptions) -> S
     let tail = valid().next_back().map(|(_, found)| &found.list);
     let (head, head_block) =
         tail.map_or((0, 0), |list| (list.segment as usize, list.start_block + list.total_blocks));
-    let next_seq = end.void.map_or(end.last.0, |(_, to)| to) + 1;
+    let behind = end.void.filter(|_| !planted("reuse-number"));
+    let next_seq = behind.map_or(end.last.0, |(_, to)| to) + 1;
     if used.is_empty() {
         used.push((head, next_seq));
     }
@@ -374,7 +381,7 @@ fn adopt(journal: &Journal, mut replayed: Replay) -> Vec<RecoveredGroup> {
         let vote_lost = unknown.is_some();
         let (mut group, faulty, gap) = index(journal, found);
         let unknown = gap.or(unknown);
-        if unknown.is_some() && !group.state.doubt {
+        if unknown.is_some() && !group.state.doubt && !planted("forget-doubt") {
             group.state.doubt = true;
             journal.enqueue_urgent(Record::State(who, group.state.clone()), None);
         }

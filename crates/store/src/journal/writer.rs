@@ -205,6 +205,9 @@ impl State {
 
     /// Free segments that the line may not touch, now that it is made up as it is.
     fn reserve_of_line(&self) -> usize {
+        if planted("no-reserve") {
+            return 0;
+        }
         if self.usable() > RESERVE_FOR_ROOM + RESERVE_FOR_STATE {
             return RESERVE_FOR_ROOM;
         }
@@ -359,6 +362,7 @@ impl Journal {
                     }
                     journal.completed(batch.seq);
                 }
+                Err(_) if planted("failed-write-counts") => journal.completed(batch.seq),
                 Err(error) => journal.fail(&StoreError::io(segment_name(batch.segment as u32), &error)),
             }
         });
@@ -396,7 +400,7 @@ impl Journal {
         let seq = state.next_seq;
         state.next_seq += 1;
         let mut records = Vec::with_capacity(taken.len() + 1);
-        if let Some((from, to)) = state.cut.take() {
+        if let Some((from, to)) = state.cut.take().filter(|_| !planted("forget-cut")) {
             records.push(Record::Cut { from, to });
         }
         let mut payloads = Vec::new();
@@ -449,7 +453,8 @@ impl Journal {
                 let group = groups.get(&who)?.borrow();
                 let is_there = group.get(entry.id.index).is_some_and(|meta| meta.id == entry.id);
                 // Behind the word that the group was dropped it would outlive that word.
-                let counts = !group.state.dropped && (is_there || !entry.copy);
+                let still = is_there || !entry.copy || planted("copy-what-was-cut");
+                let counts = !group.state.dropped && still;
                 counts.then_some(Record::Entry(who, entry))
             }
             other => Some(other),
@@ -510,6 +515,11 @@ impl Journal {
             let mut state = self.0.state.borrow_mut();
             if let Some(batch) = state.in_flight.iter_mut().find(|batch| batch.seq == seq) {
                 batch.ended = true;
+            }
+            if planted("acknowledge-out-of-order")
+                && let Some(at) = state.in_flight.iter().position(|batch| batch.seq == seq)
+            {
+                finished.extend(state.in_flight.remove(at));
             }
             while state.in_flight.front().is_some_and(|batch| batch.ended) {
                 let Some(batch) = state.in_flight.pop_front() else { break };
@@ -593,7 +603,7 @@ impl Journal {
     }
 
     fn write_mark(&self) {
-        if self.is_marked() || self.failed().is_some() {
+        if self.is_marked() || self.failed().is_some() || planted("no-closing-mark") {
             return;
         }
         let batch = {
@@ -623,7 +633,7 @@ impl Journal {
                 }
                 tail
             };
-            let needed = self.small_records_in(tail);
+            let needed = if planted("small-records-left") { Vec::new() } else { self.small_records_in(tail) };
             let mut state = self.0.state.borrow_mut();
             if needed.is_empty() {
                 state.used.pop_front();

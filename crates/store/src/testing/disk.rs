@@ -160,6 +160,8 @@ struct Disk {
     space: Option<u64>,
     flushes: u64,
     random: Random,
+    /// The file that a write was for.
+    targets: BTreeMap<u64, u64>,
 }
 
 /// A disk in memory. Cheap to clone; every clone is the same disk.
@@ -185,6 +187,7 @@ impl MemoryDisk {
             space: None,
             flushes: 0,
             random: Random::new(seed ^ 0xd15c),
+            targets: BTreeMap::new(),
         };
         Self { disk: Rc::new(RefCell::new(disk)), stopped: Rc::default() }
     }
@@ -207,6 +210,14 @@ impl MemoryDisk {
     /// Flushes and durable writes so far.
     pub fn flushes(&self) -> u64 {
         self.disk.borrow().flushes
+    }
+
+    /// Numbers of the writes to files whose names end so, from operation `from` on.
+    pub fn writes_to(&self, end: &str, from: u64) -> Vec<u64> {
+        let disk = self.disk.borrow();
+        let named: BTreeSet<u64> =
+            disk.state.names.iter().filter(|(name, _)| name.ends_with(end)).map(|(_, id)| *id).collect();
+        disk.targets.range(from..).filter(|(_, id)| named.contains(id)).map(|(number, _)| *number).collect()
     }
 
     /// Something happens at an operation of this number (the first is 0).
@@ -394,6 +405,7 @@ impl File for Handle {
     ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         assert!(offset.is_multiple_of(BLOCK), "writes are aligned");
         let (number, fault) = self.disk.begin();
+        self.disk.disk.borrow_mut().targets.insert(number, self.id);
         let started = self.start_write(number, fault, offset, buffer.as_slice());
         let this = Self { disk: self.disk.clone(), id: self.id };
         async move {

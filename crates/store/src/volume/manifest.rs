@@ -11,6 +11,7 @@ use holdfast_types::{
 
 use super::Checkpoint;
 use super::table::PageMark;
+use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 const MAGIC: u64 = 0x6873_6166_6d66_3031;
@@ -187,7 +188,8 @@ impl ManifestFile {
                 bytes.len()
             )));
         }
-        let offset = (manifest.generation % 2) * SLOT_BYTES as u64;
+        let slot = if planted("manifest-in-place") { 0 } else { manifest.generation % 2 };
+        let offset = slot * SLOT_BYTES as u64;
         self.bytes_written.set(self.bytes_written.get() + bytes.len() as u64);
         let written = self.file.write_at(offset, bytes, Durability::Durable).await;
         written.map_err(|error| StoreError::io(&self.name, &error)).map(drop)

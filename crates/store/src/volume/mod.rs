@@ -31,6 +31,7 @@ pub use read::ReadError;
 pub use stage::StagingLayer;
 pub use table::BlockSum;
 
+use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 use extent::{Extent, ExtentMap, What};
 use manifest::{ManifestFile, PAGES_LISTED_MAX};
@@ -219,7 +220,9 @@ impl VolumeData {
             pages: Some(Vec::new()),
         };
         file.write(&manifest).await?;
-        directory.sync().await.map_err(|error| StoreError::io(&prefix, &error))?;
+        if !planted("replica-not-named") {
+            directory.sync().await.map_err(|error| StoreError::io(&prefix, &error))?;
+        }
         Self::open(directory, &identity, payloads).await
     }
 
@@ -232,7 +235,7 @@ impl VolumeData {
         let prefix = prefix_of(expected.id);
         let manifest_file = ManifestFile::open(&directory, format!("{prefix}/manifest")).await?;
         let manifest = manifest_file.read().await?;
-        if manifest.identity != *expected {
+        if manifest.identity != *expected && !planted("foreign-replica") {
             return Err(StoreError::Identity {
                 expected: format!("{expected:?}"),
                 found: format!("{:?}", manifest.identity),

@@ -18,6 +18,7 @@ use holdfast_types::{
 use super::table::BlockSum;
 use super::{Checkpoint, VolumeData};
 use crate::StoreError;
+use crate::journal::planted;
 
 const MAGIC: u64 = 0x6873_6166_7374_3031;
 const KIND_DATA: u8 = 1;
@@ -95,7 +96,9 @@ impl VolumeData {
         }
         self.0.directory.remove(&name).await.map_err(wrap)?;
         let file = self.0.directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
-        self.0.directory.sync().await.map_err(wrap)?;
+        if !planted("staging-not-named") {
+            self.0.directory.sync().await.map_err(wrap)?;
+        }
         let staging = Staging {
             data: self.clone(),
             file,
@@ -148,7 +151,7 @@ impl VolumeData {
                 }),
                 _ => {
                     let bytes = file.read_at(at, head.range.bytes() as usize).await.map_err(wrap)?;
-                    if crc32fast::hash(bytes.as_slice()) != head.crc {
+                    if crc32fast::hash(bytes.as_slice()) != head.crc && !planted("staged-unchecked") {
                         let why = "its checksum does not match; replace this replica".into();
                         return Err(StoreError::Damaged { what: format!("a staged block in {name}"), why });
                     }
@@ -215,10 +218,14 @@ impl StagingLayer {
         self.record(KIND_END, BlockRange::new(BlockIndex(0), 0), Bytes::new()).await?;
         let name = data.staging_name();
         data.count(|usage| usage.flushes += 1);
-        self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
+        if !planted("switch-before-flush") {
+            self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
+        }
         data.write_manifest(checkpoint, true, None).await?;
         // What the map holds is of entries that the checkpoint covers; what they made of their blocks was not compared.
-        data.0.map.borrow_mut().clear();
+        if !planted("keep-map-at-switch") {
+            data.0.map.borrow_mut().clear();
+        }
         data.changed();
         data.finish_staging().await
     }

@@ -20,6 +20,7 @@ use holdfast_types::{
     Writer,
 };
 
+use crate::journal::planted;
 use crate::{ReplicaIdentity, StoreError};
 
 const MAGIC: u64 = 0x6873_6166_7462_3031;
@@ -370,7 +371,7 @@ impl Table {
             self.writing.borrow_mut().insert(number, page.clone());
             self.keep(number, page.clone());
             self.write_copy(number, spare, bytes.clone()).await?;
-            if crate::journal::planted("page-in-place") {
+            if planted("page-in-place") {
                 self.write_copy(number, 1 - spare, bytes).await?;
             }
             written.push(Written { number, other: 1 - spare, page });
@@ -394,7 +395,7 @@ impl Table {
     /// Writes the other copy of each page, now that the manifest says that the first copies count.
     pub(super) async fn write_other_copies(&self) -> Result<(), StoreError> {
         let owed = self.owed.borrow().clone();
-        if owed.is_empty() || crate::journal::planted("one-table-copy") {
+        if owed.is_empty() || planted("one-table-copy") {
             return Ok(());
         }
         for Written { number, other, page } in owed {
@@ -424,7 +425,9 @@ impl Table {
         let (mut repaired, mut empty) = (0, Vec::new());
         for mark in marks {
             let copies = match self.copies(mark.number).await {
-                Ok(copies) if copies.page.generation >= mark.generation => copies,
+                Ok(copies) if copies.page.generation >= mark.generation || planted("serve-stale-page") => {
+                    copies
+                }
                 Ok(_) | Err(StoreError::Damaged { .. }) => {
                     tracing::error!(file = %self.name, page = mark.number, "a table page is lost");
                     self.stale.borrow_mut().insert(mark.number);
@@ -435,7 +438,7 @@ impl Table {
             let chunks = (mark.number * PAGE_CHUNKS..).zip(&copies.page.chunks);
             let emptied = chunks.filter(|(_, line)| line.last_index > LogIndex::ZERO && !line.has_data());
             empty.extend(emptied.map(|(chunk, _)| ChunkIndex(chunk)));
-            if !copies.equal {
+            if !copies.equal && !planted("leave-copies-unequal") {
                 let good = (1 - copies.page.spare) as usize * BLOCK_BYTES;
                 let bytes = AlignedBuffer::copy_of(&copies.bytes.as_slice()[good..good + BLOCK_BYTES]);
                 self.write_copy(mark.number, copies.page.spare, bytes).await?;

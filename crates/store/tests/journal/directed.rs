@@ -66,6 +66,26 @@ fn a_failed_write_stops_the_store_and_nothing_is_tried_again() {
 }
 
 #[test]
+fn what_is_behind_a_batch_that_hangs_is_not_acknowledged() {
+    let (disk, groups) = prepared(1);
+    live(&disk, &groups, 1, |life| {
+        let (disk, groups) = (disk.clone(), groups.clone());
+        async move {
+            holdfast_env::sleep(Duration::from_millis(500)).await;
+            disk.at(disk.operations(), Fault::Hang(Duration::from_secs(9)));
+            life.append(who(0), 1);
+            life.append(who(1), 1);
+            life.vote(who(1), "v".into());
+            holdfast_env::sleep(Duration::from_secs(1)).await;
+            assert!(!groups.borrow()[&who(1)].steps[0].1.get(), "a batch before it may be lost");
+        }
+    })
+    .expect("lives");
+    disk.power_cut(Tear::Nothing);
+    live(&disk, &groups, 3, |life| async move { life.settle().await }).expect("nothing is lost");
+}
+
+#[test]
 fn a_store_whose_segments_cannot_be_flushed_does_not_open() {
     let (disk, _) = prepared(1);
     disk.at(disk.operations(), Fault::Fail(io::ErrorKind::Other));
@@ -76,7 +96,7 @@ fn a_store_whose_segments_cannot_be_flushed_does_not_open() {
 fn what_a_killed_process_left_in_the_cache_is_flushed_before_it_counts() {
     for stop in 0..30 {
         let (disk, groups) = prepared(stop);
-        disk.at(disk.operations() + 5 + stop, Fault::Freeze);
+        disk.at(disk.operations() + stop, Fault::Freeze);
         live(&disk, &groups, 1, |life| async move {
             life.append(who(0), 2);
             life.append(who(1), 2);

@@ -33,7 +33,7 @@ pub fn random_history(image: &Image, seed: u64) -> Result<(), String> {
 }
 
 fn seeds() -> u64 {
-    std::env::var("HOLDFAST_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150)
+    std::env::var("HOLDFAST_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(300)
 }
 
 #[test]

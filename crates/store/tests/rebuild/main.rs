@@ -1,5 +1,6 @@
 //! What a rebuild rests on, seen from the store: which chunks it compares, and what it leaves of the old content.
 
 mod change_marks;
+mod crashes;
 mod meets_apply;
 mod replica;

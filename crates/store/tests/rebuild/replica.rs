@@ -61,18 +61,33 @@ pub fn write(data: &VolumeData, log: &Log, index: u64, range: BlockRange, fill: 
     data.apply_write(LogIndex(index), range, &sums);
 }
 
-pub async fn replica(place: &Path, log: &Rc<Log>) -> VolumeData {
-    let directory: Rc<dyn Directory> = RealDirectory::open(place).expect("opens");
-    let identity = ReplicaFileIdentity {
+fn identity() -> ReplicaFileIdentity {
+    ReplicaFileIdentity {
         cluster: ClusterId(1),
         store: StoreId(1),
         node: NodeName::new("n"),
         volume: VolumeId(1),
         id: ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) },
         incarnation: 1,
-    };
-    let data = VolumeData::create(directory, identity, Bytes::new(), checkpoint(0), log.clone()).await;
+    }
+}
+
+pub async fn replica(place: &Path, log: &Rc<Log>) -> VolumeData {
+    replica_in(RealDirectory::open(place).expect("opens"), log).await
+}
+
+pub async fn replica_in(directory: Rc<dyn Directory>, log: &Rc<Log>) -> VolumeData {
+    // Longer than a sector, so that a manifest can be torn.
+    let spec = Bytes::from(vec![b' '; 3000]);
+    let data = VolumeData::create(directory, identity(), spec, checkpoint(0), log.clone()).await;
     let data = data.expect("creates");
     data.set_size(SIZE);
     data
+}
+
+/// Opens what was made; the blocks are as of the checkpoint.
+pub async fn reopened(directory: Rc<dyn Directory>, log: &Rc<Log>) -> Result<VolumeData, StoreError> {
+    let data = VolumeData::open(directory, &identity(), log.clone()).await?;
+    data.set_size(SIZE);
+    Ok(data)
 }

@@ -85,11 +85,14 @@ fn every_block_is_right_after_any_history() {
     }
 }
 
-/// Two checkpoints with data, zeros and trims over each other; the second one is stopped at an operation.
-fn cut_cleaning(image: &Image, stop: u64, tear: Tear) -> Result<bool, String> {
-    let disk = MemoryDisk::from_image(image, stop);
+fn command(what: What, start: u64, count: u32) -> Command {
+    Command { what, start, count }
+}
+
+/// A first checkpoint.
+pub fn cleaned_once(image: &Image, seed: u64) -> Result<(MemoryDisk, Rc<Reference>), String> {
+    let disk = MemoryDisk::from_image(image, seed);
     let reference = Rc::new(Reference::default());
-    let command = |what, start, count| Command { what, start, count };
     live(&disk, &reference, 1, |replica| async move {
         // Page 0 gets a checkpoint of its own before; page 1 is written for the first time when it is cut.
         replica.submit(command(What::Write, 0, 200));
@@ -97,9 +100,12 @@ fn cut_cleaning(image: &Image, stop: u64, tear: Tear) -> Result<bool, String> {
         replica.clean().await.map_err(|error| error.to_string())
     })?;
     disk.kill();
-    let begin = disk.operations();
-    disk.at(begin + stop, Fault::Freeze);
-    live(&disk, &reference, 2, |replica| async move {
+    Ok((disk, reference))
+}
+
+/// Two checkpoints more, with data, zeros and trims over what is there.
+pub fn clean_twice_more(disk: &MemoryDisk, reference: &Rc<Reference>) -> Result<(), String> {
+    live(disk, reference, 2, |replica| async move {
         replica.submit(command(What::Write, 100, 30));
         replica.submit(command(What::Trim, 256, 128));
         replica.submit(command(What::Zero, 10, 5));
@@ -108,7 +114,15 @@ fn cut_cleaning(image: &Image, stop: u64, tear: Tear) -> Result<bool, String> {
         replica.clean().await.map_err(|error| error.to_string())?;
         replica.submit(command(What::Write, 300, 5));
         replica.clean().await.map_err(|error| error.to_string())
-    })?;
+    })
+}
+
+/// Checkpoints over each other; the second one or the third is stopped at an operation.
+fn cut_cleaning(image: &Image, stop: u64, tear: Tear) -> Result<bool, String> {
+    let (disk, reference) = cleaned_once(image, stop)?;
+    let begin = disk.operations();
+    disk.at(begin + stop, Fault::Freeze);
+    clean_twice_more(&disk, &reference)?;
     let stopped = disk.operations() > begin + stop;
     disk.power_cut(tear);
     for _ in 0..2 {

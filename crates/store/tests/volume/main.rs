@@ -3,5 +3,6 @@
 mod bounds;
 mod crashes;
 mod golden;
+mod lost;
 mod replica;
 mod rot;

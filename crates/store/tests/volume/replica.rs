@@ -135,7 +135,7 @@ fn id(index: u64) -> EntryId {
     EntryId { term: Term(1), leader: ReplicaId(1), index: LogIndex(index) }
 }
 
-fn file_identity() -> ReplicaFileIdentity {
+pub fn file_identity() -> ReplicaFileIdentity {
     ReplicaFileIdentity {
         cluster: ClusterId(1),
         store: StoreId(2),

@@ -1,0 +1,98 @@
+//! Faults of a store that tests plant by name, to prove that they would be found.
+//!
+//! A thread begins with those that the variable `HOLDFAST_PLANTED` names, separated by commas, so that the ordinary
+//! tests run with a fault in them: `cargo xtask mutants store` demands that one of them fails.
+
+use std::cell::RefCell;
+
+/// Read once by every thread that asks.
+const VARIABLE: &str = "HOLDFAST_PLANTED";
+/// Planted in `holdfast_types`.
+const ADDRESS: &str = "address-not-in-checksum";
+
+/// Faults that can be planted, and what each does.
+pub const KNOWN: [(&str, &str); 41] = [
+    // The journal's writer.
+    ("skip-journal-flush", "a batch is acknowledged before it is on stable storage"),
+    ("acknowledge-out-of-order", "a batch is acknowledged before those in front of it"),
+    ("vote-not-flushed", "a vote is acknowledged before it is on stable storage"),
+    ("failed-write-counts", "a batch that could not be written is acknowledged"),
+    ("reuse-at-once", "a segment is overwritten before anything durable says that it is not needed"),
+    ("release-at-once", "a segment is free before the cut that empties it is durable"),
+    ("small-records-left", "votes and heads of entries are not copied out of a segment that is reused"),
+    ("copy-what-was-cut", "a copy of an entry is written behind the word that cut it"),
+    ("forget-cut", "what a recovery found void is void only once"),
+    ("no-closing-mark", "nothing says that the last batch was flushed"),
+    ("no-reserve", "entries fill the journal to its last segment"),
+    // Its recovery.
+    ("recover-unflushed", "a recovery believes what may still be lost"),
+    ("cut-faulty-entry", "an entry that was acknowledged and rotted is cut"),
+    ("payload-unchecked", "a recovery calls every payload good"),
+    ("forget-second-list", "a batch with one damaged list is lost"),
+    ("trust-behind-a-hole", "a whole batch counts though the one before it is torn"),
+    ("reuse-number", "a number of a void batch is given to another one"),
+    ("forget-vote", "a recovery finds no vote"),
+    ("forget-truncation", "a recovery brings back what was cut"),
+    ("ignore-misplaced", "a batch at a wrong place is taken for a torn one"),
+    ("forget-doubt", "it is not written down that part of the journal is unknown"),
+    ("foreign-store", "the journal of another store is opened"),
+    // The cleaner.
+    ("move-unflushed-home", "a block is home of which the journal knows nothing"),
+    ("checkpoint-before-home-flush", "a checkpoint says home what was never flushed"),
+    ("forget-hidden-runs", "a block is served of which an older version never came home"),
+    ("trim-leaves-no-mark", "a chunk changes and its mark does not"),
+    ("clean-while-rebuilding", "home changes while it is compared with a peer's"),
+    // Manifest, table and home.
+    ("manifest-in-place", "a torn manifest leaves no older one"),
+    ("state-in-place", "a torn checkpoint of the catalog leaves no older one"),
+    ("page-in-place", "a torn table page leaves no older copy"),
+    ("one-table-copy", "a rotten table page is replaced by a stale one"),
+    ("leave-copies-unequal", "after a crash a table page has one copy for good"),
+    ("serve-stale-page", "a table page of an older checkpoint is believed"),
+    ("home-unchecked", "blocks of home are not compared with their checksums"),
+    (ADDRESS, "a block is good at the place of another one"),
+    ("foreign-replica", "the files of another replica are opened"),
+    ("replica-not-named", "the files of a new replica have no durable names"),
+    // A rebuild.
+    ("staging-not-named", "what is switched in has no durable name"),
+    ("switch-before-flush", "what is switched in was never flushed"),
+    ("staged-unchecked", "what rotted before it came home is given a new checksum"),
+    ("keep-map-at-switch", "what the old log wrote shows through what is switched in"),
+];
+
+thread_local! {
+    static PLANTED: RefCell<Vec<String>> = RefCell::new(of_environment());
+}
+
+fn of_environment() -> Vec<String> {
+    let names = std::env::var(VARIABLE).unwrap_or_default();
+    let known = |name: &&str| KNOWN.iter().any(|(known, _)| known == name);
+    // Those of other crates are not ours to judge.
+    let names: Vec<String> = names.split(',').filter(known).map(str::to_owned).collect();
+    leave_address_out(&names);
+    names
+}
+
+fn leave_address_out(names: &[String]) {
+    holdfast_types::checksum::planted::leave_address_out(names.iter().any(|name| name == ADDRESS));
+}
+
+/// Plants faults by name on this thread, instead of those before.
+///
+/// # Panics
+/// On a name that is not in [`KNOWN`]: a test that plants nothing would prove nothing.
+pub fn plant(names: &[&str]) {
+    for name in names {
+        assert!(KNOWN.iter().any(|(known, _)| known == name), "no fault is named '{name}'");
+    }
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    PLANTED.with(|planted| {
+        leave_address_out(&names);
+        *planted.borrow_mut() = names;
+    });
+}
+
+/// Whether a fault is planted on this thread.
+pub fn is_planted(name: &str) -> bool {
+    PLANTED.with(|planted| planted.borrow().iter().any(|known| known == name))
+}
