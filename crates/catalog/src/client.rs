@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_env::net::Lane;
-use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, VolumeRecord};
+use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, VolumeRecord};
 use holdfast_replica::messages::CATALOG;
-use holdfast_types::{ErrorCode, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec};
+use holdfast_types::{ErrorCode, ReplicaId, SnapshotId, StoreId, UserError, VolumeId, VolumeSpec};
 use holdfast_wire::rpc::{CallError, Rpc};
 
 use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
@@ -51,7 +51,13 @@ impl CatalogClient {
         let until = Instant::now() + patience;
         let mut last = "no member answered".to_owned();
         let mut short = SHORT_DEADLINE;
-        let long = matches!(request, CatalogRequest::Create { .. } | CatalogRequest::Settle { .. });
+        let long = matches!(
+            request,
+            CatalogRequest::Create { .. }
+                | CatalogRequest::Settle { .. }
+                | CatalogRequest::CreateSnapshot { .. }
+                | CatalogRequest::SettleSnapshot { .. }
+        );
         loop {
             let left = until.since(Instant::now());
             let Some(to) = self.target().filter(|_| left > Duration::ZERO) else {
@@ -135,6 +141,35 @@ impl CatalogClient {
     pub async fn settle(&self, id: VolumeId, patience: Duration) -> Result<Option<VolumeRecord>, UserError> {
         match self.ask(&CatalogRequest::Settle { id }, patience).await? {
             CatalogAnswer::Volume { record } => Ok(record.map(|record| *record)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes a snapshot and waits until it is ready. Idempotent by volume, name and key.
+    pub async fn create_snapshot(
+        &self,
+        volume: &str,
+        name: &str,
+        key: &str,
+        created_ms: u64,
+        patience: Duration,
+    ) -> Result<SnapshotRecord, UserError> {
+        let (volume, name, key) = (volume.to_owned(), name.to_owned(), key.to_owned());
+        let request = CatalogRequest::CreateSnapshot { volume, name, key, created_ms };
+        match self.ask(&request, patience).await? {
+            CatalogAnswer::Snapshot { record: Some(record) } => Ok(*record),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Lets the reconciler work on a snapshot now; the snapshot afterwards, if it still exists.
+    pub async fn settle_snapshot(
+        &self,
+        id: SnapshotId,
+        patience: Duration,
+    ) -> Result<Option<SnapshotRecord>, UserError> {
+        match self.ask(&CatalogRequest::SettleSnapshot { id }, patience).await? {
+            CatalogAnswer::Snapshot { record } => Ok(record.map(|record| *record)),
             other => Err(unexpected(&other)),
         }
     }

@@ -12,6 +12,7 @@ pub mod member;
 mod messages;
 mod reconciler;
 pub mod seat;
+mod snapshots;
 pub mod volumes;
 
 pub use client::CatalogClient;

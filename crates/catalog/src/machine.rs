@@ -159,6 +159,16 @@ mod tests {
         CatalogCommand::CreateVolume { id, group, spec, parameters: Default::default(), placed: Vec::new() }
     }
 
+    /// A checkpoint of a version that knew no snapshots is read.
+    #[test]
+    fn a_state_without_snapshots_is_one_that_has_none() {
+        let mut state = CatalogState::new(ClusterId(1));
+        state.apply(&CatalogCommand::DeleteVolume { id: VolumeId(1) }).expect("there is nothing to delete");
+        let mut json = serde_json::to_value(&state).expect("has a JSON form");
+        assert!(json.as_object_mut().expect("an object").remove("snapshots").is_some());
+        assert_eq!(serde_json::from_value::<CatalogState>(json).expect("is read"), state);
+    }
+
     /// The journal takes no larger head: it would end the catalog's task on every member in turn.
     #[test]
     fn a_command_that_no_log_takes_is_refused_before_it_is_proposed() {

@@ -19,14 +19,14 @@ use holdfast_store::journal::GroupLog;
 use holdfast_store::state_file::{StateFile, StateIdentity};
 use holdfast_store::volume::CheckpointSource;
 use holdfast_types::{
-    ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, UserError, VolumeId, VolumeSpec, limits,
+    ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, SnapshotId, UserError, VolumeId, VolumeSpec, limits,
 };
 use holdfast_wire::rpc::Rpc;
 use tokio::sync::Mutex;
 
 use crate::machine::{CatalogMachine, decode_reply, encode_command};
 use crate::messages::{CatalogAnswer, CatalogRequest};
-use crate::{reconciler, volumes};
+use crate::{reconciler, snapshots, volumes};
 
 /// Entries between checkpoints.
 const CHECKPOINT_EVERY: u64 = 256;
@@ -57,6 +57,8 @@ pub struct Member {
     pub(crate) options: MemberOptions,
     /// Volumes that are being worked on.
     pub(crate) working: RefCell<BTreeMap<VolumeId, Rc<Mutex<()>>>>,
+    /// Snapshots that are being worked on.
+    pub(crate) working_snapshots: RefCell<BTreeMap<SnapshotId, Rc<Mutex<()>>>>,
     /// Since when a node has not answered.
     pub(crate) silent: RefCell<BTreeMap<NodeName, Instant>>,
 }
@@ -96,6 +98,7 @@ impl Member {
             rpc: host.environment().rpc.clone(),
             options,
             working: RefCell::default(),
+            working_snapshots: RefCell::default(),
             silent: RefCell::default(),
         });
         holdfast_env::spawn("catalog-checkpoint", Self::keep_checkpoints(Rc::downgrade(&member)));
@@ -183,6 +186,16 @@ impl Member {
                 let record = self.machine.with_state(|state| state.volumes.get(&id).cloned());
                 Ok(CatalogAnswer::Volume { record: record.map(Box::new) })
             }
+            CatalogRequest::CreateSnapshot { volume, name, key, created_ms } => {
+                let record = self.create_snapshot(&volume, name, key, created_ms).await?;
+                Ok(CatalogAnswer::Snapshot { record: Some(Box::new(record)) })
+            }
+            CatalogRequest::SettleSnapshot { id } => {
+                self.read().await?;
+                self.settle_snapshot(id, snapshots::PATIENCE).await?;
+                let record = self.machine.with_state(|state| state.snapshots.get(&id).cloned());
+                Ok(CatalogAnswer::Snapshot { record: record.map(Box::new) })
+            }
             CatalogRequest::Seat | CatalogRequest::Sit { .. } => {
                 Err(UserError::new(ErrorCode::Internal, "this is for the member's seat").into())
             }
@@ -216,6 +229,18 @@ impl Member {
         volumes::candidates(state, &reports)
     }
 
+    /// Whether a record may be added.
+    pub(crate) fn check_room(&self) -> Result<(), UserError> {
+        if self.machine.encode_state().len() <= STATE_BYTES_FULL {
+            return Ok(());
+        }
+        Err(UserError::new(
+            ErrorCode::ResourceExhausted,
+            "the catalog is as large as it may become: it must fit into one checkpoint and one answer",
+        )
+        .hint("delete volumes or snapshots that are not needed"))
+    }
+
     async fn create(
         self: &Rc<Self>,
         spec: VolumeSpec,
@@ -226,13 +251,8 @@ impl Member {
             Some(_) => Vec::new(),
             None => placement::place(&spec, &self.candidates(&state).await)?,
         };
-        if !placed.is_empty() && self.machine.encode_state().len() > STATE_BYTES_FULL {
-            return Err(UserError::new(
-                ErrorCode::ResourceExhausted,
-                "the catalog is as large as it may become: it must fit into one checkpoint and one answer",
-            )
-            .hint("delete volumes that are not needed")
-            .into());
+        if !placed.is_empty() {
+            self.check_room()?;
         }
         let command = CatalogCommand::CreateVolume {
             id: VolumeId(holdfast_env::random_u128()),
@@ -289,7 +309,7 @@ impl Member {
         };
         match self.apply(&command).await? {
             CatalogReply::Volume { record } => Ok(*record),
-            CatalogReply::Done => Err(gone().into()),
+            _ => Err(gone().into()),
         }
     }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use holdfast_env::net::Frame;
-use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, VolumeRecord};
-use holdfast_types::{ErrorCode, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec};
+use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, VolumeRecord};
+use holdfast_types::{ErrorCode, ReplicaId, SnapshotId, StoreId, UserError, VolumeId, VolumeSpec};
 use serde::{Deserialize, Serialize};
 
 /// What a member is asked.
@@ -30,6 +30,22 @@ pub(crate) enum CatalogRequest {
     Settle {
         /// The volume.
         id: VolumeId,
+    },
+    /// Make a snapshot and wait until it is ready.
+    CreateSnapshot {
+        /// The volume, by name or id.
+        volume: String,
+        /// The snapshot's name.
+        name: String,
+        /// A name that is unique in the cluster; empty for none.
+        key: String,
+        /// Wall time, in milliseconds since 1970.
+        created_ms: u64,
+    },
+    /// Work on a snapshot until there is nothing to do or something is in the way.
+    SettleSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
     },
     /// Whether a member runs there, and which.
     Seat,
@@ -73,6 +89,11 @@ pub(crate) enum CatalogAnswer {
     Volume {
         /// The record.
         record: Option<Box<VolumeRecord>>,
+    },
+    /// The snapshot as it is now; none if it is gone.
+    Snapshot {
+        /// The record.
+        record: Option<Box<SnapshotRecord>>,
     },
     /// The seat's member, or why there is none.
     Seat {

@@ -71,6 +71,7 @@ pub(crate) async fn run(member: Weak<Member>) {
                     tracing::info!(volume = record.spec.name, %error, "the reconciler tries again later");
                 }
             }
+            this.settle_snapshots(&state).await;
         }
         drop(this);
         holdfast_env::sleep(PERIOD).await;

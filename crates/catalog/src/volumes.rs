@@ -24,6 +24,8 @@ const REPORT_DEADLINE: Duration = Duration::from_secs(2);
 const REPORT_GRACE: Duration = Duration::from_millis(500);
 /// How long a change at one replica may take.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(12);
+/// How long one replica may take to answer a question that any may answer.
+const ASK_DEADLINE: Duration = Duration::from_secs(3);
 /// Between tries while no replica leads.
 const RETRY_PAUSE: Duration = Duration::from_millis(30);
 /// Kept free on every store for trim, deletion and the index, in bytes.
@@ -159,7 +161,52 @@ pub async fn control(
 
 /// A state machine's refusal for users.
 pub fn refused(refusal: &Refusal) -> UserError {
-    UserError::new(ErrorCode::Refused, refusal.to_string())
+    let code = match refusal {
+        Refusal::SnapshotNameTaken => ErrorCode::AlreadyExists,
+        Refusal::SnapshotsFull => ErrorCode::ResourceExhausted,
+        Refusal::NoSuchSnapshot => ErrorCode::NotFound,
+        _ => ErrorCode::Refused,
+    };
+    UserError::new(code, refusal.to_string())
+}
+
+/// Asks the replicas of a group in turn, the first of `stores` first, until one answers for itself; the answer and
+/// the block data that came with it. Only for requests that bear repetition.
+pub async fn ask_any(
+    rpc: &Rpc,
+    stores: &[StoreId],
+    request: &DataRequest,
+    patience: Duration,
+) -> Result<(DataReply, Bytes), UserError> {
+    let until = Instant::now() + patience;
+    let head = request.encode();
+    let mut hint = None;
+    let mut turn = 0;
+    let mut last = "no replica answered".to_owned();
+    while Instant::now() < until && !stores.is_empty() {
+        let to = hint.take().unwrap_or_else(|| stores[turn % stores.len()]);
+        turn += 1;
+        let deadline = until.since(Instant::now()).min(ASK_DEADLINE);
+        match rpc.call(to, Lane::Bulk, DATA, Frame::small(head.clone()), deadline).await {
+            Ok(frame) => {
+                let reply = DataReply::decode(&frame.head)
+                    .map_err(|error| UserError::new(ErrorCode::Internal, error.to_string()))?;
+                match reply {
+                    DataReply::Elsewhere { leader, why } => {
+                        hint = leader.filter(|leader| *leader != to);
+                        last = why;
+                    }
+                    reply => return Ok((reply, frame.into_body())),
+                }
+            }
+            Err(error) => last = error.to_string(),
+        }
+        if turn % stores.len() == 0 {
+            holdfast_env::sleep(RETRY_PAUSE).await;
+        }
+    }
+    Err(UserError::new(ErrorCode::Unavailable, format!("no replica of the volume can answer now: {last}"))
+        .hint("`holdfast volume show` tells which replicas answer"))
 }
 
 /// The specification as JSON, for disks that describe themselves.

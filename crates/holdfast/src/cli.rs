@@ -53,6 +53,11 @@ pub enum Command {
         #[command(subcommand)]
         command: VolumeCommand,
     },
+    /// Make, compare, restore and delete snapshots of volumes.
+    Snapshot {
+        #[command(subcommand)]
+        command: SnapshotCommand,
+    },
     /// Look at replicas and move them.
     Replica {
         #[command(subcommand)]
@@ -340,6 +345,52 @@ pub enum CsiCommand {
 }
 
 #[derive(Subcommand)]
+pub enum SnapshotCommand {
+    /// Freeze what a volume holds, attached or not.
+    Create {
+        /// The volume, by name or id.
+        volume: String,
+        /// The snapshot's name, unique among the volume's snapshots.
+        name: String,
+    },
+    /// The snapshots of a volume, or of all.
+    List {
+        /// The volume, by name or id.
+        volume: Option<String>,
+    },
+    /// Delete a snapshot; its volume and its other snapshots stay as they are.
+    Delete {
+        /// VOLUME@SNAPSHOT, or its id.
+        snapshot: String,
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Throw away what was changed after the newest snapshot of a detached volume.
+    Restore {
+        /// VOLUME@SNAPSHOT, or its id.
+        snapshot: String,
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Extents that changed between two snapshots, or since one (give the volume as the second); with one argument,
+    /// all that it holds.
+    Diff {
+        /// VOLUME@SNAPSHOT, the older first; a volume is what it holds now.
+        #[arg(num_args = 1..=2, required = true, value_name = "SNAPSHOT")]
+        ends: Vec<String>,
+    },
+    /// Write a snapshot as a sparse raw image.
+    Export {
+        /// VOLUME@SNAPSHOT, or its id.
+        snapshot: String,
+        /// The file, which must not be there yet.
+        file: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
 pub enum ReplicaCommand {
     /// The replicas of a volume.
     List {
@@ -392,7 +443,7 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 pub fn not_built(words: &[String], within: &str) -> UserError {
     const PLANNED: &[&str] = &[
         "explain",
-        "snapshot",
+        "from-snapshot",
         "fence",
         "bench",
         "kube",

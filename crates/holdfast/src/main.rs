@@ -73,6 +73,7 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             dev::run(options, output)
         }
         Command::Volume { command } => commands::volume::run(command, cli.admin, output),
+        Command::Snapshot { command } => commands::snapshot::run(command, cli.admin, output),
         Command::Replica { command } => commands::replica::run(command, cli.admin, output),
         Command::Csi { command } => {
             log("info");

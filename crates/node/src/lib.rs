@@ -19,6 +19,7 @@ mod parameters;
 mod planted;
 mod shard;
 mod shown;
+mod snapshots;
 mod views;
 
 pub use config::NodeConfig;

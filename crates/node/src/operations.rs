@@ -20,7 +20,7 @@ use crate::shard::Shard;
 use crate::{parameters, views};
 
 /// How long reads and small changes of the catalog may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a volume may take to be created.
 const CREATE_PATIENCE: Duration = Duration::from_secs(30);
 /// Between tries while a volume has no leader.
@@ -44,7 +44,7 @@ const VERIFY_ROUNDS: usize = 20;
 fn expect_volume(reply: CatalogReply) -> Result<VolumeRecord, UserError> {
     match reply {
         CatalogReply::Volume { record } => Ok(*record),
-        CatalogReply::Done => Err(UserError::new(ErrorCode::NotFound, "the volume is gone")),
+        _ => Err(UserError::new(ErrorCode::NotFound, "the volume is gone")),
     }
 }
 
@@ -96,7 +96,7 @@ impl Shard {
 
     /// A volume with what its replicas say now. While the leadership is handed over nobody leads for a moment, which is
     /// no loss of quorum: where a majority answers, another look is taken.
-    async fn show(&self, record: &VolumeRecord) -> pb::Volume {
+    pub(crate) async fn show(&self, record: &VolumeRecord) -> pb::Volume {
         for _ in 0..UNLED_LOOKS {
             let reports = volumes::replica_reports(&self.rpc, record).await;
             let answering = reports.values().filter(|report| report.is_ok()).count();

@@ -56,6 +56,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
         parameters: record.parameters.clone().into_iter().collect(),
         frontend: String::new(),
         device: String::new(),
+        snapshots: leader.map_or(0, |(_, report)| report.snapshots),
     }
 }
 
@@ -116,6 +117,7 @@ fn replica(
     shown.applied_index = report.applied.0;
     shown.lag_bytes = behind * BYTES_PER_ENTRY;
     shown.used_bytes = report.used_bytes;
+    shown.snapshot_bytes = report.snapshot_bytes;
     shown.purged_index = report.purged.0;
     shown.healed_by = report.healed_by.clone();
     shown.healed_bytes = report.healed_bytes;

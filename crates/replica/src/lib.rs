@@ -20,6 +20,8 @@ pub mod machine;
 pub mod messages;
 mod network;
 pub mod rebuild;
+pub mod snapshot_messages;
+mod snapshots;
 mod stall;
 mod usage;
 pub mod volume;

@@ -8,6 +8,8 @@ use holdfast_types::{
 };
 use holdfast_wire::rpc::Service;
 
+use crate::snapshot_messages::{Extents, SnapshotRequest};
+
 /// Raft's calls between replicas of one group.
 pub const RAFT: Service = Service(1);
 /// Calls of sessions and of the catalog's reconciler to replicas.
@@ -161,6 +163,13 @@ pub enum DataRequest {
         /// The index to compare at; zero lets the leader choose (its committed index).
         index: LogIndex,
     },
+    /// A question about the volume's snapshots.
+    Snapshot {
+        /// Its group.
+        group: GroupId,
+        /// The question.
+        ask: SnapshotRequest,
+    },
 }
 
 /// The answer to a [`DataRequest`].
@@ -225,6 +234,10 @@ pub enum DataReply {
         /// Blocks whose checksum does not match.
         bad_blocks: u64,
     },
+    /// Blocks that differ between two moments.
+    Extents(Box<Extents>),
+    /// The volume has no such snapshot (any more).
+    NoSnapshot,
     /// It cannot be done; asking again does not help.
     Failed(String),
 }
@@ -262,6 +275,10 @@ pub struct ReplicaReport {
     pub matched: Vec<(ReplicaId, LogIndex)>,
     /// Bytes of home files on the medium.
     pub used_bytes: u64,
+    /// Of these, bytes that only snapshots hold.
+    pub snapshot_bytes: u64,
+    /// Living snapshots as applied here.
+    pub snapshots: u32,
     /// The volume's epoch.
     pub epoch: Epoch,
     /// The node that holds it, empty if nobody.
@@ -283,6 +300,7 @@ const RENEW: u8 = 4;
 const CONTROL: u8 = 5;
 const REPORT: u8 = 6;
 const DIGEST: u8 = 7;
+const SNAPSHOT: u8 = 10;
 
 impl DataRequest {
     /// The group that it is for.
@@ -294,7 +312,8 @@ impl DataRequest {
             | Self::Renew { group, .. }
             | Self::Control { group, .. }
             | Self::Report { group }
-            | Self::Digest { group, .. } => *group,
+            | Self::Digest { group, .. }
+            | Self::Snapshot { group, .. } => *group,
         }
     }
 
@@ -344,6 +363,11 @@ impl DataRequest {
                 group.encode(&mut out);
                 index.encode(&mut out);
             }
+            Self::Snapshot { group, ask } => {
+                out.u8(SNAPSHOT);
+                group.encode(&mut out);
+                ask.encode(&mut out);
+            }
         }
         out.finish()
     }
@@ -377,6 +401,7 @@ impl DataRequest {
             RENEW => Self::Renew { group, epoch: Epoch::decode(input)?, session: SessionId::decode(input)? },
             REPORT => Self::Report { group },
             DIGEST => Self::Digest { group, index: LogIndex::decode(input)? },
+            SNAPSHOT => Self::Snapshot { group, ask: SnapshotRequest::decode(input)? },
             other => return Err(DecodeError::Unknown { what: "data request", value: other.into() }),
         };
         if input.remaining() > 0 {
@@ -395,6 +420,8 @@ const FENCED: u8 = 6;
 const REPORTED: u8 = 7;
 const DIGESTED: u8 = 8;
 const FAILED: u8 = 9;
+const EXTENTS: u8 = 20;
+const NO_SNAPSHOT: u8 = 21;
 const MEMBERS_MAX: usize = 64;
 
 fn put_text(out: &mut Writer, text: &str) {
@@ -462,6 +489,11 @@ impl DataReply {
                 put_text(&mut out, digest);
                 out.u64(*bad_blocks);
             }
+            Self::Extents(extents) => {
+                out.u8(EXTENTS);
+                extents.encode(&mut out);
+            }
+            Self::NoSnapshot => out.u8(NO_SNAPSHOT),
             Self::Failed(why) => {
                 out.u8(FAILED);
                 put_text(&mut out, why);
@@ -527,6 +559,8 @@ impl DataReply {
                 digest: input.text(limits::TEXT_LENGTH_MAX)?,
                 bad_blocks: input.u64()?,
             },
+            EXTENTS => Self::Extents(Box::new(Extents::decode(input)?)),
+            NO_SNAPSHOT => Self::NoSnapshot,
             FAILED => Self::Failed(input.text(limits::TEXT_LENGTH_MAX)?),
             other => return Err(DecodeError::Unknown { what: "data reply", value: other.into() }),
         };
@@ -556,6 +590,8 @@ impl ReplicaReport {
             index.encode(out);
         }
         out.u64(self.used_bytes);
+        out.u64(self.snapshot_bytes);
+        out.u32(self.snapshots);
         self.epoch.encode(out);
         put_text(out, &self.holder);
         out.u64(self.size);
@@ -602,6 +638,8 @@ impl ReplicaReport {
             checkpoint,
             matched,
             used_bytes: input.u64()?,
+            snapshot_bytes: input.u64()?,
+            snapshots: input.u32()?,
             epoch: Epoch::decode(input)?,
             holder: input.text(limits::TEXT_LENGTH_MAX)?,
             size: input.u64()?,

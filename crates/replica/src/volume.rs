@@ -35,7 +35,8 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whether the store of this version freezes layers. While it does not, no command of snapshots enters a log.
 pub const SNAPSHOTS_BUILT: bool = false;
-const SNAPSHOTS_NOT_BUILT: &str = "snapshots need a store with layers, which this version does not have";
+pub(crate) const SNAPSHOTS_NOT_BUILT: &str =
+    "snapshots need a store with layers, which this version does not have";
 
 /// The replicated state machine of a volume.
 pub(crate) struct VolumeMachine {
@@ -255,6 +256,7 @@ impl Volume {
             DataRequest::Control { command, .. } => (self.control(command).await, Vec::new()),
             DataRequest::Report { .. } => (self.report().await, Vec::new()),
             DataRequest::Digest { index, .. } => (self.digest(index).await, Vec::new()),
+            DataRequest::Snapshot { ask, .. } => self.about_snapshot(ask).await,
         }
     }
 
@@ -491,6 +493,7 @@ impl Volume {
             report.epoch = state.epoch();
             report.holder = state.holder().map(|holder| holder.node.to_string()).unwrap_or_default();
             report.size = state.size().0;
+            report.snapshots = state.snapshots().len() as u32;
         }
         if let Some(bytes) = self.group.take_caught_up() {
             *self.healed.borrow_mut() = ("log".into(), bytes);

@@ -3,6 +3,7 @@
 pub mod csi;
 pub mod node;
 pub mod replica;
+pub mod snapshot;
 pub mod volume;
 
 use std::process::ExitCode;

@@ -14,7 +14,7 @@ use crate::output::{Output, table};
 pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
     let mut columns = vec!["id", "node", "zone", "role", "state", "term", "applied", "lag", "used"];
     if wide {
-        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes"]);
+        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes", "snapshots"]);
     }
     let rows = replicas.iter().map(|replica| {
         // A replica that does not answer tells nothing; zero would be a figure.
@@ -38,6 +38,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(replica.purged_index.to_string()),
                 or_dash(&replica.healed_by),
                 told(replica.healed_bytes.to_string()),
+                told(bytes(replica.snapshot_bytes)),
             ]);
         }
         row
@@ -45,9 +46,10 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
     table(&columns, rows.collect())
 }
 
-fn one(volume: &pb::Volume, wide: bool) -> String {
+/// A volume with its replicas.
+pub fn one(volume: &pb::Volume, wide: bool) -> String {
     format!(
-        "{}  {}  {}  survive: {}  epoch {}  attached to {}  leader {}\n{}",
+        "{}  {}  {}  survive: {}  epoch {}  attached to {}  leader {}  snapshots {}\n{}",
         volume.name,
         bytes(volume.size_bytes),
         volume.health,
@@ -55,6 +57,7 @@ fn one(volume: &pb::Volume, wide: bool) -> String {
         volume.epoch,
         or_dash(&volume.attached_to),
         or_dash(&volume.leader),
+        volume.snapshots,
         replicas(&volume.replicas, wide)
     )
 }
@@ -126,7 +129,7 @@ async fn carry_out(
 ) -> Result<ExitCode, UserError> {
     match command {
         VolumeCommand::Create { from_snapshot: Some(_), .. } => {
-            return Err(not_built(&["snapshot".to_owned()], "holdfast volume"));
+            return Err(not_built(&["from-snapshot".to_owned()], "holdfast volume"));
         }
         VolumeCommand::Create { name, size, survive, replicas, zones, parameters, .. } => {
             let request = pb::CreateVolumeRequest {

@@ -89,6 +89,44 @@ impl Admin for AdminService {
         let request = request.into_inner();
         reply(self.0.run(move |shard| shard.capacity(request)).await)
     }
+    async fn create_snapshot(&self, request: Request<pb::CreateSnapshotRequest>) -> Reply<pb::Snapshot> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.create_snapshot(request)).await)
+    }
+    async fn get_snapshot(&self, request: Request<pb::GetSnapshotRequest>) -> Reply<pb::Snapshot> {
+        let name = request.into_inner().snapshot;
+        reply(self.0.run(move |shard| shard.snapshot(name)).await)
+    }
+    async fn list_snapshots(
+        &self,
+        request: Request<pb::ListSnapshotsRequest>,
+    ) -> Reply<pb::ListSnapshotsReply> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.snapshots(request)).await)
+    }
+    async fn delete_snapshot(
+        &self,
+        request: Request<pb::DeleteSnapshotRequest>,
+    ) -> Reply<pb::DeleteSnapshotReply> {
+        let name = request.into_inner().snapshot;
+        let existed = self.0.run(move |shard| shard.delete_snapshot(name)).await;
+        reply(existed.map(|existed| pb::DeleteSnapshotReply { existed }))
+    }
+    async fn restore_snapshot(&self, request: Request<pb::RestoreSnapshotRequest>) -> Reply<pb::Volume> {
+        let name = request.into_inner().snapshot;
+        reply(self.0.run(move |shard| shard.restore_snapshot(name)).await)
+    }
+    async fn diff_snapshots(
+        &self,
+        request: Request<pb::DiffSnapshotsRequest>,
+    ) -> Reply<pb::DiffSnapshotsReply> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.diff_snapshots(request)).await)
+    }
+    async fn read_snapshot(&self, request: Request<pb::ReadSnapshotRequest>) -> Reply<pb::ReadSnapshotReply> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.read_snapshot(request)).await)
+    }
     async fn replace_replica(&self, request: Request<pb::ReplaceReplicaRequest>) -> Reply<pb::Volume> {
         let request = request.into_inner();
         reply(self.0.run(move |shard| shard.replace_replica(request)).await)

@@ -4,15 +4,18 @@
 //! revision that it was decided on, so that two reconcilers never act on each other's half-made decisions
 //! (INV-CATALOG). Nothing on the I/O path asks this.
 
+mod snapshots;
 mod state;
 
 use std::collections::BTreeMap;
 
 use holdfast_types::{
-    ByteSize, ClusterId, GroupId, Location, NodeName, ReplicaId, StoreId, UserError, VolumeId, VolumeSpec,
+    ByteSize, ClusterId, GroupId, Location, LogIndex, NodeName, ReplicaId, SnapshotId, StoreId, UserError,
+    VolumeId, VolumeSpec,
 };
 use serde::{Deserialize, Serialize};
 
+pub use snapshots::{SnapshotPhase, SnapshotRecord};
 pub use state::{CatalogReply, CatalogState};
 
 /// Nodes of a cluster.
@@ -225,6 +228,39 @@ pub enum CatalogCommand {
         id: VolumeId,
         /// The node.
         node: Option<NodeName>,
+    },
+    /// A new snapshot. Idempotent by volume, name and key.
+    CreateSnapshot {
+        /// Its id if it is new; random.
+        id: SnapshotId,
+        /// The volume.
+        volume: VolumeId,
+        /// Its name.
+        name: String,
+        /// A name that is unique in the cluster; empty for none.
+        #[serde(default)]
+        key: String,
+        /// Wall time of who asks for it, in milliseconds since 1970.
+        created_ms: u64,
+    },
+    /// The snapshot is in its volume's log. Idempotent.
+    SnapshotReady {
+        /// The snapshot.
+        id: SnapshotId,
+        /// Where it stands there.
+        index: LogIndex,
+        /// The volume's size at that moment.
+        size: ByteSize,
+    },
+    /// Remove a snapshot. Idempotent.
+    DeleteSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
+    },
+    /// A deleted snapshot is gone from its volume. Idempotent.
+    ForgetSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
     },
 }
 

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use holdfast_types::{ClusterId, ErrorCode, NodeName, ReplicaId, UserError, VolumeId, VolumeSpec, limits};
+use holdfast_types::{
+    ClusterId, ErrorCode, NodeName, ReplicaId, SnapshotId, UserError, VolumeId, VolumeSpec, limits,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CatalogCommand, CatalogResult, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord, VOLUMES_MAX,
-    VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogResult, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
+    SnapshotRecord, VOLUMES_MAX, VolumePhase, VolumeRecord,
 };
 
 /// What a command answers.
@@ -21,6 +23,11 @@ pub enum CatalogReply {
         /// The record.
         record: Box<VolumeRecord>,
     },
+    /// The snapshot as it is now.
+    Snapshot {
+        /// The record.
+        record: Box<SnapshotRecord>,
+    },
 }
 
 /// Everything that the catalog knows.
@@ -32,10 +39,13 @@ pub struct CatalogState {
     pub nodes: BTreeMap<NodeName, NodeRecord>,
     /// Volumes by id.
     pub volumes: BTreeMap<VolumeId, VolumeRecord>,
+    /// Snapshots by id.
+    #[serde(default)]
+    pub snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
     next_replica: u64,
 }
 
-fn refused(code: ErrorCode, message: impl Into<String>) -> UserError {
+pub(super) fn refused(code: ErrorCode, message: impl Into<String>) -> UserError {
     UserError::new(code, message)
 }
 
@@ -48,7 +58,13 @@ fn outdated(record: &VolumeRecord) -> UserError {
 impl CatalogState {
     /// An empty catalog.
     pub fn new(cluster: ClusterId) -> Self {
-        Self { cluster, nodes: BTreeMap::new(), volumes: BTreeMap::new(), next_replica: 1 }
+        Self {
+            cluster,
+            nodes: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            next_replica: 1,
+        }
     }
 
     /// The volume of that name or id, unless it is being deleted.
@@ -107,6 +123,10 @@ impl CatalogState {
             CatalogCommand::ReplaceReplica { id, revision, old, placed } => {
                 self.replace(*id, *revision, *old, placed)
             }
+            CatalogCommand::CreateSnapshot { .. }
+            | CatalogCommand::SnapshotReady { .. }
+            | CatalogCommand::DeleteSnapshot { .. }
+            | CatalogCommand::ForgetSnapshot { .. } => self.apply_to_snapshot(command),
             other => self.apply_to_volume(other),
         }
     }
@@ -259,6 +279,7 @@ impl CatalogState {
         if !self.volumes.contains_key(&id) {
             return Ok(CatalogReply::Done);
         }
+        self.check_without_snapshots(id)?;
         self.change(id, None, |volume| {
             if let Some(node) = volume.published.keys().next()
                 && volume.phase != VolumePhase::Deleting
@@ -280,6 +301,8 @@ impl CatalogState {
             return Err(refused(ErrorCode::Refused, "only a deleted volume without replicas is forgotten"));
         }
         self.volumes.remove(&id);
+        // What is left is to be deleted, and went with the volume.
+        self.snapshots.retain(|_, snapshot| snapshot.volume != id);
         Ok(CatalogReply::Done)
     }
 }

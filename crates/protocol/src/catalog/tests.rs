@@ -1,5 +1,7 @@
 //! The catalog's rules, and placement's promise, attacked with whatever a user could ask.
 
+mod snapshots;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_types::{
