@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_protocol::catalog::{CatalogCommand, CatalogResult, CatalogState};
-use holdfast_replica::{AppData, AppReply, ApplyError, Staged, StateMachine};
+use holdfast_replica::{AppData, AppReply, ApplyError, CheckError, Staged, StateMachine};
 use holdfast_store::state_file::StateFile;
 use holdfast_store::volume::Checkpoint;
 use holdfast_store::{EntryId, StoreError};
@@ -79,15 +79,16 @@ pub(crate) fn decode_reply(reply: &AppReply) -> CatalogResult {
 }
 
 impl StateMachine for CatalogMachine {
-    fn check(&self, data: &AppData) -> Result<(), String> {
+    fn check(&self, data: &AppData) -> Result<(), CheckError> {
         if data.head.len() > limits::LOG_HEAD_BYTES_MAX || !data.payload.is_empty() {
-            return Err(format!(
+            return Err(CheckError::Malformed(format!(
                 "a command of {} bytes is larger than the catalog takes, {}: give fewer topology terms",
                 data.head.len(),
                 limits::LOG_HEAD_BYTES_MAX
-            ));
+            )));
         }
-        serde_json::from_slice::<CatalogCommand>(&data.head).map(drop).map_err(|error| error.to_string())
+        let decoded = serde_json::from_slice::<CatalogCommand>(&data.head);
+        decoded.map(drop).map_err(|error| CheckError::Malformed(error.to_string()))
     }
 
     fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
@@ -183,7 +184,7 @@ mod tests {
             let check = |terms| machine.check(&encode_command(&creation(terms)).expect("is encoded"));
             assert_eq!(check(8), Ok(()));
             let why = check(200).expect_err("is refused");
-            assert!(why.contains("topology terms"), "{why}");
+            assert!(why.to_string().contains("topology terms"), "{why}");
         });
     }
 }

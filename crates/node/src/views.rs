@@ -121,6 +121,8 @@ fn replica(
     shown.purged_index = report.purged.0;
     shown.healed_by = report.healed_by.clone();
     shown.healed_bytes = report.healed_bytes;
+    shown.bad_blocks = report.bad_blocks;
+    shown.healed_blocks = report.healed_blocks;
     shown
 }
 
@@ -199,6 +201,11 @@ pub(crate) fn status(
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for volume in volumes {
         *counts.entry(volume.health.clone()).or_default() += 1;
+        for replica in volume.replicas.iter().filter(|replica| replica.bad_blocks > 0) {
+            let what = format!("{} blocks are bad on node {}", replica.bad_blocks, replica.node);
+            let doing = "they are read elsewhere, and healed from the other replicas";
+            problem(format!("volume {}", volume.name), what, doing);
+        }
         if volume.health != "healthy" {
             let away: Vec<&str> = volume
                 .replicas

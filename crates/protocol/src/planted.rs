@@ -2,7 +2,8 @@
 //! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
 /// Every fault that can be planted, and the invariant that it breaks.
-pub const KNOWN: [(&str, &str); 11] = [
+pub const KNOWN: [(&str, &str); 12] = [
+    ("damaged-in-flight", "INV-CHECKED"),
     ("skip-epoch-check", "INV-FENCE"),
     ("attach-without-compare", "INV-FENCE"),
     ("retry-applied-twice", "INV-ONCE"),

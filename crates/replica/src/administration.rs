@@ -281,7 +281,7 @@ fn number_code(number: u8) -> ErrorCode {
 /// A group's error for the reconciler and for users.
 pub fn user_error(error: &GroupError) -> UserError {
     let code = match error {
-        GroupError::NotLeader { .. } => ErrorCode::Unavailable,
+        GroupError::NotLeader { .. } | GroupError::Damaged(_) => ErrorCode::Unavailable,
         GroupError::TimedOut => ErrorCode::TimedOut,
         GroupError::Stopped(_) => ErrorCode::Internal,
         GroupError::Refused(_) => ErrorCode::Refused,

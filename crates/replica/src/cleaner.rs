@@ -7,6 +7,7 @@ use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use holdfast_env::Instant;
 use holdfast_store::StoreError;
 use holdfast_store::journal::Journal;
 use holdfast_types::{LogIndex, limits};
@@ -20,6 +21,10 @@ const CLEAN_AT_BYTES: u64 = 16 << 20;
 const _: () = assert!(CLEAN_AT_BYTES as usize * 2 <= limits::LOG_TAIL_BYTES_MAX);
 /// A volume that has been quiet for this long is cleaned, so that restarts are short.
 const IDLE: Duration = Duration::from_secs(5);
+/// How long what is damaged is given to be healed from another replica before the cleaner gives up, and how often it
+/// looks.
+const HEAL_PATIENCE: Duration = Duration::from_secs(60);
+const HEAL_PAUSE: Duration = Duration::from_millis(200);
 /// Between tries while the medium is full.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// Fraction of the journal in use above which logs are purged, in percent.
@@ -79,6 +84,7 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
 /// Any other error of the medium stops the store: what a failed write or flush left behind is unknown.
 async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let group = volume.group().id().group;
+    let began = Instant::now();
     loop {
         match volume.data().clean(volume.group().machine()).await {
             Ok(checkpoint) => {
@@ -88,6 +94,13 @@ async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
             Err(error @ StoreError::Io { full: true, .. }) => {
                 tracing::warn!(%group, %error, "the medium is full: blocks wait in the journal until there is room");
                 holdfast_env::sleep(FULL_PAUSE).await;
+                if volume.is_stopped() {
+                    return false;
+                }
+            }
+            Err(error @ StoreError::Damaged { .. }) if Instant::now() < began + HEAL_PATIENCE => {
+                tracing::debug!(%group, %error, "cleaning waits until it is healed");
+                holdfast_env::sleep(HEAL_PAUSE).await;
                 if volume.is_stopped() {
                     return false;
                 }

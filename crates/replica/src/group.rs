@@ -31,7 +31,7 @@ use crate::codec;
 use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
 use crate::confirm;
 use crate::log::Log;
-use crate::machine::{Machine, Position, SnapshotData, StateMachine};
+use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
 use crate::stall::{Stall, Stalled};
@@ -68,6 +68,9 @@ pub enum GroupError {
     /// The replica has stopped for good: its store failed, or an entry could not be applied.
     #[error("the replica has stopped: {0}")]
     Stopped(String),
+    /// Block data does not match its checksums: it was damaged before it came here.
+    #[error("{0}")]
+    Damaged(String),
     /// The request is wrong for the group's state.
     #[error("{0}")]
     Refused(String),
@@ -251,7 +254,10 @@ impl Group {
 
     /// Puts a command into the log and waits until it is applied here.
     pub async fn propose(&self, data: AppData) -> Result<(EntryId, AppReply), GroupError> {
-        self.machine.inner.check(&data).map_err(GroupError::Refused)?;
+        self.machine.inner.check(&data).map_err(|error| match error {
+            CheckError::Damaged(why) => GroupError::Damaged(why),
+            CheckError::Malformed(why) => GroupError::Refused(why),
+        })?;
         if self.transferring.get() {
             return Err(GroupError::NotLeader { leader: None });
         }

@@ -21,7 +21,7 @@ use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::volume::{Volume, VolumeMachine};
-use crate::{cleaner, config};
+use crate::{cleaner, config, heal};
 
 /// What a new replica of a volume is.
 #[derive(Clone, Debug)]
@@ -89,7 +89,7 @@ impl Host {
             loaded: Cell::new(false),
             environment,
         });
-        for service in [messages::RAFT, messages::DATA, messages::REBUILD] {
+        for service in [messages::RAFT, messages::DATA, messages::REBUILD, messages::HEAL] {
             let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
             host.environment.rpc.serve(service, handler);
         }
@@ -161,6 +161,7 @@ impl Host {
         let hold = Rc::new(PurgeHold::default());
         let cleaning = cleaner::run(Rc::downgrade(&volume), self.journal.clone(), hold.clone());
         holdfast_env::spawn("cleaner", cleaning);
+        holdfast_env::spawn("healer", heal::run(Rc::downgrade(&volume), self.journal.clone()));
         self.volumes.borrow_mut().insert(id.group, HostedVolume { volume: volume.clone(), of, hold });
         Ok(volume)
     }
@@ -400,6 +401,24 @@ impl Host {
         responder.reply(Frame::small(reply.encode()));
     }
 
+    fn on_heal(&self, request: Frame, responder: Responder) {
+        let mut input = Reader::new(&request.head);
+        let group = match GroupId::decode(&mut input) {
+            Ok(group) => group,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        let Some(volume) = self.volume(group) else {
+            return responder.refuse("no replica of the group stands here");
+        };
+        let rest = request.head.slice(request.head.len() - input.remaining()..);
+        holdfast_env::spawn("heal-serve", async move {
+            match heal::serve(&volume, Reader::new(&rest)).await {
+                Ok(frame) => responder.reply(frame),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
+    }
+
     fn on_rebuild(&self, request: Frame, responder: Responder) {
         let mut input = Reader::new(&request.head);
         let group = match GroupId::decode(&mut input) {
@@ -496,6 +515,7 @@ impl Handler for Service {
         match self.service {
             service if service == messages::RAFT.0 => host.on_raft(from, request, responder),
             service if service == messages::DATA.0 => host.on_data(request, responder),
+            service if service == messages::HEAL.0 => host.on_heal(request, responder),
             _ => host.on_rebuild(request, responder),
         }
     }

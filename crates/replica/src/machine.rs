@@ -34,11 +34,23 @@ pub struct ApplyError {
     pub why: String,
 }
 
+/// Why a command does not enter the log.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CheckError {
+    /// It makes no sense, and would make none if it came again.
+    #[error("{0}")]
+    Malformed(String),
+    /// Block data does not match its checksums: a bit has flipped since they were computed. Who sent it may have it
+    /// whole.
+    #[error("{0}")]
+    Damaged(String),
+}
+
 /// A replicated state machine. Single-threaded; `apply` does no I/O.
 pub trait StateMachine {
     /// Refuses a command before it enters the log: malformed, or block data that does not match its checksums.
     /// Called where a command is proposed and where a follower receives it.
-    fn check(&self, data: &AppData) -> Result<(), String>;
+    fn check(&self, data: &AppData) -> Result<(), CheckError>;
     /// Applies a committed command. Deterministic.
     fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError>;
     /// The state as of the last applied entry.

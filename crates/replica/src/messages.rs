@@ -20,6 +20,8 @@ pub const SESSION: Service = Service(3);
 pub const CATALOG: Service = Service(4);
 /// Rebuild: chunks from one replica to another.
 pub const REBUILD: Service = Service(5);
+/// Read repair: what another replica holds of a chunk.
+pub const HEAL: Service = Service(8);
 
 /// Which of Raft's calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -291,6 +293,10 @@ pub struct ReplicaReport {
     pub healed_bytes: u64,
     /// Why it does not run; empty if it does.
     pub fault: String,
+    /// Blocks that it does not hold as it should, and that are not healed yet.
+    pub bad_blocks: u64,
+    /// Blocks that were healed from another replica since its daemon started.
+    pub healed_blocks: u64,
 }
 
 const PROPOSE: u8 = 1;
@@ -598,6 +604,8 @@ impl ReplicaReport {
         put_text(out, &self.healed_by);
         out.u64(self.healed_bytes);
         put_text(out, &self.fault);
+        out.u64(self.bad_blocks);
+        out.u64(self.healed_blocks);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -646,6 +654,8 @@ impl ReplicaReport {
             healed_by: input.text(limits::TEXT_LENGTH_MAX)?,
             healed_bytes: input.u64()?,
             fault: input.text(limits::TEXT_LENGTH_MAX)?,
+            bad_blocks: input.u64()?,
+            healed_blocks: input.u64()?,
         })
     }
 }

@@ -22,8 +22,8 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_store::StoreError;
 use holdfast_store::volume::{BlockSum, Checkpoint, ChunkSummary, StagingLayer};
 use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
-    ReplicaId, StoreId, Writer, block_checksum,
+    BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, ReplicaId,
+    StoreId, Writer,
 };
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use tokio::sync::Notify;
@@ -265,7 +265,7 @@ fn get_summary(input: &mut Reader<'_>) -> Result<ChunkSummary, DecodeError> {
     })
 }
 
-fn put_sum(out: &mut Writer, sum: &BlockSum) {
+pub(crate) fn put_sum(out: &mut Writer, sum: &BlockSum) {
     match sum {
         BlockSum::Absent => out.u8(0),
         BlockSum::Zero => out.u8(1),
@@ -276,7 +276,7 @@ fn put_sum(out: &mut Writer, sum: &BlockSum) {
     }
 }
 
-fn get_sum(input: &mut Reader<'_>) -> Result<BlockSum, DecodeError> {
+pub(crate) fn get_sum(input: &mut Reader<'_>) -> Result<BlockSum, DecodeError> {
     Ok(match input.u8()? {
         0 => BlockSum::Absent,
         1 => BlockSum::Zero,
@@ -317,8 +317,10 @@ pub(crate) async fn serve(
         }
         BLOCKS => {
             let range = BlockRange::decode(&mut input)?;
-            let data = volume.data().read(range).await;
-            body.push(data.map_err(|error| RebuildError::Failed(error.to_string()))?);
+            let read = volume.data().read_checked(range).await;
+            let blocks = read.map_err(|error| RebuildError::Failed(error.to_string()))?;
+            blocks.checksums.iter().for_each(|sum| out.u32(*sum));
+            body.push(blocks.data);
         }
         POSITION => volume.group().position().applied_index().encode(&mut out),
         other => return Err(DecodeError::Unknown { what: "rebuild call", value: other.into() }.into()),
@@ -380,8 +382,12 @@ impl Source {
         Ok(out)
     }
 
-    async fn blocks(&self, range: BlockRange) -> Result<Bytes, RebuildError> {
-        let body = self.call(BLOCKS, |head| range.encode(head)).await?.into_body();
+    /// Blocks with their checksums as the source knows them, so that what is damaged on the way is noticed.
+    async fn blocks(&self, range: BlockRange) -> Result<(Bytes, Vec<u32>), RebuildError> {
+        let answer = self.call(BLOCKS, |head| range.encode(head)).await?;
+        let mut input = Reader::new(&answer.head);
+        let sums: Vec<u32> = range.blocks().map(|_| input.u32()).collect::<Result<_, _>>()?;
+        let body = answer.into_body();
         if body.len() as u64 != range.bytes() {
             return Err(RebuildError::Failed(format!(
                 "{} bytes came for {} blocks",
@@ -389,7 +395,7 @@ impl Source {
                 range.count
             )));
         }
-        Ok(body)
+        Ok((body, sums))
     }
 
     async fn position(&self) -> Result<LogIndex, RebuildError> {
@@ -506,12 +512,7 @@ async fn stage_chunk(
         }
         let range = BlockRange::new(BlockIndex(first.0 + at as u64), (end - at) as u32);
         if is_data {
-            let data = source.blocks(range).await?;
-            let sums: Vec<u32> = range
-                .blocks()
-                .zip(data.chunks_exact(BLOCK_BYTES))
-                .map(|(block, data)| block_checksum(block, data))
-                .collect();
+            let (data, sums) = source.blocks(range).await?;
             staging.put(range, data, &sums).await?;
         } else {
             staging.clear(range).await?;

@@ -14,17 +14,18 @@ use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::lease::{AttachDecision, HolderWatch, LeaseTerms, decide_attach};
+use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::volume::{Refusal, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
-use holdfast_store::volume::{BlockKind, Checkpoint, Clear, ReadError, VolumeData};
+use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, Epoch, LogIndex, SessionId, block_checksum};
+use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
 use crate::config::{AppData, AppReply, Timers};
 use crate::group::{Group, GroupError};
-use crate::machine::{ApplyError, Staged, StateMachine};
+use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
 
 /// How long a read waits for its floor before it is sent elsewhere: a follower learns of a commit with the next
@@ -66,14 +67,15 @@ impl VolumeMachine {
 }
 
 impl StateMachine for VolumeMachine {
-    fn check(&self, data: &AppData) -> Result<(), String> {
-        let command = VolumeCommand::decode(&data.head).map_err(|error| error.to_string())?;
-        command.validate(data.payload.len()).map_err(|refusal| refusal.to_string())?;
+    fn check(&self, data: &AppData) -> Result<(), CheckError> {
+        let malformed = |why: String| CheckError::Malformed(why);
+        let command = VolumeCommand::decode(&data.head).map_err(|error| malformed(error.to_string()))?;
+        command.validate(data.payload.len()).map_err(|refusal| malformed(refusal.to_string()))?;
         if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
-            return Err(SNAPSHOTS_NOT_BUILT.into());
+            return Err(malformed(SNAPSHOTS_NOT_BUILT.into()));
         }
         if let VolumeCommand::Write { range, checksums, .. } = &command {
-            check_payload(*range, checksums, &data.payload)?;
+            check_payload(*range, checksums, &data.payload).map_err(CheckError::Damaged)?;
         }
         Ok(())
     }
@@ -128,6 +130,9 @@ impl StateMachine for VolumeMachine {
 }
 
 fn check_payload(range: BlockRange, checksums: &[u32], payload: &[u8]) -> Result<(), String> {
+    if is_planted("damaged-in-flight") {
+        return Ok(());
+    }
     for ((block, expected), data) in range.blocks().zip(checksums).zip(payload.chunks_exact(BLOCK_BYTES)) {
         if block_checksum(block, data) != *expected {
             return Err(format!("block {} does not match its checksum", block.0));
@@ -178,6 +183,9 @@ impl Volume {
     pub fn data(&self) -> &VolumeData {
         &self.machine.data
     }
+    pub(crate) fn rpc(&self) -> &Rpc {
+        &self.rpc
+    }
     pub(crate) fn machine(&self) -> &Rc<VolumeMachine> {
         &self.machine
     }
@@ -201,6 +209,7 @@ impl Volume {
         self.is_stopped.set(true);
         self.stopped.notify_waiters();
         self.machine.dirtied.notify_one();
+        self.data().wake_healer();
         self.group.stop().await;
     }
 
@@ -274,6 +283,12 @@ impl Volume {
                 DataReply::Elsewhere { leader: None, why: "no quorum answered in time".into() }
             }
             GroupError::Stopped(why) => self.elsewhere(format!("the replica has stopped: {why}")),
+            // Its sender has it whole, as a rule, and sends it again.
+            GroupError::Damaged(why) => {
+                tracing::error!(group = %self.group.id().group, %why, "a write was damaged on the way");
+                let leader = self.group.leader().map(|(_, store)| store);
+                DataReply::Elsewhere { leader, why }
+            }
             GroupError::Refused(why) => DataReply::Failed(why),
         }
     }
@@ -364,16 +379,17 @@ impl Volume {
         if let Err(reply) = self.admit_read(epoch, session, floor).await {
             return (reply, Vec::new());
         }
-        match self.data().read(range).await {
-            Ok(bytes) => {
-                let checksums = checksums_of(range, &bytes);
+        match self.data().read_checked(range).await {
+            // The checksums that were computed where the blocks were written: what happens to a block since it was
+            // checked here, its reader notices.
+            Ok(CheckedBlocks { data, checksums }) => {
                 // INV-STAGE: a rebuild that is being switched in meanwhile shows what is not applied yet.
                 if !self.group.position().has_reached(floor) {
                     return (self.elsewhere("this replica is being rebuilt"), Vec::new());
                 }
                 // Taken after the read: whatever the blocks show was applied by now, so the reader's floor covers it.
                 let applied = self.group.position().applied_index();
-                (DataReply::Blocks { applied, checksums }, vec![bytes])
+                (DataReply::Blocks { applied, checksums }, vec![data])
             }
             Err(error) => (self.read_failed(&error), Vec::new()),
         }
@@ -409,7 +425,7 @@ impl Volume {
                 let runs = runs.into_iter().map(|(count, k)| (count, kind(k))).collect();
                 DataReply::Status { applied: self.group.position().applied_index(), runs }
             }
-            Err(error) => self.group_error(error.into()),
+            Err(error) => self.read_failed(&error),
         }
     }
 
@@ -503,6 +519,8 @@ impl Volume {
         }
         let healed = self.healed.borrow().clone();
         (report.healed_by, report.healed_bytes) = healed;
+        let health = self.data().health();
+        (report.bad_blocks, report.healed_blocks) = (health.bad_blocks, health.healed_blocks);
         match self.data().space().await {
             Ok(space) => report.used_bytes = space.allocated,
             Err(error) => report.fault = error.to_string(),
@@ -598,18 +616,7 @@ impl Volume {
     }
 }
 
-impl From<ReadError> for GroupError {
-    fn from(error: ReadError) -> Self {
-        Self::Refused(error.to_string())
-    }
-}
-
 /// The lease of sessions of a group.
 pub fn lease_terms(timers: &Timers) -> LeaseTerms {
     LeaseTerms { lease: timers.session_lease, drift_permille: 10 }
-}
-
-fn checksums_of(range: BlockRange, bytes: &[u8]) -> Vec<u32> {
-    let blocks = bytes.chunks_exact(BLOCK_BYTES).enumerate();
-    blocks.map(|(n, data)| block_checksum(BlockIndex(range.start.0 + n as u64), data)).collect()
 }

@@ -529,6 +529,8 @@ impl Session {
                     self.members.set_leader(None);
                 }
             }
+            // What was damaged on the way is sent again; what was damaged here never gets better.
+            check_own(request, body.first())?;
             self.usage.borrow_mut().repeats += 1;
             holdfast_env::sleep(RETRY_PAUSE).await;
         }
@@ -704,6 +706,22 @@ impl Session {
                 _ if began + patience < Instant::now() => return Err(SessionError::NoQuorum(patience)),
                 _ => holdfast_env::sleep(RETRY_PAUSE).await,
             }
+        }
+    }
+}
+
+/// Whether a write's data is still what its checksums were computed of.
+fn check_own(request: &DataRequest, payload: Option<&Bytes>) -> Result<(), SessionError> {
+    let (DataRequest::Propose { command, .. }, Some(payload)) = (request, payload) else { return Ok(()) };
+    let Ok(VolumeCommand::Write { range, checksums, .. }) = VolumeCommand::decode(command) else {
+        return Err(SessionError::Failed("a write was damaged in this node's memory".into()));
+    };
+    let mut blocks = range.blocks().zip(payload.chunks_exact(BLOCK_BYTES)).zip(&checksums);
+    match blocks.find(|((block, data), sum)| block_checksum(*block, data) != **sum) {
+        None => Ok(()),
+        Some(((block, _), _)) => {
+            let why = format!("block {} was damaged in this node's memory before it was written", block.0);
+            Err(SessionError::Failed(why))
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::output::{Output, table};
 pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
     let mut columns = vec!["id", "node", "zone", "role", "state", "term", "applied", "lag", "used"];
     if wide {
-        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes", "snapshots"]);
+        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes", "bad", "healed", "snapshots"]);
     }
     let rows = replicas.iter().map(|replica| {
         // A replica that does not answer tells nothing; zero would be a figure.
@@ -38,6 +38,8 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(replica.purged_index.to_string()),
                 or_dash(&replica.healed_by),
                 told(replica.healed_bytes.to_string()),
+                told(replica.bad_blocks.to_string()),
+                told(replica.healed_blocks.to_string()),
                 told(bytes(replica.snapshot_bytes)),
             ]);
         }

@@ -330,6 +330,36 @@ fn homes(all: &[ReplicaSnapshot]) -> Vec<Family> {
             parts.concat(),
         ),
         counter("store_read_bytes", "Bytes read from home files", of(|r| r.volume_usage.home_bytes_read)),
+        counter(
+            "store_read_errors",
+            "Reads of home files that the disk answered with an error",
+            of(|r| r.volume_usage.read_errors),
+        ),
+        gauge(
+            "store_bad_blocks",
+            "Blocks that home does not hold as it should, not healed yet",
+            of(|r| r.volume_usage.health.bad_blocks),
+        ),
+        counter(
+            "store_found_bad_blocks",
+            "Blocks that were found bad",
+            of(|r| r.volume_usage.health.found_blocks),
+        ),
+        counter(
+            "store_healed_blocks",
+            "Blocks healed from a peer",
+            of(|r| r.volume_usage.health.healed_blocks),
+        ),
+        counter(
+            "store_healed_pages",
+            "Table pages healed: from the other copy, from memory or from a peer",
+            of(|r| r.volume_usage.health.healed_pages),
+        ),
+        counter(
+            "store_replaced_chunks",
+            "Chunks replaced by what the other replicas agree on",
+            of(|r| r.volume_usage.health.replaced_chunks),
+        ),
         counter("store_flushes", "Flushes of a replica's files", of(|r| r.volume_usage.flushes)),
         counter("store_checkpoints", "Checkpoints made by the cleaner", of(|r| r.volume_usage.checkpoints)),
         counter(

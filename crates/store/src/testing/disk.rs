@@ -71,6 +71,10 @@ struct Content {
     allocated: BTreeSet<u64>,
     length: u64,
     unreadable: BTreeSet<u64>,
+    /// Blocks that cannot be read whatever is written to them.
+    dead: BTreeSet<u64>,
+    /// Blocks of which the next read fails.
+    hiccups: BTreeSet<u64>,
     /// The operation that last wrote a block.
     written_at: BTreeMap<u64, u64>,
 }
@@ -300,6 +304,26 @@ impl MemoryDisk {
         self.with_file(name, |file| file.unreadable.insert(block));
     }
 
+    /// Makes a block unreadable for good: writing it anew does not help.
+    pub fn make_dead(&self, name: &str, block: u64) {
+        self.with_file(name, |file| file.dead.insert(block));
+    }
+
+    /// Makes the next read of a block fail, and no other.
+    pub fn hiccup(&self, name: &str, block: u64) {
+        self.with_file(name, |file| file.hiccups.insert(block));
+    }
+
+    /// Puts other bytes in the place of a block.
+    pub fn put_block(&self, name: &str, block: u64, bytes: &[u8]) {
+        let mut data = [0; ALIGNMENT];
+        data.copy_from_slice(bytes);
+        self.with_file(name, |file| {
+            file.cached.retain(|change| change.block() != block);
+            file.durable.insert(block, Rc::new(data));
+        });
+    }
+
     /// Blocks of a file that were written, with the number of the operation that last wrote each.
     pub fn written(&self, name: &str) -> Vec<(u64, u64)> {
         self.with_file(name, |file| file.written_at.iter().map(|(block, at)| (*block, *at)).collect())
@@ -442,7 +466,10 @@ impl File for Handle {
                     let at = ((block - first) * BLOCK) as usize;
                     buffer.as_mut_slice()[at..at + ALIGNMENT].copy_from_slice(&file.read_block(*block));
                 }
-                file.unreadable.range(blocks).next().is_some()
+                let hiccup = file.hiccups.range(blocks.clone()).next().copied();
+                hiccup.iter().for_each(|block| _ = file.hiccups.remove(block));
+                let mut lost = file.unreadable.range(blocks.clone()).chain(file.dead.range(blocks));
+                hiccup.is_some() || lost.next().is_some()
             });
             if lost { Err(io::Error::other("a block cannot be read")) } else { Ok(buffer) }
         }

@@ -11,7 +11,7 @@ const VARIABLE: &str = "HOLDFAST_PLANTED";
 const ADDRESS: &str = "address-not-in-checksum";
 
 /// Faults that can be planted, and what each does.
-pub const KNOWN: [(&str, &str); 41] = [
+pub const KNOWN: [(&str, &str); 43] = [
     // The journal's writer.
     ("skip-journal-flush", "a batch is acknowledged before it is on stable storage"),
     ("acknowledge-out-of-order", "a batch is acknowledged before those in front of it"),
@@ -53,6 +53,9 @@ pub const KNOWN: [(&str, &str); 41] = [
     (ADDRESS, "a block is good at the place of another one"),
     ("foreign-replica", "the files of another replica are opened"),
     ("replica-not-named", "the files of a new replica have no durable names"),
+    // Healing.
+    ("heal-unchecked", "a block that is not what the table says is written over home"),
+    ("adopt-anything", "a chunk of a replica that is behind or ahead is adopted"),
     // A rebuild.
     ("staging-not-named", "what is switched in has no durable name"),
     ("switch-before-flush", "what is switched in was never flushed"),

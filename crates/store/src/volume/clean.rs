@@ -102,7 +102,7 @@ impl VolumeData {
             let last = BlockIndex(start.0 + run.count - 1).chunk();
             for chunk in (start.chunk().0..=last.0).map(ChunkIndex) {
                 if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(chunk) {
-                    let line = self.0.table.chunk(chunk).await?;
+                    let line = self.line_of(chunk).await?;
                     present.extend(line.is_present().then_some(chunk));
                     e.insert((line.has_data(), line));
                 }
@@ -121,6 +121,11 @@ impl VolumeData {
         // (INV-MARK).
         lines.retain(|chunk, (_, line)| present.contains(chunk) || line.is_present());
         Ok(lines)
+    }
+
+    /// A chunk's line. If its page is lost it is noted for the healer.
+    async fn line_of(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
+        self.0.table.chunk(chunk).await.inspect_err(|_| self.suspect_chunk(chunk))
     }
 
     async fn write_home(&self, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {

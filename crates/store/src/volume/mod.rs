@@ -12,6 +12,7 @@
 
 mod clean;
 mod extent;
+mod heal;
 mod manifest;
 mod read;
 mod stage;
@@ -26,8 +27,9 @@ use futures_util::future::LocalBoxFuture;
 use holdfast_env::disk::{Directory, File, OpenMode};
 use holdfast_types::{BlockIndex, BlockRange, ByteSize, ChunkIndex, LogIndex};
 
+pub use heal::{ChunkContent, ChunkNow, Finding, Health};
 pub use manifest::{Manifest, ReplicaFileIdentity};
-pub use read::ReadError;
+pub use read::{CheckedBlocks, ReadError};
 pub use stage::StagingLayer;
 pub use table::BlockSum;
 
@@ -134,6 +136,10 @@ pub struct VolumeUsage {
     pub checkpoints: u64,
     /// Chunks given back to the file system.
     pub chunks_punched: u64,
+    /// Reads of home that the medium answered with an error.
+    pub read_errors: u64,
+    /// Blocks and chunks of which it was found that home or table do not hold what they should, and those that do again.
+    pub health: Health,
 }
 
 /// A digest of a volume's whole content: equal content, equal digest; zero and absent blocks are equal.
@@ -181,6 +187,8 @@ struct Inner {
     usage: Cell<VolumeUsage>,
     /// Rebuilds that compare what is home with a peer's. While there is one, nothing is moved home (INV-STAGE).
     rebuilds: Cell<u32>,
+    /// What reads found bad.
+    suspects: heal::Suspects,
 }
 
 /// The blocks of one replica. Cheap to clone.
@@ -258,6 +266,7 @@ impl VolumeData {
             changes: Cell::new(0),
             usage: Cell::default(),
             rebuilds: Cell::new(0),
+            suspects: heal::Suspects::default(),
         }));
         data.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
         let listed = data.0.manifest.borrow().pages.clone();
@@ -352,6 +361,7 @@ impl VolumeData {
             table_bytes_written,
             manifest_bytes_written: self.0.manifest_file.bytes_written(),
             flushes: usage.flushes + table_flushes,
+            health: self.health(),
             ..usage
         }
     }
@@ -400,7 +410,7 @@ impl VolumeData {
     ) -> Result<Vec<ChunkSummary>, StoreError> {
         let mut out = Vec::new();
         for chunk in (from.0..from.0 + u64::from(count)).map(ChunkIndex) {
-            let line = self.0.table.chunk(chunk).await?;
+            let line = self.0.table.chunk(chunk).await.inspect_err(|_| self.suspect_chunk(chunk))?;
             let mut summary = ChunkSummary {
                 chunk,
                 incarnation: line.incarnation,

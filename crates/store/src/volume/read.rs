@@ -29,6 +29,26 @@ pub enum ReadError {
     Store(#[from] StoreError),
 }
 
+/// Blocks with the checksums that they were checked against: those that were computed where they were written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckedBlocks {
+    /// The blocks.
+    pub data: Bytes,
+    /// Their checksums, in order; those of zeros for what is absent or zero.
+    pub checksums: Vec<u32>,
+}
+
+/// A block of zeros.
+const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+/// What a read fills.
+struct Filled<'o> {
+    data: &'o mut [u8],
+    /// Of data; what is absent or zero has none.
+    sums: Vec<Option<u32>>,
+    bad: Vec<u64>,
+}
+
 /// Where a run of blocks is to be read.
 enum Piece {
     Run(BlockIndex, Extent),
@@ -36,8 +56,14 @@ enum Piece {
 }
 
 impl VolumeData {
-    /// The blocks of a range; what is absent or zero reads as zeros. Every block is checked.
+    /// The blocks of a range; what is absent or zero reads as zeros. Every block is checked. What does not match is
+    /// noted for the healer.
     pub async fn read(&self, range: BlockRange) -> Result<Bytes, ReadError> {
+        self.read_checked(range).await.map(|blocks| blocks.data)
+    }
+
+    /// As [`Self::read`], with the checksums.
+    pub async fn read_checked(&self, range: BlockRange) -> Result<CheckedBlocks, ReadError> {
         if range.count > limits::REQUEST_BLOCKS_MAX {
             return Err(ReadError::OutOfRange { count: range.count });
         }
@@ -45,21 +71,26 @@ impl VolumeData {
         loop {
             let before = self.0.changes.get();
             let mut out = BytesMut::zeroed(range.bytes() as usize);
-            match self.read_into(range, &mut out).await {
-                Ok(bad) if bad.is_empty() => return Ok(out.freeze()),
-                Ok(bad) => {
-                    lookups += 1;
-                    if self.0.changes.get() == before || lookups >= LOOKUPS_MAX {
-                        return Err(ReadError::BadBlocks(bad));
-                    }
+            let mut filled =
+                Filled { data: &mut out, sums: vec![None; range.count as usize], bad: Vec::new() };
+            let read = self.read_into(range, &mut filled).await;
+            let (sums, bad) = (filled.sums, filled.bad);
+            lookups += 1;
+            let again = self.0.changes.get() != before && lookups < LOOKUPS_MAX;
+            match read {
+                Ok(()) if bad.is_empty() => {
+                    let of_zeros = |block| block_checksum(block, &ZEROS);
+                    let sums = range.blocks().zip(sums);
+                    let checksums = sums.map(|(block, sum)| sum.unwrap_or_else(|| of_zeros(block))).collect();
+                    return Ok(CheckedBlocks { data: out.freeze(), checksums });
                 }
-                Err(error) => {
-                    lookups += 1;
-                    // The entry was purged between look-up and read: its blocks are home by now.
-                    if self.0.changes.get() == before || lookups >= LOOKUPS_MAX {
-                        return Err(error.into());
-                    }
+                // The cleaner has moved them meanwhile, or the entry was purged between look-up and read.
+                _ if again => {}
+                Ok(()) => {
+                    self.suspect(&bad);
+                    return Err(ReadError::BadBlocks(bad));
                 }
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -80,38 +111,33 @@ impl VolumeData {
         pieces
     }
 
-    /// Fills `out`; gives the blocks that do not match.
-    async fn read_into(&self, range: BlockRange, out: &mut [u8]) -> Result<Vec<u64>, StoreError> {
-        let mut bad = Vec::new();
+    async fn read_into(&self, range: BlockRange, out: &mut Filled<'_>) -> Result<(), StoreError> {
         for piece in self.pieces(range) {
-            let (start, count) = match &piece {
-                Piece::Run(start, run) => (*start, run.count as usize),
-                Piece::Home(start, count) => (*start, *count as usize),
-            };
-            let from = (start.0 - range.start.0) as usize * BLOCK_BYTES;
-            let place = &mut out[from..from + count * BLOCK_BYTES];
             match piece {
-                Piece::Run(start, run) => self.read_run(start, &run, place, &mut bad).await?,
-                Piece::Home(start, count) => self.read_home(start, count, place, &mut bad).await?,
+                Piece::Run(start, run) => self.read_run(range, start, &run, out).await?,
+                Piece::Home(start, count) => self.read_home(range, start, count, out).await?,
             }
         }
-        Ok(bad)
+        Ok(())
     }
 
     async fn read_run(
         &self,
+        range: BlockRange,
         start: BlockIndex,
         run: &Extent,
-        place: &mut [u8],
-        bad: &mut Vec<u64>,
+        out: &mut Filled<'_>,
     ) -> Result<(), StoreError> {
         let What::Data { offset, .. } = &run.what else { return Ok(()) };
         let payload = self.0.payloads.read_payload(run.index, *offset, run.count as u32).await?;
-        place.copy_from_slice(&payload);
-        for (n, data) in (0u64..).zip(place.chunks_exact(BLOCK_BYTES)) {
-            let block = BlockIndex(start.0 + n);
-            if run.checksum(n) != Some(block_checksum(block, data)) {
-                bad.push(block.0);
+        let first = (start.0 - range.start.0) as usize;
+        out.data[first * BLOCK_BYTES..][..payload.len()].copy_from_slice(&payload);
+        for n in 0..run.count as usize {
+            let block = BlockIndex(start.0 + n as u64);
+            let data = &out.data[(first + n) * BLOCK_BYTES..][..BLOCK_BYTES];
+            out.sums[first + n] = run.checksum(n as u64);
+            if out.sums[first + n] != Some(block_checksum(block, data)) {
+                out.bad.push(block.0);
             }
         }
         Ok(())
@@ -119,10 +145,10 @@ impl VolumeData {
 
     async fn read_home(
         &self,
+        range: BlockRange,
         start: BlockIndex,
         count: u32,
-        place: &mut [u8],
-        bad: &mut Vec<u64>,
+        out: &mut Filled<'_>,
     ) -> Result<(), StoreError> {
         let mut sums = Vec::with_capacity(count as usize);
         for block in BlockRange::new(start, count).blocks() {
@@ -130,7 +156,7 @@ impl VolumeData {
                 Ok(sum) => sums.push(sum),
                 // What the page said is lost: its blocks are as good as rotten, and others have them.
                 Err(StoreError::Damaged { .. }) => {
-                    bad.push(block.0);
+                    out.bad.push(block.0);
                     sums.push(BlockSum::Absent);
                 }
                 Err(error) => return Err(error),
@@ -144,16 +170,16 @@ impl VolumeData {
             }
             let run = sums[at..].iter().take_while(|sum| matches!(sum, BlockSum::Data(_))).count();
             let first = BlockIndex(start.0 + at as u64);
-            self.count(|usage| usage.home_bytes_read += (run * BLOCK_BYTES) as u64);
-            let read = self.0.home.read_at(first.byte_offset(), run * BLOCK_BYTES).await;
-            let data = read.map_err(|error| StoreError::io("home", &error))?;
-            let part = &mut place[at * BLOCK_BYTES..(at + run) * BLOCK_BYTES];
-            part.copy_from_slice(data.as_slice());
+            let from = (first.0 - range.start.0) as usize;
+            let part = &mut out.data[from * BLOCK_BYTES..(from + run) * BLOCK_BYTES];
+            let unreadable = self.read_home_blocks(first, part).await;
             for (n, data) in part.chunks_exact(BLOCK_BYTES).enumerate() {
                 let block = BlockIndex(first.0 + n as u64);
-                let matches = sums[at + n] == BlockSum::Data(block_checksum(block, data));
+                let BlockSum::Data(expected) = sums[at + n] else { continue };
+                out.sums[from + n] = Some(expected);
+                let matches = !unreadable.contains(&block) && block_checksum(block, data) == expected;
                 if !matches && !planted("home-unchecked") {
-                    bad.push(block.0);
+                    out.bad.push(block.0);
                 }
             }
             at += run;
@@ -195,12 +221,18 @@ impl VolumeData {
         for chunk in (0..chunks).map(ChunkIndex) {
             let start = chunk.first_block();
             let count = CHUNK_BLOCKS.min(blocks - start.0) as u32;
-            let empty =
-                self.chunk_checksums(chunk).await?.iter().all(|sum| !matches!(sum, BlockSum::Data(_)));
-            if empty {
-                continue;
-            }
             let range = BlockRange::new(start, count);
+            match self.chunk_checksums(chunk).await {
+                Ok(sums) if sums.iter().all(|sum| !matches!(sum, BlockSum::Data(_))) => continue,
+                Ok(_) => {}
+                // Its page is lost: whatever it holds cannot be told.
+                Err(StoreError::Damaged { .. }) => {
+                    self.suspect(&[start.0]);
+                    bad_blocks += u64::from(count);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
             let data = match self.read(range).await {
                 Ok(data) => data,
                 Err(ReadError::BadBlocks(bad)) => {

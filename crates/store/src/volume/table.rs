@@ -202,6 +202,17 @@ pub(super) struct Table {
     owed: RefCell<Vec<Written>>,
 }
 
+/// How a page stands on the medium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PageFound {
+    /// Both copies are whole and equal.
+    Whole,
+    /// One or both were not, and are again.
+    Repaired,
+    /// Neither is left.
+    Lost,
+}
+
 /// A page of which one copy was written.
 #[derive(Clone)]
 struct Written {
@@ -366,18 +377,22 @@ impl Table {
                 page.chunks[within] = line;
             }
             page.generation += 1;
-            let (bytes, spare) = (page.encode(number, self.who), page.spare);
-            let page = Rc::new(page);
-            self.writing.borrow_mut().insert(number, page.clone());
-            self.keep(number, page.clone());
-            self.write_copy(number, spare, bytes.clone()).await?;
-            if planted("page-in-place") {
-                self.write_copy(number, 1 - spare, bytes).await?;
-            }
-            written.push(Written { number, other: 1 - spare, page });
+            written.push(self.write_first_copy(number, page).await?);
         }
         self.flush().await?;
         Ok(written)
+    }
+
+    async fn write_first_copy(&self, number: u64, page: Page) -> Result<Written, StoreError> {
+        let (bytes, spare) = (page.encode(number, self.who), page.spare);
+        let page = Rc::new(page);
+        self.writing.borrow_mut().insert(number, page.clone());
+        self.keep(number, page.clone());
+        self.write_copy(number, spare, bytes.clone()).await?;
+        if planted("page-in-place") {
+            self.write_copy(number, 1 - spare, bytes).await?;
+        }
+        Ok(Written { number, other: 1 - spare, page })
     }
 
     async fn write_copy(&self, number: u64, copy: u64, bytes: AlignedBuffer) -> Result<(), StoreError> {
@@ -450,6 +465,104 @@ impl Table {
             self.flush().await?;
         }
         Ok(empty)
+    }
+
+    /// Whether both copies of a chunk's page are lost: what it said must come from another replica.
+    pub(super) async fn is_lost(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
+        match self.page(place_of(chunk).0).await {
+            Ok(_) => Ok(false),
+            Err(StoreError::Damaged { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at both copies of a chunk's page on the medium, and makes a rotten one again from the other, or both from
+    /// memory. Nothing else writes the table meanwhile (the caller holds the cleaner's lock).
+    pub(super) async fn scrub_page(&self, chunk: ChunkIndex) -> Result<PageFound, StoreError> {
+        self.write_other_copies().await?;
+        let number = place_of(chunk).0;
+        if self.stale.borrow().contains(&number) {
+            return Ok(PageFound::Lost);
+        }
+        let cached = self.cached(number);
+        let copies = match self.copies(number).await {
+            Ok(copies) => Some(copies),
+            Err(StoreError::Damaged { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        // What memory shows is what was written last: both copies may be whole, and a write of them lost.
+        let as_new =
+            |copies: &Copies| cached.as_ref().is_none_or(|page| page.generation == copies.page.generation);
+        if copies.as_ref().is_some_and(|copies| copies.equal && as_new(copies)) {
+            return Ok(PageFound::Whole);
+        }
+        let known = cached.or_else(|| copies.map(|copies| Rc::new(copies.page)));
+        let Some(page) = known else { return Ok(PageFound::Lost) };
+        let bytes = page.encode(number, self.who);
+        // One after the other, so that a cut between them leaves a whole one.
+        for copy in [page.spare, 1 - page.spare] {
+            self.write_copy(number, copy, bytes.clone()).await?;
+            self.flush().await?;
+        }
+        Ok(PageFound::Repaired)
+    }
+
+    /// Chunks of the page that a chunk stands on.
+    pub(super) fn page_chunks(chunk: ChunkIndex) -> impl Iterator<Item = ChunkIndex> {
+        let first = place_of(chunk).0 * PAGE_CHUNKS;
+        (first..first + PAGE_CHUNKS).map(ChunkIndex)
+    }
+
+    /// As [`Self::write`], for all chunks of a page of which both copies are lost: it says what it is told from the
+    /// moment at which it says anything again.
+    pub(super) async fn restore(
+        &self,
+        lines: BTreeMap<ChunkIndex, Chunk>,
+    ) -> Result<Vec<PageMark>, StoreError> {
+        self.write_other_copies().await?;
+        let Some(number) = lines.first_key_value().map(|(chunk, _)| place_of(*chunk).0) else {
+            return Ok(Vec::new());
+        };
+        let mut page = self.what_is_left(number).await;
+        for (chunk, line) in lines {
+            let (at, within) = place_of(chunk);
+            assert_eq!(at, number, "one page is restored at a time");
+            page.chunks[within] = line;
+        }
+        page.generation += 1;
+        self.stale.borrow_mut().remove(&number);
+        let mut written = self.write_first_copy(number, page).await;
+        if written.is_ok()
+            && let Err(error) = self.flush().await
+        {
+            written = Err(error);
+        }
+        self.writing.take();
+        self.writes.set(self.writes.get() + 1);
+        if written.is_err() {
+            self.pages.borrow_mut().remove(&number);
+            self.stale.borrow_mut().insert(number);
+        }
+        let written = written?;
+        let mark = PageMark { number, generation: written.page.generation };
+        *self.owed.borrow_mut() = vec![written];
+        Ok(vec![mark])
+    }
+
+    /// A page that says nothing, newer than whatever is left of a lost page's copies.
+    async fn what_is_left(&self, number: u64) -> Page {
+        let mut page = Page::default();
+        for copy in 0..2 {
+            let place = (number * 2 + copy) * BLOCK_BYTES as u64;
+            // One that cannot be read is written over like a rotten one.
+            let Ok(bytes) = self.file.read_at(place, BLOCK_BYTES).await else { continue };
+            if let Ok(Some(left)) = Page::decode(bytes.as_slice(), number, self.who)
+                && left.generation >= page.generation
+            {
+                (page.generation, page.spare) = (left.generation, 1 - copy);
+            }
+        }
+        page
     }
 
     /// Pages that are lost, for the next manifest's list: it must not be forgotten that they are.

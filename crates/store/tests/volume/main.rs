@@ -3,6 +3,7 @@
 mod bounds;
 mod crashes;
 mod golden;
+mod heal;
 mod lost;
 mod replica;
 mod rot;

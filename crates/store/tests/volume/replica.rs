@@ -245,6 +245,10 @@ impl Replica {
         self.apply(&entry).expect("an own command decodes");
     }
 
+    pub fn applied(&self) -> LogIndex {
+        self.applied.get().index
+    }
+
     pub async fn flushed(&self) {
         while self.log.flushed() < self.applied.get().index && self.journal.failed().is_none() {
             holdfast_env::sleep(Duration::from_millis(1)).await;

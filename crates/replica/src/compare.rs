@@ -1,0 +1,157 @@
+//! Which replica of a volume is wrong about a chunk, when they differ.
+//!
+//! A checksum shows a block that is not what was written. It does not show one that is what was written *before*: a
+//! disk that reports a write and drops it leaves an older block with an older checksum, each true to the other. Only the
+//! other replicas tell. No index is stopped at for that: a chunk does not change between its last change and what its
+//! replica has applied, so two replicas can be compared wherever these spans meet (INV-MARK), while writes go on
+//! elsewhere.
+
+use std::time::Duration;
+
+use holdfast_store::StoreError;
+use holdfast_store::volume::ChunkNow;
+use holdfast_types::{ChunkIndex, LogIndex, StoreId};
+
+use crate::heal::{self, Told};
+use crate::volume::Volume;
+
+/// Looks at chunks that are being written, until what the replicas say can be compared.
+const ROUNDS_MAX: usize = 4;
+/// How long this replica waits to apply what another one shows.
+const FOLLOW_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What to do about a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is right here, or nothing shows that it is not.
+    Keep,
+    /// It is wrong here; this one has it right.
+    Take(StoreId),
+    /// They differ, and nothing shows who is right, or they could not be compared.
+    Unsettled,
+}
+
+/// What one replica says of a chunk.
+#[derive(Clone, Debug)]
+struct Voice {
+    store: StoreId,
+    now: ChunkNow,
+    applied: LogIndex,
+}
+
+impl Voice {
+    /// Whether there is an entry as of which both tell of the chunk.
+    fn meets(&self, other: &Self) -> bool {
+        self.now.last_index <= other.applied && other.now.last_index <= self.applied
+    }
+}
+
+/// Decides from what the replicas say. `voters` of them there are; `ours` is none where this replica cannot tell, or
+/// holds what it knows to be bad.
+fn decide(ours: Option<&Voice>, others: &[Voice], voters: usize) -> Verdict {
+    let met: Vec<&Voice> = others.iter().filter(|other| ours.is_none_or(|ours| ours.meets(other))).collect();
+    let agree = |voice: &Voice| {
+        let all = met.iter().copied().chain(ours);
+        all.filter(|other| other.now.reads_as(&voice.now) && other.meets(voice)).count()
+    };
+    if ours.is_some_and(|ours| agree(ours) * 2 > voters) {
+        return Verdict::Keep;
+    }
+    if let Some(right) = met.iter().find(|voice| agree(voice) * 2 > voters) {
+        return Verdict::Take(right.store);
+    }
+    // Too few to outvote anybody. A change that one knows of and another does not was made: it came through the log.
+    let newest = met.iter().max_by_key(|voice| voice.now.last_index);
+    match (ours, newest) {
+        (None, Some(newest)) => Verdict::Take(newest.store),
+        (Some(ours), Some(newest)) if newest.now.last_index > ours.now.last_index => {
+            if newest.now.reads_as(&ours.now) { Verdict::Keep } else { Verdict::Take(newest.store) }
+        }
+        (Some(ours), Some(_)) if met.iter().all(|other| other.now.reads_as(&ours.now)) => Verdict::Keep,
+        (Some(ours), Some(newest)) if newest.now.last_index < ours.now.last_index => Verdict::Keep,
+        _ => Verdict::Unsettled,
+    }
+}
+
+/// Asks every other replica about a chunk, and decides. `bad` if this replica knows that it does not hold it.
+pub(crate) async fn judge(volume: &Volume, chunk: ChunkIndex, bad: bool) -> Result<Verdict, StoreError> {
+    let mut verdict = Verdict::Unsettled;
+    for _ in 0..ROUNDS_MAX {
+        let mut others = Vec::new();
+        for store in heal::peers(volume) {
+            match heal::ask(volume, store, &[chunk], 0).await.map(|mut all| all.pop()) {
+                Ok(Some((Told { applied, now: Some(now), .. }, _))) => {
+                    others.push(Voice { store, now, applied })
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(%store, chunk = chunk.0, %error, "a peer does not tell of a chunk")
+                }
+            }
+        }
+        let newest = others.iter().map(|voice| voice.now.last_index).max().unwrap_or_default();
+        // Not reached in time, they do not meet.
+        let _late = holdfast_env::timeout(FOLLOW_PATIENCE, volume.group().position().reached(newest)).await;
+        let ours = heal::look(volume, chunk).await?;
+        let own = volume.rpc().local();
+        let ours = ours.now.filter(|_| !bad).map(|now| Voice { store: own, now, applied: ours.applied });
+        let voters = volume.group().report().voters.len();
+        verdict = decide(ours.as_ref(), &others, voters);
+        if verdict != Verdict::Unsettled {
+            break;
+        }
+    }
+    Ok(verdict)
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_store::volume::BlockSum;
+    use holdfast_types::CHUNK_BLOCKS;
+
+    use super::*;
+
+    fn voice(store: u128, content: u32, last: u64, applied: u64) -> Voice {
+        let mut sums = vec![BlockSum::Absent; CHUNK_BLOCKS as usize];
+        sums[0] = BlockSum::Data(content);
+        let now = ChunkNow { incarnation: 1, last_index: LogIndex(last), sums };
+        Voice { store: StoreId(store), now, applied: LogIndex(applied) }
+    }
+
+    #[test]
+    fn a_majority_is_right() {
+        let others = [voice(2, 7, 50, 90), voice(3, 7, 50, 95)];
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
+        assert_eq!(decide(Some(&voice(1, 6, 40, 90)), &others, 3), Verdict::Take(StoreId(2)));
+        // Whatever its mark says: a rebuild marks what it brings with its own index.
+        assert_eq!(decide(Some(&voice(1, 6, 60, 90)), &others, 3), Verdict::Take(StoreId(2)));
+        let others = [voice(2, 6, 40, 90), voice(3, 7, 50, 95)];
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
+    }
+
+    #[test]
+    fn what_tells_of_another_time_is_not_compared() {
+        // It has not applied the last change of this one.
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 49)], 3), Verdict::Unsettled);
+        // It shows a change that this one has not applied.
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 91, 99)], 3), Verdict::Unsettled);
+        let others = [voice(2, 6, 91, 99), voice(3, 6, 91, 99)];
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Unsettled);
+    }
+
+    #[test]
+    fn of_two_the_one_that_knows_a_later_change_is_right() {
+        assert_eq!(decide(Some(&voice(1, 6, 40, 90)), &[voice(2, 7, 50, 90)], 2), Verdict::Take(StoreId(2)));
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 90)], 2), Verdict::Keep);
+        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 50, 90)], 2), Verdict::Unsettled);
+    }
+
+    #[test]
+    fn who_knows_nothing_takes_what_most_say_else_the_newest() {
+        let others = [voice(2, 6, 40, 90), voice(3, 7, 50, 90)];
+        assert_eq!(decide(None, &others, 3), Verdict::Take(StoreId(3)));
+        let others = [voice(2, 7, 50, 90), voice(3, 7, 50, 90)];
+        assert_eq!(decide(None, &others, 3), Verdict::Take(StoreId(2)));
+        assert_eq!(decide(None, &[], 3), Verdict::Unsettled);
+    }
+}

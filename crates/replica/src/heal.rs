@@ -1,0 +1,373 @@
+//! Read repair: what home does not hold as it should is fetched from other replicas and put back.
+//!
+//! Whoever reads a bad block is answered by another replica at once ([`crate::volume`]); the chunk is noted, and this
+//! task heals it behind the reader's back, one chunk of a volume at a time. A peer is asked that has applied at least as
+//! much as this replica, and what it sends is checked against this replica's own table, address included. Only where the
+//! table is lost, or where every peer holds something else than it says, the chunk is taken as a peer has it; the store
+//! refuses what is of another time (INV-HEAL).
+//!
+//! What cannot be healed now is tried again, less and less often: the peers may be away, or the medium may refuse.
+
+use std::collections::BTreeMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use holdfast_env::Instant;
+use holdfast_env::net::{Frame, Lane};
+use holdfast_store::StoreError;
+use holdfast_store::journal::Journal;
+use holdfast_store::volume::{BlockSum, ChunkContent, ChunkNow, Finding};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
+    StoreId, Writer, block_checksum,
+};
+use holdfast_wire::rpc::CallError;
+
+use crate::compare::{self, Verdict};
+use crate::messages;
+use crate::rebuild::{get_sum, put_sum};
+use crate::volume::Volume;
+
+/// How long one call to a peer may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a peer waits until it has applied as far as the asker.
+const APPLY_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the asker waits until it has applied and flushed what a peer's chunk shows.
+const FOLLOW_PATIENCE: Duration = Duration::from_secs(1);
+/// Looks at a chunk that is being written, until it holds still.
+const LOOKS_MAX: usize = 8;
+/// Chunks that one call tells of.
+pub(crate) const CHUNKS_MAX: usize = 64;
+/// Between tries of a chunk that could not be healed; doubles.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(300);
+/// Chunks that are tried again; what does not fit is found again by reads and by the scrub.
+const RETRIES_MAX: usize = 1024;
+
+const LOST: u8 = 0;
+const HELD: u8 = 1;
+
+/// Why a peer could not tell.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum HealError {
+    /// The peer did not answer.
+    #[error("the peer does not answer: {0}")]
+    Call(#[from] CallError),
+    /// The peer's message is not understood.
+    #[error("the peer's answer is not understood: {0}")]
+    Malformed(#[from] DecodeError),
+    /// A store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The peer says why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What a replica says of one of its chunks.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    pub(crate) chunk: ChunkIndex,
+    /// What it had applied then.
+    pub(crate) applied: LogIndex,
+    /// What the chunk holds; `None` if it does not know.
+    pub(crate) now: Option<ChunkNow>,
+}
+
+fn put_told(out: &mut Writer, told: &Told) {
+    told.applied.encode(out);
+    let Some(now) = &told.now else { return out.u8(LOST) };
+    out.u8(HELD);
+    out.u64(now.incarnation);
+    now.last_index.encode(out);
+    now.sums.iter().for_each(|sum| put_sum(out, sum));
+}
+
+fn get_told(input: &mut Reader<'_>, chunk: ChunkIndex) -> Result<Told, DecodeError> {
+    let applied = LogIndex::decode(input)?;
+    let now = match input.u8()? {
+        LOST => None,
+        HELD => Some(ChunkNow {
+            incarnation: input.u64()?,
+            last_index: LogIndex::decode(input)?,
+            sums: (0..CHUNK_BLOCKS).map(|_| get_sum(input)).collect::<Result<_, _>>()?,
+        }),
+        other => return Err(DecodeError::Unknown { what: "chunk", value: other.into() }),
+    };
+    Ok(Told { chunk, applied, now })
+}
+
+/// What this replica holds of a chunk, and as of when.
+pub(crate) async fn look(volume: &Volume, chunk: ChunkIndex) -> Result<Told, StoreError> {
+    let now = match volume.data().chunk_now(chunk).await {
+        Ok(now) => Some(now),
+        Err(StoreError::Damaged { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    // No wait since the look: this is what had been applied at it.
+    Ok(Told { chunk, applied: volume.group().position().applied_index(), now })
+}
+
+/// Tells a peer of chunks, with the blocks of one of them that it wants.
+pub(crate) async fn serve(volume: &Volume, mut input: Reader<'_>) -> Result<Frame, HealError> {
+    let at_least = LogIndex::decode(&mut input)?;
+    let count = input.count("chunks", CHUNKS_MAX)?;
+    let chunks: Vec<ChunkIndex> =
+        (0..count).map(|_| input.u64().map(ChunkIndex)).collect::<Result<_, _>>()?;
+    let wanted = input.u64()?;
+    input.end()?;
+    let reached = volume.group().position().reached(at_least);
+    if holdfast_env::timeout(APPLY_PATIENCE, reached).await.is_err() {
+        return Err(HealError::Failed("this replica is behind".into()));
+    }
+    let mut out = Writer::new();
+    let mut body = Vec::new();
+    out.u32(chunks.len() as u32);
+    for chunk in &chunks {
+        let told = if wanted == 0 {
+            look(volume, *chunk).await?
+        } else {
+            let (told, blocks) = look_with_blocks(volume, *chunk, wanted).await?;
+            body.extend(blocks);
+            told
+        };
+        put_told(&mut out, &told);
+    }
+    Ok(Frame { head: out.finish(), body })
+}
+
+/// Wanted data blocks of a chunk, in order, and what the chunk was when they were read.
+async fn look_with_blocks(
+    volume: &Volume,
+    chunk: ChunkIndex,
+    wanted: u64,
+) -> Result<(Told, Vec<Bytes>), HealError> {
+    for _ in 0..LOOKS_MAX {
+        let before = look(volume, chunk).await?;
+        let Some(now) = &before.now else { return Ok((before, Vec::new())) };
+        let mut blocks = Vec::new();
+        for block in data_blocks(chunk, now, wanted) {
+            let read = volume.data().read(BlockRange::new(block, 1)).await;
+            blocks.push(read.map_err(|error| HealError::Failed(error.to_string()))?);
+        }
+        let after = look(volume, chunk).await?;
+        if after.now == before.now {
+            return Ok((after, blocks));
+        }
+    }
+    Err(HealError::Failed("the chunk is being written".into()))
+}
+
+/// The blocks of a mask that are data.
+fn data_blocks(chunk: ChunkIndex, now: &ChunkNow, mask: u64) -> Vec<BlockIndex> {
+    let of_mask = (0..CHUNK_BLOCKS as usize).filter(|n| mask & (1 << n) != 0);
+    let data = of_mask.filter(|n| matches!(now.sums[*n], BlockSum::Data(_)));
+    data.map(|n| BlockIndex(chunk.first_block().0 + n as u64)).collect()
+}
+
+/// Asks the replica on another store for chunks, as of an entry or later; with the data blocks of a mask, which must be
+/// what that replica says of them.
+pub(crate) async fn ask(
+    volume: &Volume,
+    store: StoreId,
+    chunks: &[ChunkIndex],
+    wanted: u64,
+) -> Result<Vec<(Told, Vec<(BlockIndex, Bytes)>)>, HealError> {
+    let mut head = Writer::new();
+    let group: GroupId = volume.group().id().group;
+    group.encode(&mut head);
+    // INV-HEAL: one that is behind is not asked.
+    volume.group().position().applied_index().encode(&mut head);
+    head.u32(chunks.len() as u32);
+    chunks.iter().for_each(|chunk| head.u64(chunk.0));
+    head.u64(wanted);
+    let frame = Frame::small(head.finish());
+    let answer = volume.rpc().call(store, Lane::Bulk, messages::HEAL, frame, CALL_DEADLINE).await?;
+    let head = answer.head.clone();
+    let mut body = answer.into_body();
+    let mut input = Reader::new(&head);
+    let count = input.count("chunks", CHUNKS_MAX)?;
+    if count != chunks.len() {
+        return Err(HealError::Failed(format!("{count} chunks came for {}", chunks.len())));
+    }
+    let mut out = Vec::with_capacity(count);
+    for chunk in chunks {
+        let told = get_told(&mut input, *chunk)?;
+        let mut blocks = Vec::new();
+        if let Some(now) = &told.now {
+            for block in data_blocks(*chunk, now, wanted) {
+                if body.len() < BLOCK_BYTES {
+                    return Err(HealError::Failed("blocks are missing".into()));
+                }
+                let data = body.split_to(BLOCK_BYTES);
+                if now.sums[block.within_chunk()] != BlockSum::Data(block_checksum(block, &data)) {
+                    return Err(HealError::Failed(format!("block {} was damaged on the way", block.0)));
+                }
+                blocks.push((block, data));
+            }
+        }
+        out.push((told, blocks));
+    }
+    Ok(out)
+}
+
+/// Whom to ask: the leader, then the others.
+pub(crate) fn peers(volume: &Volume) -> Vec<StoreId> {
+    let group = volume.group();
+    let leader = group.leader().map(|(_, store)| store);
+    let others = group.members().into_iter().filter(|(id, _)| *id != group.id().replica);
+    let mut stores: Vec<StoreId> = others.map(|(_, store)| store).collect();
+    stores.sort_by_key(|store| (Some(*store) != leader, *store));
+    stores
+}
+
+/// Chunks that could not be healed yet: when to try again, and how long to wait after that.
+type Retries = BTreeMap<ChunkIndex, (Instant, Duration)>;
+
+/// Heals one volume until it stops or its store fails.
+pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
+    let mut retries = Retries::new();
+    loop {
+        let Some(this) = volume.upgrade().filter(|this| !this.is_stopped()) else { return };
+        if journal.failed().is_some() {
+            return;
+        }
+        let now = Instant::now();
+        let due = || retries.iter().find(|(_, (at, _))| *at <= now).map(|(chunk, _)| *chunk);
+        let Some(chunk) = this.data().take_suspect().or_else(due) else {
+            let next = retries.values().map(|(at, _)| *at).min();
+            wait(&this, next).await;
+            continue;
+        };
+        match heal(&this, chunk).await {
+            Ok(true) => _ = retries.remove(&chunk),
+            Ok(false) => put_off(&mut retries, chunk),
+            Err(error @ StoreError::Io { full: false, .. }) => {
+                // What a failed write or flush left behind is unknown.
+                journal.stop(&error);
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(group = %this.group().id().group, chunk = chunk.0, %error, "a chunk is not healed");
+                put_off(&mut retries, chunk);
+            }
+        }
+    }
+}
+
+async fn wait(volume: &Rc<Volume>, until: Option<Instant>) {
+    let suspected = volume.data().suspected();
+    match until {
+        Some(until) => {
+            let due = holdfast_env::sleep_until(until);
+            futures_util::pin_mut!(suspected, due);
+            futures_util::future::select(suspected, due).map(drop).await;
+        }
+        None => suspected.await,
+    }
+}
+
+fn put_off(retries: &mut Retries, chunk: ChunkIndex) {
+    let pause = retries.get(&chunk).map_or(RETRY_MIN, |(_, pause)| (*pause * 2).min(RETRY_MAX));
+    if retries.len() < RETRIES_MAX || retries.contains_key(&chunk) {
+        retries.insert(chunk, (Instant::now() + pause, pause));
+    }
+}
+
+/// Heals what is bad of a chunk; true if nothing is any more.
+pub(crate) async fn heal(volume: &Volume, chunk: ChunkIndex) -> Result<bool, StoreError> {
+    // Before that, home may be newer than its table (INV-STAGE).
+    let served = volume.group().position().reached(LogIndex::ZERO);
+    if holdfast_env::timeout(FOLLOW_PATIENCE, served).await.is_err() {
+        return Ok(false);
+    }
+    match volume.data().verify_chunk(chunk).await? {
+        Finding::Whole => Ok(true),
+        Finding::Bad(blocks) => heal_blocks(volume, chunk, blocks).await,
+        Finding::Lost => replace(volume, chunk).await,
+    }
+}
+
+async fn heal_blocks(
+    volume: &Volume,
+    chunk: ChunkIndex,
+    mut bad: Vec<BlockIndex>,
+) -> Result<bool, StoreError> {
+    // Whether anybody holds other blocks than this replica's table says, and whether anybody holds those.
+    let (mut other, mut same) = (false, false);
+    for store in peers(volume) {
+        let mask = bad.iter().fold(0, |mask, block| mask | 1 << block.within_chunk());
+        let (told, blocks) = match ask(volume, store, &[chunk], mask).await.map(|mut all| all.pop()) {
+            Ok(Some((told, blocks))) if told.now.is_some() => (told, blocks),
+            Ok(_) => continue,
+            Err(error) => {
+                tracing::debug!(%store, chunk = chunk.0, %error, "a peer does not heal a chunk");
+                continue;
+            }
+        };
+        match volume.data().heal_blocks(chunk, &blocks).await? {
+            Finding::Whole => return Ok(true),
+            Finding::Lost => return replace(volume, chunk).await,
+            Finding::Bad(left) => bad = left,
+        }
+        match same_sums(volume, &told, &bad).await? {
+            true => same = true,
+            false => other = true,
+        }
+    }
+    // If a peer sent what the table says, the medium does not keep it: nothing else would be kept, either.
+    if other && !same { replace(volume, chunk).await } else { Ok(false) }
+}
+
+async fn same_sums(volume: &Volume, told: &Told, blocks: &[BlockIndex]) -> Result<bool, StoreError> {
+    let ours = volume.data().chunk_now(told.chunk).await?;
+    let theirs = told.now.as_ref();
+    Ok(blocks.iter().all(|block| {
+        let n = block.within_chunk();
+        theirs.is_some_and(|theirs| theirs.sums[n] == ours.sums[n])
+    }))
+}
+
+/// Takes a chunk as the others have it, since what this replica knows of it is lost or wrong.
+async fn replace(volume: &Volume, chunk: ChunkIndex) -> Result<bool, StoreError> {
+    match compare::judge(volume, chunk, true).await? {
+        Verdict::Take(store) => adopt_from(volume, chunk, store).await,
+        Verdict::Keep | Verdict::Unsettled => Ok(false),
+    }
+}
+
+/// Takes a chunk, or the page of chunks that it belongs to, as a peer has it; false if that cannot be done now.
+pub(crate) async fn adopt_from(
+    volume: &Volume,
+    chunk: ChunkIndex,
+    store: StoreId,
+) -> Result<bool, StoreError> {
+    let mut contents = Vec::new();
+    for chunk in volume.data().chunks_to_adopt(chunk).await? {
+        match ask(volume, store, &[chunk], u64::MAX).await.map(|mut all| all.pop()) {
+            Ok(Some((Told { applied, now: Some(now), .. }, blocks))) => {
+                contents.push(ChunkContent { chunk, now, applied, blocks });
+            }
+            Ok(_) => return Ok(false),
+            Err(error) => {
+                tracing::debug!(%store, chunk = chunk.0, %error, "a peer does not give a chunk");
+                return Ok(false);
+            }
+        }
+    }
+    // The peer may show what has not arrived here yet.
+    let newest = contents.iter().map(|content| content.now.last_index).max().unwrap_or_default();
+    let position = volume.group().position();
+    let here = async {
+        position.reached(newest).await;
+        while volume.log().flushed() < newest {
+            holdfast_env::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if holdfast_env::timeout(FOLLOW_PATIENCE, here).await.is_err() {
+        return Ok(false);
+    }
+    volume.data().adopt(&contents, position.applied_index()).await
+}
