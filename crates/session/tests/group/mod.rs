@@ -4,6 +4,7 @@
 
 mod slow;
 pub mod stalling;
+pub mod unreadable;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,12 +25,17 @@ use holdfast_store::{ReplicaIdentity, StoreIdentity};
 use holdfast_types::{BLOCK_BYTES, ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::Rpc;
 
+/// What a link does to frames: sender, receiver, the frame.
+pub type Damage = Box<dyn FnMut(StoreId, StoreId, &mut Frame)>;
+
 /// The network between the stores.
 #[derive(Default)]
 pub struct Switch {
     handlers: RefCell<BTreeMap<StoreId, Rc<dyn FrameHandler>>>,
     /// (from, to): dropped without a word.
     pub cut: RefCell<BTreeSet<(StoreId, StoreId)>>,
+    /// Damages frames on their way.
+    pub damage: RefCell<Option<Damage>>,
     /// Stores whose disk is slow.
     pub slow: RefCell<BTreeSet<StoreId>>,
 }
@@ -45,9 +51,12 @@ impl Network for Port {
     fn local(&self) -> StoreId {
         self.local
     }
-    fn send(&self, to: StoreId, lane: Lane, frame: Frame) -> Result<(), SendError> {
+    fn send(&self, to: StoreId, lane: Lane, mut frame: Frame) -> Result<(), SendError> {
         if self.muted.get() {
             return Ok(());
+        }
+        if let Some(damage) = self.switch.damage.borrow_mut().as_mut() {
+            damage(self.local, to, &mut frame);
         }
         let (switch, from) = (Rc::downgrade(&self.switch), self.local);
         holdfast_env::spawn("deliver", async move {

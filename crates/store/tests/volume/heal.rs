@@ -1,4 +1,4 @@
-//! Healing: what a peer gives is written only where and when it is right, and home holds it afterwards.
+//! Healing (INV-HEAL): what a peer gives is written only where and when it is right, and home holds it afterwards.
 
 use std::rc::Rc;
 

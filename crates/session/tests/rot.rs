@@ -1,0 +1,390 @@
+//! Blocks that rot on one replica's disk, that its disk does not give, and bits that flip between the session and the
+//! disks (INV-CHECKED, INV-HEAL): nobody reads anything wrong, and what is bad is healed from the others.
+
+mod group;
+
+use std::cell::{Cell, RefCell};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use group::unreadable::Unreadable;
+use group::{GROUP, Member, Switch, attach, begin, block, first_leads, members, start, start_on};
+use holdfast_env::net::Frame;
+use holdfast_protocol::planted::plant;
+use holdfast_replica::Volume;
+use holdfast_session::Session;
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, StoreId};
+use holdfast_wire::rpc::{CallHead, CallKind, Service};
+
+const LONG: Duration = Duration::from_secs(20);
+/// Of the services of docs/wire.md.
+const RAFT: Service = holdfast_replica::messages::RAFT;
+const DATA: Service = holdfast_replica::messages::DATA;
+const HEAL: Service = holdfast_replica::messages::HEAL;
+const REBUILD: Service = holdfast_replica::messages::REBUILD;
+
+async fn within<T>(work: impl Future<Output = T>) -> T {
+    holdfast_env::timeout(LONG, work).await.expect("within 20 s")
+}
+
+fn volume(member: &Member) -> Rc<Volume> {
+    member.host.volume(GROUP).expect("runs")
+}
+
+fn range(start: u64, count: u32) -> BlockRange {
+    BlockRange::new(BlockIndex(start), count)
+}
+
+/// A replica's file.
+fn file_of(place: &Path, number: u64, name: &str) -> PathBuf {
+    let replicas = std::fs::read_dir(place.join(format!("n{number}/replicas"))).expect("is there");
+    let replica = replicas.map(|entry| entry.expect("is read").path()).next().expect("one stands there");
+    replica.join("layer-0").join(name)
+}
+
+fn bytes_at(path: &Path, place: u64) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK_BYTES];
+    let file = std::fs::File::open(path).expect("opens");
+    file.read_exact_at(&mut bytes, place * BLOCK_BYTES as u64).expect("is read");
+    bytes
+}
+
+fn put_bytes(path: &Path, place: u64, bytes: &[u8]) {
+    let file = std::fs::File::options().write(true).open(path).expect("opens");
+    file.write_all_at(bytes, place * BLOCK_BYTES as u64).expect("is written");
+    file.sync_all().expect("is synced");
+}
+
+/// Flips a bit of a block of a file; what it was before.
+fn flip(path: &Path, place: u64) -> Vec<u8> {
+    let before = bytes_at(path, place);
+    let mut rotten = before.clone();
+    rotten[40] ^= 8;
+    put_bytes(path, place, &rotten);
+    before
+}
+
+/// Every replica has applied everything and brought it home.
+async fn all_home(members: &[Member]) {
+    let last = volume(&members[0]).group().report().last_log;
+    for member in members {
+        let volume = volume(member);
+        within(volume.group().position().reached(last)).await;
+        while volume.data().dirty().any {
+            within(volume.data().clean(volume.group().machine())).await.expect("cleans");
+        }
+    }
+}
+
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let look = async {
+        while !is_so() {
+            holdfast_env::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    holdfast_env::timeout(LONG, look).await.unwrap_or_else(|_| panic!("not within 20 s: {what}"));
+}
+
+/// Stops a member and starts it on what it left.
+async fn again(place: &Path, switch: &Rc<Switch>, members: &mut Vec<Member>, number: u64) {
+    let at = number as usize - 1;
+    let old = members.remove(at);
+    old.host.stop().await;
+    drop(old);
+    members.insert(at, start(place, switch, number, false).await);
+}
+
+async fn stop(members: &[Member]) {
+    for member in members {
+        member.host.stop().await;
+    }
+}
+
+async fn written(members: &[Member]) -> Rc<Session> {
+    within(first_leads(members)).await;
+    let session = attach(&members[1], false).await.expect("attaches");
+    session.write(range(0, 8), block(7, 8)).await.expect("writes");
+    session.write(range(100, 8), block(9, 8)).await.expect("writes");
+    all_home(members).await;
+    session
+}
+
+#[test]
+fn a_rotten_block_is_read_elsewhere_and_healed_in_place() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let homes: Vec<PathBuf> = (1..=3).map(|n| file_of(place.path(), n, "home")).collect();
+        let others: Vec<Vec<u8>> = homes.iter().map(|home| std::fs::read(home).expect("is read")).collect();
+        let good = flip(&homes[1], 3);
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        let second = volume(&members[1]);
+        until("it is healed", || second.data().health().healed_blocks == 1).await;
+        assert_eq!(bytes_at(&homes[1], 3), good, "home holds it again");
+        let health = second.data().health();
+        assert_eq!((health.found_blocks, health.bad_blocks), (1, 0));
+        for (n, (home, before)) in homes.iter().zip(&others).enumerate() {
+            assert_eq!(&std::fs::read(home).expect("is read"), before, "home of replica {}", n + 1);
+        }
+        for other in [0, 2] {
+            assert_eq!(volume(&members[other]).data().health(), Default::default());
+        }
+        // The reader beside it is answered by it again.
+        let before = second.data().usage().home_bytes_read;
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        assert!(second.data().usage().home_bytes_read > before);
+        stop(&members).await;
+    });
+}
+
+/// The leader has nobody before it in line, and is asked first by those who have no replica.
+#[test]
+fn a_leader_that_cannot_read_a_block_is_no_end_of_it() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        for number in [1, 2] {
+            flip(&file_of(place.path(), number, "home"), 3);
+        }
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        for at in [0, 1] {
+            let volume = volume(&members[at]);
+            until("it is healed", || volume.data().health().healed_blocks == 1).await;
+        }
+        stop(&members).await;
+    });
+}
+
+#[test]
+fn a_block_that_the_disk_does_not_give_is_read_elsewhere_and_written_anew() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let unreadable = Unreadable::default();
+        let mut members = Vec::new();
+        for number in 1..=3 {
+            let path = place.path().join(format!("n{number}"));
+            let wrap = |inner| if number == 2 { unreadable.over(inner) } else { inner };
+            members.push(start_on(&path, &switch, number, true, wrap).await);
+        }
+        begin(&members).await;
+        let session = written(&members).await;
+        unreadable.make("home", 3);
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        let second = volume(&members[1]);
+        until("it is healed", || second.data().health().healed_blocks == 1).await;
+        assert!(second.data().usage().read_errors > 0);
+        assert_eq!(second.data().health().bad_blocks, 0);
+        assert!(!unreadable.any(), "it was written anew");
+        assert_eq!(second.fault(), None);
+        stop(&members).await;
+    });
+}
+
+/// Both copies of a page: what its chunks hold only the other replicas know.
+#[test]
+fn a_lost_page_of_the_table_comes_back_from_the_others() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let table = file_of(place.path(), 2, "table");
+        session.detach(LONG).await.expect("detaches");
+        members[1].host.stop().await;
+        (0..2).for_each(|copy| _ = flip(&table, copy));
+        // What memory knows of the page goes with the daemon.
+        again(place.path(), &switch, &mut members, 2).await;
+        let session = attach(&members[1], false).await.expect("attaches");
+        let second = volume(&members[1]);
+        // Until then it sends readers elsewhere and finds nothing.
+        within(second.group().position().reached(volume(&members[0]).group().report().last_log)).await;
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        until("it is healed", || second.data().health().healed_pages == 1).await;
+        assert_eq!(second.data().health().bad_blocks, 0);
+        // And the page takes what is written from then on.
+        session.write(range(2, 1), block(5, 1)).await.expect("writes");
+        all_home(&members).await;
+        assert_eq!(second.fault(), None);
+        let digest = async |at: usize| volume(&members[at]).data().digest().await.expect("is read");
+        let first = digest(0).await;
+        assert_eq!((digest(1).await, digest(2).await), (first, first));
+        assert_eq!(first.bad_blocks, 0);
+        stop(&members).await;
+    });
+}
+
+/// The cleaner meets the lost page before any reader does: it waits, and the replica is not given up.
+#[test]
+fn a_cleaner_that_meets_a_lost_page_waits_until_it_is_healed() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let table = file_of(place.path(), 3, "table");
+        members[2].host.stop().await;
+        (0..2).for_each(|copy| _ = flip(&table, copy));
+        again(place.path(), &switch, &mut members, 3).await;
+        session.write(range(2, 1), block(5, 1)).await.expect("writes");
+        let third = volume(&members[2]);
+        // Quiet for some seconds, it is cleaned.
+        until("it is cleaned", || third.data().health().healed_pages == 1 && !third.data().dirty().any).await;
+        assert_eq!(third.fault(), None);
+        stop(&members).await;
+    });
+}
+
+/// Calls and answers of a service whose block data is damaged on the way, so many times.
+fn damaging(
+    switch: &Switch,
+    service: Service,
+    kind: CallKind,
+    times: u32,
+    between: impl Fn(StoreId, StoreId) -> bool + 'static,
+) -> Rc<Cell<u32>> {
+    let damaged = Rc::new(Cell::new(0));
+    let count = damaged.clone();
+    *switch.damage.borrow_mut() = Some(Box::new(move |from, to, frame: &mut Frame| {
+        let Some(head) = CallHead::read(&frame.head) else { return };
+        let is_it = head.service == service && head.kind == kind && between(from, to);
+        if !is_it || frame.body.iter().all(Bytes::is_empty) || count.get() >= times {
+            return;
+        }
+        count.set(count.get() + 1);
+        let part = frame.body.iter_mut().find(|part| !part.is_empty()).expect("one is not empty");
+        let mut bytes = BytesMut::from(&part[..]);
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 16;
+        *part = bytes.freeze();
+    }));
+    damaged
+}
+
+/// What every replica holds, from its disk.
+async fn all_equal(members: &[Member]) -> bool {
+    all_home(members).await;
+    let mut digests = Vec::new();
+    for member in members {
+        digests.push(volume(member).data().digest().await.expect("is read"));
+    }
+    digests.iter().all(|digest| *digest == digests[0] && digest.bad_blocks == 0)
+}
+
+#[test]
+fn a_bit_that_flips_between_the_session_and_the_leader_costs_a_repetition() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let damaged = damaging(&switch, DATA, CallKind::Request, 2, |from, to| from != to);
+        within(session.write(range(20, 2), block(3, 2))).await.expect("is repeated until it comes whole");
+        assert_eq!(damaged.get(), 2);
+        *switch.damage.borrow_mut() = None;
+        assert_eq!(within(session.read(range(20, 2))).await.expect("reads"), block(3, 2));
+        assert!(all_equal(&members).await);
+        stop(&members).await;
+    });
+}
+
+#[test]
+fn a_bit_that_flips_between_the_leader_and_a_follower_is_not_stored() {
+    for (planted, equal) in [(vec![], true), (vec!["damaged-in-flight"], false)] {
+        let place = tempfile::tempdir().expect("a place");
+        holdfast_env::real::run(async {
+            let switch = Rc::new(Switch::default());
+            let members = members(place.path(), &switch).await;
+            let session = written(&members).await;
+            plant(&planted);
+            let damaged = damaging(&switch, RAFT, CallKind::Request, 1, |_, to| to == StoreId(3));
+            within(session.write(range(20, 2), block(3, 2))).await.expect("writes");
+            until("a bit flips", || damaged.get() == 1).await;
+            *switch.damage.borrow_mut() = None;
+            if equal {
+                assert!(all_equal(&members).await);
+            } else {
+                // What was stored is found when it is moved home, at the latest.
+                let last = volume(&members[0]).group().report().last_log;
+                let third = volume(&members[2]);
+                within(third.group().position().reached(last)).await;
+                within(third.data().clean(third.group().machine())).await.expect_err("it is damaged");
+            }
+            plant(&[]);
+            stop(&members).await;
+        });
+    }
+}
+
+#[test]
+fn a_bit_that_flips_between_a_replica_and_the_session_is_not_read() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let damaged = damaging(&switch, DATA, CallKind::Answer, 3, |_, to| to == StoreId(2));
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        assert_eq!(damaged.get(), 3, "each of them was asked");
+        stop(&members).await;
+    });
+}
+
+#[test]
+fn a_bit_that_flips_while_a_block_is_healed_is_not_written() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let home = file_of(place.path(), 2, "home");
+        let good = flip(&home, 3);
+        // Of both peers; after a second it is tried again.
+        let damaged = damaging(&switch, HEAL, CallKind::Answer, 2, |_, _| true);
+        assert_eq!(within(session.read(range(0, 8))).await.expect("reads"), block(7, 8));
+        let second = volume(&members[1]);
+        until("both were damaged", || damaged.get() == 2).await;
+        until("it is healed", || second.data().health().healed_blocks == 1).await;
+        assert_eq!(bytes_at(&home, 3), good);
+        stop(&members).await;
+    });
+}
+
+#[test]
+fn a_bit_that_flips_during_a_rebuild_is_not_taken() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let third = members.remove(2);
+        third.host.stop().await;
+        drop(third);
+        // More than the journal holds.
+        let purged = || volume(&members[0]).group().report().purged;
+        let before = volume(&members[0]).group().report().last_log;
+        let written = RefCell::new(0u64);
+        let fill = async {
+            while purged() <= before {
+                let at = *written.borrow() % 32;
+                session.write(range(at * 256, 256), block(at as u8, 256)).await.expect("writes");
+                *written.borrow_mut() += 1;
+            }
+        };
+        holdfast_env::timeout(3 * LONG, fill).await.expect("the log is purged");
+        let damaged = damaging(&switch, REBUILD, CallKind::Answer, 1, |_, _| true);
+        members.push(start(place.path(), &switch, 3, false).await);
+        let third = volume(&members[2]);
+        until("a bit flips", || damaged.get() == 1).await;
+        until("it is rebuilt", || third.healed_by_chunks() > 0).await;
+        assert!(all_equal(&members).await);
+        stop(&members).await;
+    });
+}
