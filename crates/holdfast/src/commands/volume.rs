@@ -14,7 +14,17 @@ use crate::output::{Output, table};
 pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
     let mut columns = vec!["id", "node", "zone", "role", "state", "term", "applied", "lag", "used"];
     if wide {
-        columns.extend(["region", "last", "committed", "purged", "healed by", "healed bytes", "bad", "healed", "snapshots"]);
+        columns.extend([
+            "region",
+            "last",
+            "committed",
+            "purged",
+            "healed by",
+            "healed bytes",
+            "bad",
+            "healed",
+            "snapshots",
+        ]);
     }
     let rows = replicas.iter().map(|replica| {
         // A replica that does not answer tells nothing; zero would be a figure.
