@@ -205,6 +205,7 @@ fn main() -> ExitCode {
         ["mutants", "store", ref only @ ..] => success(store::mutants(only)),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
         ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
+        ["store", ref rest @ ..] => success(store::run(rest)),
         ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(

@@ -1,5 +1,5 @@
 //! `cargo xtask mutants store`: plants faults in the store and demands that the ordinary test that is named for each
-//! fails, and passes without it.
+//! fails, and passes without it. `cargo xtask store --depth N`: every sequence of up to N operations with every crash.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How it is called.
-pub const USAGE: &str = "cargo xtask mutants store [FAULT…]";
+pub const USAGE: &str = "cargo xtask mutants store [FAULT…]\n       cargo xtask store --depth N";
 
 /// A fault that holds up its test for so long is not found by it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -253,4 +253,15 @@ pub fn mutants(only: &[&str]) -> bool {
             false
         }
     }
+}
+
+/// Runs every sequence of up to so many operations; false if one goes wrong.
+pub fn run(given: &[&str]) -> bool {
+    let ["--depth", depth] = given else {
+        eprintln!("usage: {USAGE}");
+        return false;
+    };
+    let test = ["test", "--locked", "-p", "holdfast-store", "--test", "sequences", "--"];
+    let only = ["every_crash_of_every_short_sequence", "--exact", "--nocapture"];
+    crate::cargo(&[&test[..], &only[..]].concat(), &[("HOLDFAST_DEPTH", depth)])
 }

@@ -9,6 +9,6 @@ mod disk;
 mod driver;
 mod planted;
 
-pub use disk::{Fault, Image, MemoryDisk, Tear};
+pub use disk::{Fault, Image, Left, MemoryDisk, Tear};
 pub use driver::{Random, simulate};
 pub use planted::{KNOWN, is_planted, plant};

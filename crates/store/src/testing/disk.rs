@@ -45,18 +45,54 @@ pub enum Tear {
     Random(u64),
 }
 
+/// What a power cut leaves of one write that was not flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing.
+    Nothing,
+    /// All of it.
+    Everything,
+    /// The first half of its sectors.
+    Front,
+    /// The second half.
+    Back,
+    /// All but the middle half.
+    Ends,
+}
+
+impl Left {
+    /// The sectors that are left of block `number` of `count`.
+    fn sectors(self, number: u64, count: u64) -> u8 {
+        let all = count * SECTORS as u64;
+        let is_left = |sector: u64| match self {
+            Self::Nothing => false,
+            Self::Everything => true,
+            Self::Front => sector < all / 2,
+            Self::Back => sector >= all / 2,
+            Self::Ends => sector < all / 4 || sector >= all - all / 4,
+        };
+        let sectors = (0..SECTORS).filter(|n| is_left(number * SECTORS as u64 + *n as u64));
+        sectors.fold(0, |mask, n| mask | 1 << n)
+    }
+}
+
 type Block = Rc<[u8; ALIGNMENT]>;
 
 #[derive(Clone)]
 enum Change {
     Write { block: u64, data: Block, ticket: u64 },
-    Punch { block: u64 },
+    Punch { block: u64, ticket: u64 },
 }
 
 impl Change {
     fn block(&self) -> u64 {
         match self {
-            Self::Write { block, .. } | Self::Punch { block } => *block,
+            Self::Write { block, .. } | Self::Punch { block, .. } => *block,
+        }
+    }
+    fn ticket(&self) -> u64 {
+        match self {
+            Self::Write { ticket, .. } | Self::Punch { ticket, .. } => *ticket,
         }
     }
 }
@@ -97,7 +133,7 @@ impl Content {
                 }
                 self.durable.insert(*block, Rc::new(now));
             }
-            Change::Punch { block } if sectors != 0 => {
+            Change::Punch { block, .. } if sectors != 0 => {
                 self.durable.remove(block);
             }
             Change::Punch { .. } => {}
@@ -123,11 +159,26 @@ impl Content {
         }
     }
 
+    fn power_cut_leaving(&mut self, left: &dyn Fn(u64) -> Left) {
+        let cached = std::mem::take(&mut self.cached);
+        // The first block of each write, and how many there are.
+        let mut extents: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+        for change in &cached {
+            let (first, end) = extents.entry(change.ticket()).or_insert((change.block(), change.block()));
+            (*first, *end) = ((*first).min(change.block()), (*end).max(change.block() + 1));
+        }
+        for change in cached {
+            let (first, end) = extents[&change.ticket()];
+            let sectors = left(change.ticket()).sectors(change.block() - first, end - first);
+            self.apply(&change, sectors);
+        }
+    }
+
     fn read_block(&self, block: u64) -> [u8; ALIGNMENT] {
         for change in self.cached.iter().rev() {
             match change {
                 Change::Write { block: at, data, .. } if *at == block => return **data,
-                Change::Punch { block: at } if *at == block => return [0; ALIGNMENT],
+                Change::Punch { block: at, .. } if *at == block => return [0; ALIGNMENT],
                 _ => {}
             }
         }
@@ -145,6 +196,16 @@ struct State {
 }
 
 impl State {
+    /// After a power cut: the names are as they are, or as they were when they were last synced.
+    fn settle_names(&mut self, keep: bool) {
+        if !keep {
+            self.names = self.durable_names.clone();
+        }
+        self.durable_names = self.names.clone();
+        let known: BTreeSet<u64> = self.names.values().copied().collect();
+        self.files.retain(|id, _| known.contains(id));
+    }
+
     /// Blocks of the files that have a name.
     fn used_blocks(&self) -> u64 {
         let named = self.names.values().filter_map(|id| self.files.get(id));
@@ -199,6 +260,13 @@ impl MemoryDisk {
     /// The content now. Nothing is in the cache.
     pub fn image(&self) -> Image {
         Image(self.disk.borrow().state.clone())
+    }
+
+    /// Another disk that is as this one now, with what is in the cache; operations are counted on.
+    pub fn copy(&self) -> Self {
+        let copy = Self::from_image(&self.image(), 7);
+        copy.disk.borrow_mut().operations = self.operations();
+        copy
     }
 
     /// As a directory.
@@ -268,14 +336,45 @@ impl MemoryDisk {
             },
         };
         let keep_names = sectors_of() & 1 == 1;
-        let state = &mut disk.state;
-        state.files.values_mut().for_each(|file| file.power_cut(&sectors_of));
-        if !keep_names {
-            state.names = state.durable_names.clone();
+        disk.state.files.values_mut().for_each(|file| file.power_cut(&sectors_of));
+        disk.state.settle_names(keep_names);
+    }
+
+    /// Numbers of the operations of which something is in the cache.
+    pub fn unflushed(&self) -> Vec<u64> {
+        let disk = self.disk.borrow();
+        let changes = disk.state.files.values().flat_map(|file| &file.cached);
+        changes.map(Change::ticket).collect::<BTreeSet<u64>>().into_iter().collect()
+    }
+
+    /// Whether names were made or removed and no directory was synced since.
+    pub fn has_unsynced_names(&self) -> bool {
+        let disk = self.disk.borrow();
+        disk.state.names != disk.state.durable_names
+    }
+
+    /// The power goes, and `left` says what is left of each operation's write. Also thaws.
+    pub fn power_cut_leaving(&self, left: impl Fn(u64) -> Left, keep_names: bool) {
+        self.kill();
+        let mut disk = self.disk.borrow_mut();
+        disk.state.files.values_mut().for_each(|file| file.power_cut_leaving(&left));
+        disk.state.settle_names(keep_names);
+    }
+
+    /// A number that is equal for equal content of the medium, and hardly for others.
+    pub fn fingerprint(&self) -> u32 {
+        let disk = self.disk.borrow();
+        let mut hasher = crc32fast::Hasher::new();
+        for (name, id) in &disk.state.names {
+            let content = &disk.state.files[id];
+            hasher.update(name.as_bytes());
+            hasher.update(&content.length.to_le_bytes());
+            for (block, data) in &content.durable {
+                hasher.update(&block.to_le_bytes());
+                hasher.update(&data[..]);
+            }
         }
-        state.durable_names = state.names.clone();
-        let known: BTreeSet<u64> = state.names.values().copied().collect();
-        state.files.retain(|id, _| known.contains(id));
+        hasher.finalize()
     }
 
     /// Names of the files.
@@ -512,13 +611,13 @@ impl File for Handle {
     }
 
     fn punch(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        let (_, fault) = self.disk.begin();
+        let (ticket, fault) = self.disk.begin();
         let blocks = offset.div_ceil(BLOCK)..(offset + length) / BLOCK;
         if !matches!(fault, Some(Fault::Fail(_))) {
             self.with(|file| {
                 for block in blocks {
                     file.allocated.remove(&block);
-                    file.cached.push(Change::Punch { block });
+                    file.cached.push(Change::Punch { block, ticket });
                 }
             });
         }
@@ -531,13 +630,13 @@ impl File for Handle {
     }
 
     fn set_length(&self, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        let (_, _) = self.disk.begin();
+        let (ticket, _) = self.disk.begin();
         self.with(|file| {
             let end = length.div_ceil(BLOCK);
             let beyond: Vec<u64> = file.allocated.range(end..).copied().collect();
             for block in beyond {
                 file.allocated.remove(&block);
-                file.cached.push(Change::Punch { block });
+                file.cached.push(Change::Punch { block, ticket });
             }
             file.length = length;
         });
