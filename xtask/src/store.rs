@@ -20,6 +20,7 @@ const SHORT_HISTORY: &str = "histories::every_cut_of_short_histories";
 const ROTTEN_BLOCK: &str = "damage::a_rotten_block_is_reported_and_nothing_else";
 const CUT_CLEANING: &str = "crashes::every_cut_of_a_cleaning_pass";
 const CUT_REBUILD: &str = "crashes::every_cut_of_a_rebuild_leaves_all_of_it_or_nothing";
+const CUT_MERGE: &str = "layers::every_cut_of_a_merge";
 const LOST_WRITE: &str = "lost::a_lost_write_of_home_table_or_manifest_is_never_read_as_something_else";
 const ROTTEN_COPY: &str = "lost::after_any_cut_of_a_cleaning_pass_either_copy_of_every_page_may_rot";
 
@@ -101,6 +102,9 @@ const MUTANTS: &[Mutant] = &[
         "rebuild",
         "meets_apply::what_is_applied_after_the_comparison_goes_with_the_old_log",
     ),
+    ("trim-falls-through", "INV-LAYER", "volume", "layers::what_was_given_back_hides_an_older_layer"),
+    ("merge-before-manifest", "INV-LAYER", "volume", CUT_MERGE),
+    ("empty-before-merged", "INV-LAYER", "volume", CUT_MERGE),
     ("manifest-in-place", "INV-ACK", "rebuild", CUT_REBUILD),
     ("state-in-place", "INV-ACK", "holdfast_store", "state_file::tests::the_newest_whole_generation_counts"),
     ("page-in-place", "INV-ACK", "volume", CUT_CLEANING),

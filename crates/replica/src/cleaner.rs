@@ -27,6 +27,8 @@ const HEAL_PATIENCE: Duration = Duration::from_secs(60);
 const HEAL_PAUSE: Duration = Duration::from_millis(200);
 /// Between tries while the medium is full.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
+/// Between steps of a merge, at least.
+const MERGE_PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Fraction of the journal in use above which logs are purged, in percent.
 const PURGE_ABOVE_PERCENT: u32 = 50;
 /// Above this fraction whatever was applied is moved home at once: the reserve is near (a quarter of a small journal),
@@ -47,11 +49,20 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let pressure = journal.pressure();
         let pressed = pressure.line_waits || pressure.used_percent >= PURGE_ABOVE_PERCENT;
         let dirty = this.data().dirty();
-        if (dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any)) && !clean(&this, &journal).await {
+        let wanted = this.machine().take_checkpoint_wanted();
+        let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted) && dirty.any);
+        if due && !clean(&this, &journal).await {
             return;
         }
         if pressed && !purge(&this, &journal, &hold).await {
             return;
+        }
+        if dirty.merges {
+            match merge(&this, &journal).await {
+                Merged::More => continue,
+                Merged::Nothing => {}
+                Merged::Failed => return,
+            }
         }
         let before = this.group().position().applied_index();
         let idle = wait(&this, &journal, pressure_changed).await;
@@ -69,7 +80,8 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
             volume.machine().dirtied.notified().await;
             let pressure = journal.pressure();
             let urgent = pressure.line_waits || pressure.used_percent >= URGENT_ABOVE_PERCENT;
-            if urgent || volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
+            let wanted = volume.machine().is_checkpoint_wanted();
+            if urgent || wanted || volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
                 return;
             }
         }
@@ -113,6 +125,41 @@ async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
                 volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
                 return false;
             }
+        }
+    }
+}
+
+enum Merged {
+    /// There is more to do.
+    More,
+    /// Not now, at least.
+    Nothing,
+    /// The replica's blocks are not brought home any more.
+    Failed,
+}
+
+/// One step of merging layers. It takes at most half of the time: others want the disk, too.
+async fn merge(volume: &Rc<Volume>, journal: &Journal) -> Merged {
+    let group = volume.group().id().group;
+    let began = Instant::now();
+    match volume.data().merge_step().await {
+        Ok(true) => {
+            holdfast_env::sleep(Instant::now().since(began).max(MERGE_PAUSE_MIN)).await;
+            Merged::More
+        }
+        Ok(false) => Merged::Nothing,
+        // What is there is complete as it is; cleaning comes first.
+        Err(error @ StoreError::Io { full: true, .. }) => {
+            tracing::warn!(%group, %error, "the medium is full: layers of dropped snapshots wait for room");
+            Merged::Nothing
+        }
+        Err(error) => {
+            if matches!(error, StoreError::Io { .. }) {
+                journal.stop(&error);
+            }
+            tracing::error!(%group, %error, "layers are not merged any more: the replica must be replaced");
+            volume.cleaner_failed(format!("a dropped snapshot's layer cannot be merged: {error}"));
+            Merged::Failed
         }
     }
 }

@@ -153,6 +153,10 @@ impl Host {
         let checkpoint = data.checkpoint();
         let state = VolumeState::decode(&checkpoint.state)
             .map_err(|error| GroupError::Stopped(format!("the checkpoint's state is damaged: {error}")))?;
+        if data.layers() != rebuild::layers_of(&state) {
+            let why = "its layers are not those of its checkpoint's state: replace the replica";
+            return Err(GroupError::Stopped(why.into()));
+        }
         let position = Rc::new(Position::recovered(Some(&checkpoint), log.last())?);
         let machine = VolumeMachine::new(state, data);
         let inner: Rc<dyn StateMachine> = machine.clone();

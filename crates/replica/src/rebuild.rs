@@ -6,6 +6,14 @@
 //! committed; the receiver serves nothing until it has applied the log up to the leader's applied index at the end,
 //! after which it is exact. The leader holds its purge while somebody pulls.
 //!
+//! Layers are compared one by one, as the offered checkpoint names them: a layer's content is what all its pieces say
+//! together, its mark the latest of them, and absent, zero and data are three things. A frozen layer of the checkpoint
+//! must still be one at the source, and the one that was written must still begin where it began; else the pull is
+//! refused, the source makes a newer checkpoint, and the rebuild begins again with that. While it holds, what is
+//! fuzzy is fuzzy within one layer: each block of it is of some moment after the checkpoint at which the layer was
+//! written, and the log after the checkpoint, repeated up to the serve floor, writes, freezes, drops and restores
+//! everything again that may have been seen (INV-STAGE).
+//!
 //! A replica takes one offer at a time: a newer one ends the comparison for the older, and waits for it if it is being
 //! switched in. Two at once would write into one staging file.
 
@@ -19,11 +27,14 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::volume::VolumeState;
 use holdfast_store::StoreError;
-use holdfast_store::volume::{BlockSum, Checkpoint, ChunkSummary, StagingLayer};
+use holdfast_store::volume::{
+    BlockSum, Checkpoint, ChunkSummary, LayerId, LayerMark, ReadError, StagingLayer,
+};
 use holdfast_types::{
-    BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader, ReplicaId,
-    StoreId, Writer,
+    BlockIndex, BlockRange, ByteSize, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
+    ReplicaId, StoreId, Writer, limits,
 };
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use tokio::sync::Notify;
@@ -52,10 +63,11 @@ const IN_PROGRESS: u8 = 0;
 const DONE: u8 = 1;
 const FAILED: u8 = 2;
 
-const SUMMARIES: u8 = 1;
-const CHECKSUMS: u8 = 2;
-const BLOCKS: u8 = 3;
-const POSITION: u8 = 4;
+// 1 to 4 did not name layers.
+const SUMMARIES: u8 = 11;
+const CHECKSUMS: u8 = 12;
+const BLOCKS: u8 = 13;
+const POSITION: u8 = 14;
 
 /// Why a rebuild did not end well.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -297,13 +309,45 @@ pub(crate) async fn serve(
     }
     let kind = input.u8()?;
     hold.renew(LogIndex::decode(&mut input)?);
+    let count = input.count("layers", limits::SNAPSHOTS_PER_VOLUME_MAX + 1)?;
+    let layers = (0..count).map(|_| LayerMark::decode(&mut input)).collect::<Result<Vec<_>, _>>()?;
+    check_layering(volume, &layers)?;
+    let answer = answer(volume, kind, &layers, &mut input).await;
+    // What was looked at is of these layers only if they were there all the time.
+    check_layering(volume, &layers)?;
+    let frame = answer?;
+    volume.group().counters().count(|usage| usage.chunk_bytes_sent += frame.bytes() as u64);
+    Ok(frame)
+}
+
+/// Refuses a layering that is not this replica's any more; a checkpoint of the one that is will be made.
+fn check_layering(volume: &Volume, asked: &[LayerMark]) -> Result<(), RebuildError> {
+    let ours = volume.data().layers();
+    let stands = |asked: &LayerMark| match asked.frozen {
+        Some(_) => ours.contains(asked),
+        None => ours.iter().any(|layer| layer.id == asked.id),
+    };
+    if asked.iter().all(stands) {
+        return Ok(());
+    }
+    volume.machine().want_checkpoint();
+    Err(RebuildError::Failed("the layers are other ones by now: a newer checkpoint is made".into()))
+}
+
+async fn answer(
+    volume: &Volume,
+    kind: u8,
+    layers: &[LayerMark],
+    input: &mut Reader<'_>,
+) -> Result<Frame, RebuildError> {
     let mut out = Writer::new();
     let mut body = Vec::new();
+    let layer = layers.first().map_or(LayerId::BASE, |layer| layer.id);
     match kind {
         SUMMARIES => {
             let from = ChunkIndex(input.u64()?);
             let count = input.count("chunks", SUMMARIES_MAX as usize)?;
-            let summaries = volume.data().chunk_summaries(from, count as u32).await?;
+            let summaries = volume.data().chunk_summaries(layer, from, count as u32).await?;
             out.u32(summaries.len() as u32);
             summaries.iter().for_each(|summary| put_summary(&mut out, summary));
         }
@@ -311,23 +355,19 @@ pub(crate) async fn serve(
             let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
             out.u32(count as u32);
             for _ in 0..count {
-                let sums = volume.data().chunk_checksums(ChunkIndex(input.u64()?)).await?;
+                let sums = volume.data().layer_checksums(layer, ChunkIndex(input.u64()?)).await?;
                 sums.iter().for_each(|sum| put_sum(&mut out, sum));
             }
         }
         BLOCKS => {
-            let range = BlockRange::decode(&mut input)?;
-            let read = volume.data().read_checked(range).await;
-            let blocks = read.map_err(|error| RebuildError::Failed(error.to_string()))?;
+            let blocks = volume.data().read_layer(layer, BlockRange::decode(input)?).await?;
             blocks.checksums.iter().for_each(|sum| out.u32(*sum));
             body.push(blocks.data);
         }
         POSITION => volume.group().position().applied_index().encode(&mut out),
         other => return Err(DecodeError::Unknown { what: "rebuild call", value: other.into() }.into()),
     }
-    let frame = Frame { head: out.finish(), body };
-    volume.group().counters().count(|usage| usage.chunk_bytes_sent += frame.bytes() as u64);
-    Ok(frame)
+    Ok(Frame { head: out.finish(), body })
 }
 
 /// The receiver's side: pulls from one source.
@@ -341,11 +381,18 @@ struct Source {
 }
 
 impl Source {
-    async fn call(&self, kind: u8, arguments: impl FnOnce(&mut Writer)) -> Result<Frame, RebuildError> {
+    async fn call(
+        &self,
+        kind: u8,
+        layers: &[LayerMark],
+        arguments: impl FnOnce(&mut Writer),
+    ) -> Result<Frame, RebuildError> {
         let mut head = Writer::new();
         self.group.encode(&mut head);
         head.u8(kind);
         self.hold_from.encode(&mut head);
+        head.u32(layers.len() as u32);
+        layers.iter().for_each(|layer| layer.encode(&mut head));
         arguments(&mut head);
         let frame = Frame::small(head.finish());
         let answer = self.rpc.call(self.store, Lane::Bulk, messages::REBUILD, frame, CALL_DEADLINE).await?;
@@ -354,9 +401,14 @@ impl Source {
         Ok(answer)
     }
 
-    async fn summaries(&self, from: ChunkIndex, count: u32) -> Result<Vec<ChunkSummary>, RebuildError> {
+    async fn summaries(
+        &self,
+        layer: LayerMark,
+        from: ChunkIndex,
+        count: u32,
+    ) -> Result<Vec<ChunkSummary>, RebuildError> {
         let answer = self
-            .call(SUMMARIES, |head| {
+            .call(SUMMARIES, &[layer], |head| {
                 head.u64(from.0);
                 head.u32(count);
             })
@@ -366,9 +418,13 @@ impl Source {
         Ok((0..count).map(|_| get_summary(&mut input)).collect::<Result<_, _>>()?)
     }
 
-    async fn checksums(&self, chunks: &[ChunkIndex]) -> Result<Vec<Vec<BlockSum>>, RebuildError> {
+    async fn checksums(
+        &self,
+        layer: LayerMark,
+        chunks: &[ChunkIndex],
+    ) -> Result<Vec<Vec<BlockSum>>, RebuildError> {
         let answer = self
-            .call(CHECKSUMS, |head| {
+            .call(CHECKSUMS, &[layer], |head| {
                 head.u32(chunks.len() as u32);
                 chunks.iter().for_each(|chunk| head.u64(chunk.0));
             })
@@ -383,8 +439,8 @@ impl Source {
     }
 
     /// Blocks with their checksums as the source knows them, so that what is damaged on the way is noticed.
-    async fn blocks(&self, range: BlockRange) -> Result<(Bytes, Vec<u32>), RebuildError> {
-        let answer = self.call(BLOCKS, |head| range.encode(head)).await?;
+    async fn blocks(&self, layer: LayerMark, range: BlockRange) -> Result<(Bytes, Vec<u32>), RebuildError> {
+        let answer = self.call(BLOCKS, &[layer], |head| range.encode(head)).await?;
         let mut input = Reader::new(&answer.head);
         let sums: Vec<u32> = range.blocks().map(|_| input.u32()).collect::<Result<_, _>>()?;
         let body = answer.into_body();
@@ -398,8 +454,9 @@ impl Source {
         Ok((body, sums))
     }
 
-    async fn position(&self) -> Result<LogIndex, RebuildError> {
-        let answer = self.call(POSITION, |_| {}).await?;
+    /// How far the source has applied. It has all the layers.
+    async fn position(&self, layers: &[LayerMark]) -> Result<LogIndex, RebuildError> {
+        let answer = self.call(POSITION, layers, |_| {}).await?;
         Ok(LogIndex::decode(&mut Reader::new(&answer.head))?)
     }
 }
@@ -430,35 +487,56 @@ pub(crate) async fn pull(
         received: Cell::new(0),
         counters: volume.group().counters().clone(),
     };
-    source.position().await?;
-    let state = holdfast_protocol::volume::VolumeState::decode(&target.state)?;
-    let chunks = state.size().chunks();
+    let state = VolumeState::decode(&target.state)?;
+    let layers = layers_of(&state);
+    source.position(&layers).await?;
     // The comparison speaks of what is home, and until the switch nothing more is moved there: what the map holds or
     // gets meanwhile is of a log that is about to go. So as much as can be is brought home before.
     let reached = volume.group().position().reached(LogIndex::ZERO);
     let marks_hold = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
     volume.data().clean(volume.group().machine()).await?;
-    let staging = volume.data().begin_staging(target.clone(), state.size()).await?;
+    let staging = volume.data().begin_staging(layers.clone()).await?;
+    for layer in layers {
+        pull_layer(volume, &source, &staging, layer, state.size(), marks_hold).await?;
+    }
+    let serve_floor = source.position(&[]).await?;
+    let bytes = source.received.get();
+    Ok(Received { staged: Rc::new(StagedContent(staging)), serve_floor, bytes })
+}
+
+/// The layers of a volume in the words of the store.
+pub(crate) fn layers_of(state: &VolumeState) -> Vec<LayerMark> {
+    let layers = state.layers().into_iter();
+    layers.map(|layer| LayerMark { id: LayerId(layer.began), frozen: layer.frozen }).collect()
+}
+
+async fn pull_layer(
+    volume: &Volume,
+    source: &Source,
+    staging: &StagingLayer,
+    layer: LayerMark,
+    size: ByteSize,
+    marks_hold: bool,
+) -> Result<(), RebuildError> {
+    let chunks = size.chunks();
     let mut next = 0;
     while next < chunks {
         let count = SUMMARIES_MAX.min(u32::try_from(chunks - next).unwrap_or(u32::MAX));
-        let theirs = source.summaries(ChunkIndex(next), count).await?;
-        let mut ours = volume.data().home_summaries(ChunkIndex(next), count).await?;
+        let theirs = source.summaries(layer, ChunkIndex(next), count).await?;
+        let mut ours = volume.data().home_summaries(layer, ChunkIndex(next), count).await?;
         if !marks_hold {
             ours.iter_mut().for_each(|summary| summary.last_index = LogIndex::ZERO);
         }
         let differing = differing_chunks(&ours, &theirs);
         for some in differing.chunks(CHECKSUM_CHUNKS_MAX) {
-            let sums = source.checksums(some).await?;
+            let sums = source.checksums(layer, some).await?;
             for (chunk, theirs) in some.iter().zip(&sums) {
-                stage_chunk(volume, &source, &staging, *chunk, theirs, state.size().blocks()).await?;
+                stage_chunk(volume, source, staging, layer, *chunk, theirs, size.blocks()).await?;
             }
         }
         next += u64::from(count);
     }
-    let serve_floor = source.position().await?;
-    let bytes = source.received.get();
-    Ok(Received { staged: Rc::new(StagedContent(staging)), serve_floor, bytes })
+    Ok(())
 }
 
 /// Chunks whose change marks differ. Equal marks of one incarnation mean equal content (INV-MARK): both replicas hold
@@ -485,37 +563,42 @@ fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<Chunk
     out
 }
 
+/// Whether a block of a layer is the same here. In the oldest one nothing is below, and absent is as good as zero.
+fn is_same(layer: LayerMark, ours: Option<BlockSum>, theirs: BlockSum) -> bool {
+    let is_data = |sum: BlockSum| matches!(sum, BlockSum::Data(_));
+    let both_zero = ours.is_some_and(|ours| !is_data(ours)) && !is_data(theirs);
+    ours == Some(theirs) || (layer.id == LayerId::BASE && both_zero)
+}
+
 async fn stage_chunk(
     volume: &Volume,
     source: &Source,
     staging: &StagingLayer,
+    layer: LayerMark,
     chunk: ChunkIndex,
     theirs: &[BlockSum],
     blocks: u64,
 ) -> Result<(), RebuildError> {
-    let ours = volume.data().home_checksums(chunk).await?;
+    let ours = volume.data().home_checksums(layer, chunk).await?;
     let first = chunk.first_block();
     let count = CHUNK_BLOCKS.min(blocks.saturating_sub(first.0)) as usize;
+    let kind = |at: usize| std::mem::discriminant(&theirs[at]);
     let mut at = 0;
     while at < count {
-        if ours[at] == Some(theirs[at]) {
+        if is_same(layer, ours[at], theirs[at]) {
             at += 1;
             continue;
         }
-        let is_data = matches!(theirs[at], BlockSum::Data(_));
-        let mut end = at + 1;
-        while end < count
-            && ours[end] != Some(theirs[end])
-            && matches!(theirs[end], BlockSum::Data(_)) == is_data
-        {
-            end += 1;
-        }
+        let differs = |n: &usize| !is_same(layer, ours[*n], theirs[*n]) && kind(*n) == kind(at);
+        let end = at + (at..count).take_while(differs).count();
         let range = BlockRange::new(BlockIndex(first.0 + at as u64), (end - at) as u32);
-        if is_data {
-            let (data, sums) = source.blocks(range).await?;
-            staging.put(range, data, &sums).await?;
-        } else {
-            staging.clear(range).await?;
+        match theirs[at] {
+            BlockSum::Absent => staging.clear(layer.id, range).await?,
+            BlockSum::Zero => staging.zero(layer.id, range).await?,
+            BlockSum::Data(_) => {
+                let (data, sums) = source.blocks(layer, range).await?;
+                staging.put(layer.id, range, data, &sums).await?;
+            }
         }
         at = end;
     }
@@ -528,6 +611,12 @@ impl Staged for StagedContent {
     fn commit(&self, checkpoint: Checkpoint) -> LocalBoxFuture<'static, Result<(), StoreError>> {
         let staging = self.0.clone();
         Box::pin(async move { staging.commit(checkpoint).await })
+    }
+}
+
+impl From<ReadError> for RebuildError {
+    fn from(error: ReadError) -> Self {
+        Self::Failed(error.to_string())
     }
 }
 

@@ -35,9 +35,8 @@ const FLOOR_PATIENCE: Duration = Duration::from_millis(20);
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whether the store of this version freezes layers. While it does not, no command of snapshots enters a log.
-pub const SNAPSHOTS_BUILT: bool = false;
-pub(crate) const SNAPSHOTS_NOT_BUILT: &str =
-    "snapshots need a store with layers, which this version does not have";
+pub const SNAPSHOTS_BUILT: bool = true;
+pub(crate) const SNAPSHOTS_NOT_BUILT: &str = "this version does not read or compare snapshots yet";
 
 /// The replicated state machine of a volume.
 pub(crate) struct VolumeMachine {
@@ -47,12 +46,34 @@ pub(crate) struct VolumeMachine {
     changed: Notify,
     /// Woken when the cleaner may have work.
     pub(crate) dirtied: Notify,
+    /// Somebody waits for a checkpoint of the layers that there are now.
+    checkpoint_wanted: Cell<bool>,
 }
 
 impl VolumeMachine {
     pub(crate) fn new(state: VolumeState, data: VolumeData) -> Rc<Self> {
         data.set_size(state.size());
-        Rc::new(Self { state: RefCell::new(state), data, changed: Notify::new(), dirtied: Notify::new() })
+        Rc::new(Self {
+            state: RefCell::new(state),
+            data,
+            changed: Notify::new(),
+            dirtied: Notify::new(),
+            checkpoint_wanted: Cell::new(false),
+        })
+    }
+
+    /// A checkpoint is to be made soon.
+    pub(crate) fn want_checkpoint(&self) {
+        self.checkpoint_wanted.set(true);
+        self.dirtied.notify_one();
+    }
+
+    pub(crate) fn is_checkpoint_wanted(&self) -> bool {
+        self.checkpoint_wanted.get()
+    }
+
+    pub(crate) fn take_checkpoint_wanted(&self) -> bool {
+        self.checkpoint_wanted.take()
     }
 
     fn effect(&self, index: LogIndex, command: &VolumeCommand) {
@@ -64,6 +85,31 @@ impl VolumeMachine {
             _ => {}
         }
     }
+
+    /// INV-LAYER: what a command of snapshots does to the layers, in step with the replicated state. `snapshot` is
+    /// where the one that it names stood before.
+    fn effect_on_layers(&self, index: LogIndex, command: &VolumeCommand, snapshot: Option<LogIndex>) {
+        match (command, snapshot) {
+            (VolumeCommand::Snapshot { .. }, _) => self.data.apply_snapshot(index),
+            (VolumeCommand::DropSnapshot { .. }, Some(snapshot)) => {
+                self.data.apply_drop_snapshot(index, snapshot);
+            }
+            (VolumeCommand::RestoreSnapshot { .. }, Some(snapshot)) => {
+                self.data.apply_restore(index, snapshot);
+            }
+            _ => {}
+        }
+        let known = crate::rebuild::layers_of(&self.state.borrow());
+        assert_eq!(self.data.layers(), known, "INV-LAYER: the store's layers are those of the state");
+    }
+}
+
+/// Where the snapshot stands that a command drops or restores.
+fn snapshot_of(state: &VolumeState, command: &VolumeCommand) -> Option<LogIndex> {
+    let (VolumeCommand::DropSnapshot { id } | VolumeCommand::RestoreSnapshot { id, .. }) = command else {
+        return None;
+    };
+    state.snapshot(*id).map(|snapshot| snapshot.index)
 }
 
 impl StateMachine for VolumeMachine {
@@ -86,9 +132,17 @@ impl StateMachine for VolumeMachine {
         if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
             return Err(ApplyError { index: id.index, why: SNAPSHOTS_NOT_BUILT.into() });
         }
+        let snapshot = snapshot_of(&self.state.borrow(), &command);
         let reply = self.state.borrow_mut().apply(id.index, &command);
-        if matches!(reply, VolumeReply::Done { fresh: true }) {
-            self.effect(id.index, &command);
+        match reply {
+            VolumeReply::Done { fresh: true } if command.is_of_snapshots() => {
+                self.effect_on_layers(id.index, &command, snapshot);
+            }
+            VolumeReply::Done { fresh: true } => self.effect(id.index, &command),
+            VolumeReply::Snapshotted { index, .. } if index == id.index => {
+                self.effect_on_layers(id.index, &command, None);
+            }
+            _ => {}
         }
         Ok(AppReply::Volume(reply))
     }
@@ -523,7 +577,10 @@ impl Volume {
         let health = self.data().health();
         (report.bad_blocks, report.healed_blocks) = (health.bad_blocks, health.healed_blocks);
         match self.data().space().await {
-            Ok(space) => report.used_bytes = space.allocated,
+            Ok(space) => {
+                report.used_bytes = space.allocated + space.snapshots;
+                report.snapshot_bytes = space.snapshots;
+            }
             Err(error) => report.fault = error.to_string(),
         }
         DataReply::Report(Box::new(report))

@@ -11,7 +11,7 @@ const VARIABLE: &str = "HOLDFAST_PLANTED";
 const ADDRESS: &str = "address-not-in-checksum";
 
 /// Faults that can be planted, and what each does.
-pub const KNOWN: [(&str, &str); 43] = [
+pub const KNOWN: [(&str, &str); 46] = [
     // The journal's writer.
     ("skip-journal-flush", "a batch is acknowledged before it is on stable storage"),
     ("acknowledge-out-of-order", "a batch is acknowledged before those in front of it"),
@@ -42,6 +42,10 @@ pub const KNOWN: [(&str, &str); 43] = [
     ("forget-hidden-runs", "a block is served of which an older version never came home"),
     ("trim-leaves-no-mark", "a chunk changes and its mark does not"),
     ("clean-while-rebuilding", "home changes while it is compared with a peer's"),
+    // Layers.
+    ("trim-falls-through", "what was given back shows what an older layer holds"),
+    ("merge-before-manifest", "a layer is merged while a durable checkpoint has the snapshot at its end"),
+    ("empty-before-merged", "a layer is emptied before the older one has its blocks"),
     // Manifest, table and home.
     ("manifest-in-place", "a torn manifest leaves no older one"),
     ("state-in-place", "a torn checkpoint of the catalog leaves no older one"),

@@ -1,6 +1,7 @@
 //! The cleaner: moves the newest applied and flushed blocks home, in block order, and makes a checkpoint.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,9 +10,11 @@ use holdfast_types::{
     BLOCK_BYTES, BlockIndex, CHUNK_BYTES, ChunkIndex, LogIndex, block_checksum, limits::REQUEST_BLOCKS_MAX,
 };
 
-use super::extent::{Extent, What};
+use super::extent::{Extent, ExtentMap, What};
+use super::layers::{LayerId, Piece, PieceFiles};
+use super::marks::sum_of;
 use super::table::{BlockSum, Chunk};
-use super::{Checkpoint, CheckpointSource, VolumeData};
+use super::{Change, Checkpoint, CheckpointSource, VolumeData};
 use crate::StoreError;
 use crate::journal::planted;
 
@@ -21,43 +24,152 @@ const WRITES_MAX: usize = 4;
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
 
+/// What one pass does to one piece.
+struct Work {
+    files: Rc<PieceFiles>,
+    piece: Rc<Piece>,
+    /// What goes home there.
+    runs: Vec<(BlockIndex, Extent)>,
+    /// The lines that change, and whether the chunk held data before.
+    lines: BTreeMap<ChunkIndex, (bool, Chunk)>,
+}
+
 impl VolumeData {
     /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so. While a rebuild is
     /// collected nothing is done, and the checkpoint before is answered.
     ///
-    /// Order: home data, home flush, table pages, table flush, manifest, second copies of the pages. A crash before the
-    /// manifest leaves the checkpoint before, from which the journal repeats everything. After an error that is no
-    /// lack of space the store must stop: what was written is unknown.
+    /// Order: files of new layers, home data, home flush, table pages, table flush, manifest, second copies of the
+    /// pages; each for all layers together. A crash before the manifest leaves the checkpoint before, from which the
+    /// journal repeats everything. After an error that is no lack of space the store must stop: what was written is
+    /// unknown.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
         if self.0.rebuilds.get() > 0 && !planted("clean-while-rebuilding") {
             return Ok(self.checkpoint());
         }
+        self.merge_if_too_many().await?;
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
-        let runs = self.0.map.borrow().up_to(target.id.index);
-        let lines = self.changed_lines(&runs).await?;
+        self.0.chain.fold_unseen(target.id.index);
+        let (pieces, marks): (Vec<_>, Vec<_>) = self.0.chain.at(target.id.index).into_iter().unzip();
+        let moving = self.moving(target.id.index);
+        self.write_owed_copies().await?;
+        self.create_files(&pieces).await?;
+        let mut work = self.work(moving).await?;
         if planted("checkpoint-before-home-flush") {
-            self.write_manifest(target.clone(), false, None).await?;
+            let pieces = Some(marks.clone());
+            self.write_manifest(Change { checkpoint: Some(target.clone()), pieces, ..Change::default() })
+                .await?;
         }
         // Who reads home now looks again if it does not match.
         self.changed();
-        self.write_home(&runs).await?;
-        self.flush_home().await?;
-        let emptied: Vec<ChunkIndex> = lines
-            .iter()
-            .filter(|(_, (had, line))| *had && !line.has_data())
-            .map(|(chunk, _)| *chunk)
-            .collect();
-        let lines = lines.into_iter().map(|(chunk, (_, line))| (chunk, line)).collect();
-        let pages = self.0.table.write(lines).await?;
-        self.write_manifest(target.clone(), false, Some(&pages)).await?;
+        for Work { files, runs, .. } in &work {
+            self.write_home(files, runs).await?;
+        }
+        for Work { files, .. } in work.iter().filter(|work| !work.runs.is_empty()) {
+            self.flush_home(files).await?;
+        }
+        let mut pages = Vec::new();
+        for Work { files, piece, lines, .. } in &work {
+            let lines = lines.iter().map(|(chunk, (_, line))| (*chunk, line.clone())).collect();
+            let written = files.table.write(lines).await?;
+            pages.extend(written.into_iter().map(|page| (piece.id, page)));
+        }
+        let change = Change {
+            checkpoint: Some(target.clone()),
+            staged: Some(false),
+            pieces: Some(marks),
+            pages: Some(&pages),
+        };
+        self.write_manifest(change).await?;
         self.count(|usage| usage.checkpoints += 1);
-        self.0.map.borrow_mut().drop_up_to(target.id.index);
+        self.0.chain.all().iter().for_each(|piece| piece.map.borrow_mut().drop_up_to(target.id.index));
         self.changed();
-        self.0.table.write_other_copies().await?;
-        self.punch(&emptied).await?;
+        for Work { files, lines, .. } in &mut work {
+            files.table.write_other_copies().await?;
+            lines.retain(|_, (had, line)| *had && !line.has_data());
+            let emptied: Vec<ChunkIndex> = lines.keys().copied().collect();
+            self.punch(files, &emptied).await?;
+        }
+        self.forget_retired(target.id.index).await?;
         self.0.payloads.evict_hint();
         Ok(target)
+    }
+
+    /// Layers that the checkpoint has thrown away give their files back.
+    async fn forget_retired(&self, index: LogIndex) -> Result<(), StoreError> {
+        let gone = self.0.chain.take_retired(index);
+        if gone.is_empty() {
+            return Ok(());
+        }
+        gone.iter().for_each(|piece| self.forget_table(piece));
+        self.share_memory();
+        self.remove_left_overs().await
+    }
+
+    /// What goes home, by the piece that it goes to: the newest version within each layer. In layers that are being
+    /// merged everything goes to the oldest piece, so that the younger ones only lose; the second list says which
+    /// blocks they lose by it. Both are repeatable from the journal.
+    fn moving(&self, index: LogIndex) -> Moving {
+        let marks = self.0.manifest.borrow().pieces.clone();
+        let mut moving = Moving::default();
+        for piece in self.0.chain.all() {
+            let runs = piece.map.borrow().up_to(index);
+            if runs.is_empty() {
+                continue;
+            }
+            // INV-LAYER: by what is durable alone.
+            let mut at = marks.iter().position(|mark| mark.id == piece.id);
+            let mut to = piece.id;
+            while let Some(older) = at.and_then(|at| at.checked_sub(1)).filter(|n| marks[*n].frozen.is_none())
+            {
+                let ranges = runs.iter().map(|(start, run)| (*start, run.count));
+                moving.lost.entry(to).or_default().extend(ranges);
+                (at, to) = (Some(older), marks[older].id);
+            }
+            let there = moving.runs.entry(to).or_default();
+            runs.into_iter().for_each(|(start, run)| there.insert(start, run));
+        }
+        moving
+    }
+
+    async fn work(&self, moving: Moving) -> Result<Vec<Work>, StoreError> {
+        let mut out = Vec::new();
+        for piece in self.0.chain.all() {
+            let runs =
+                moving.runs.get(&piece.id).map(|map| map.up_to(LogIndex(u64::MAX))).unwrap_or_default();
+            let lost = moving.lost.get(&piece.id).map(Vec::as_slice).unwrap_or_default();
+            if runs.is_empty() && lost.is_empty() {
+                continue;
+            }
+            let files = piece.files().expect("the files of what goes home were made");
+            let mut lines = self.lost_lines(&files, lost).await?;
+            if !runs.is_empty() {
+                lines.extend(self.changed_lines(&piece, &files, &runs).await?);
+            }
+            out.push(Work { files, piece, runs, lines });
+        }
+        Ok(out)
+    }
+
+    /// Lines of a younger piece without the blocks that go to an older one instead. Its marks stay.
+    async fn lost_lines(
+        &self,
+        files: &PieceFiles,
+        lost: &[(BlockIndex, u64)],
+    ) -> Result<BTreeMap<ChunkIndex, (bool, Chunk)>, StoreError> {
+        let mut lines: BTreeMap<ChunkIndex, (bool, Chunk)> = BTreeMap::new();
+        for (start, count) in lost {
+            for block in (start.0..start.0 + count).map(BlockIndex) {
+                if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(block.chunk()) {
+                    let line = files.table.chunk(block.chunk()).await?;
+                    e.insert((line.has_data(), line));
+                }
+                if let Some((_, line)) = lines.get_mut(&block.chunk()) {
+                    line.set(block.within_chunk(), BlockSum::Absent);
+                }
+            }
+        }
+        Ok(lines)
     }
 
     /// The state to clean up to: the newest that is durable here. Apply may come before the local flush, and what is
@@ -91,9 +203,11 @@ impl VolumeData {
         Checkpoint { serve_floor: target.serve_floor.max(floor), ..target }
     }
 
-    /// The table lines of every chunk that the runs change, and whether the chunk held data before.
+    /// The table lines of every chunk that the runs change in a piece, and whether the chunk held data before.
     async fn changed_lines(
         &self,
+        piece: &Rc<Piece>,
+        files: &PieceFiles,
         runs: &[(BlockIndex, Extent)],
     ) -> Result<BTreeMap<ChunkIndex, (bool, Chunk)>, StoreError> {
         let mut lines: BTreeMap<ChunkIndex, (bool, Chunk)> = BTreeMap::new();
@@ -102,15 +216,16 @@ impl VolumeData {
             let last = BlockIndex(start.0 + run.count - 1).chunk();
             for chunk in (start.chunk().0..=last.0).map(ChunkIndex) {
                 if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(chunk) {
-                    let line = self.line_of(chunk).await?;
-                    present.extend(line.is_present().then_some(chunk));
+                    let line = self.line_of(files, chunk).await?;
+                    let was_present = line.is_present() || self.is_in_younger(piece, chunk).await?;
+                    present.extend(was_present.then_some(chunk));
                     e.insert((line.has_data(), line));
                 }
                 let Some((_, line)) = lines.get_mut(&chunk) else { continue };
                 let first = chunk.first_block().0.max(start.0);
                 let end = (chunk.first_block().0 + holdfast_types::CHUNK_BLOCKS).min(start.0 + run.count);
                 for block in (first..end).map(BlockIndex) {
-                    line.set(block.within_chunk(), super::sum_of(run, block.0 - start.0));
+                    line.set(block.within_chunk(), sum_of(piece, run, block.0 - start.0));
                 }
                 let unmarked = planted("trim-leaves-no-mark") && matches!(run.what, What::Absent);
                 line.last_index = if unmarked { line.last_index } else { line.last_index.max(run.index) };
@@ -124,11 +239,30 @@ impl VolumeData {
     }
 
     /// A chunk's line. If its page is lost it is noted for the healer.
-    async fn line_of(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
-        self.0.table.chunk(chunk).await.inspect_err(|_| self.suspect_chunk(chunk))
+    pub(super) async fn line_of(&self, files: &PieceFiles, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
+        files.table.chunk(chunk).await.inspect_err(|_| self.suspect_chunk(chunk))
     }
 
-    async fn write_home(&self, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {
+    /// Whether a younger piece of the same logical layer holds anything of a chunk.
+    async fn is_in_younger(&self, piece: &Rc<Piece>, chunk: ChunkIndex) -> Result<bool, StoreError> {
+        let live = self.0.chain.live();
+        let mut before = None;
+        for younger in live.iter().skip_while(|other| other.id <= piece.id) {
+            let older = before.unwrap_or(piece);
+            if older.frozen().is_some() {
+                return Ok(false);
+            }
+            if let Some(files) = younger.files()
+                && files.table.chunk(chunk).await?.is_present()
+            {
+                return Ok(true);
+            }
+            before = Some(younger);
+        }
+        Ok(false)
+    }
+
+    async fn write_home(&self, files: &PieceFiles, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {
         let mut writes = Vec::new();
         let mut merged: Vec<Bytes> = Vec::new();
         let mut merged_at = BlockIndex(0);
@@ -137,7 +271,7 @@ impl VolumeData {
             let What::Data { offset, .. } = &run.what else { continue };
             let follows = merged_blocks > 0 && merged_at.0 + merged_blocks == start.0;
             if !follows || merged_blocks + run.count > u64::from(REQUEST_BLOCKS_MAX) {
-                self.start_home_write(&mut writes, merged_at, &mut merged).await?;
+                self.start_home_write(files, &mut writes, merged_at, &mut merged).await?;
                 (merged_at, merged_blocks) = (*start, 0);
             }
             let payload = self.0.payloads.read_payload(run.index, *offset, run.count as u32).await?;
@@ -145,7 +279,7 @@ impl VolumeData {
             merged_blocks += run.count;
             merged.push(payload);
         }
-        self.start_home_write(&mut writes, merged_at, &mut merged).await?;
+        self.start_home_write(files, &mut writes, merged_at, &mut merged).await?;
         for write in writes {
             write.await.map_err(|error: std::io::Error| StoreError::io("home", &error))?;
         }
@@ -167,6 +301,7 @@ impl VolumeData {
 
     async fn start_home_write(
         &self,
+        files: &PieceFiles,
         writes: &mut Vec<futures_util::future::LocalBoxFuture<'static, std::io::Result<AlignedBuffer>>>,
         at: BlockIndex,
         merged: &mut Vec<Bytes>,
@@ -181,23 +316,28 @@ impl VolumeData {
             buffer.as_mut_slice()[filled..filled + payload.len()].copy_from_slice(&payload);
             filled += payload.len();
         }
-        self.allocate_chunks(at, bytes as u64).await?;
+        self.allocate_chunks(files, at, bytes as u64).await?;
         if writes.len() >= WRITES_MAX {
             let oldest = writes.remove(0);
             oldest.await.map_err(|error| StoreError::io("home", &error))?;
         }
         self.count(|usage| usage.home_bytes_written += buffer.len() as u64);
-        writes.push(self.0.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
+        writes.push(files.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
         Ok(())
     }
 
     /// A chunk's first write allocates it whole, so that random writes do not shatter the file's extents.
-    async fn allocate_chunks(&self, at: BlockIndex, bytes: u64) -> Result<(), StoreError> {
+    pub(super) async fn allocate_chunks(
+        &self,
+        files: &PieceFiles,
+        at: BlockIndex,
+        bytes: u64,
+    ) -> Result<(), StoreError> {
         let last = BlockIndex(at.0 + bytes / BLOCK_BYTES as u64 - 1).chunk();
         for chunk in (at.chunk().0..=last.0).map(ChunkIndex) {
-            if !self.0.table.chunk(chunk).await?.has_data() {
+            if !files.table.chunk(chunk).await?.has_data() {
                 let offset = chunk.first_block().byte_offset();
-                let allocated = self.0.home.allocate(offset, CHUNK_BYTES).await;
+                let allocated = files.home.allocate(offset, CHUNK_BYTES).await;
                 allocated.map_err(|error| StoreError::io("home", &error))?;
             }
         }
@@ -205,11 +345,11 @@ impl VolumeData {
     }
 
     /// Gives chunks back that the checkpoint just made has emptied.
-    pub(super) async fn punch(&self, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
+    pub(super) async fn punch(&self, files: &PieceFiles, emptied: &[ChunkIndex]) -> Result<(), StoreError> {
         for chunk in emptied {
-            if !self.0.table.chunk(*chunk).await?.has_data() {
+            if !files.table.chunk(*chunk).await?.has_data() {
                 let offset = chunk.first_block().byte_offset();
-                self.0
+                files
                     .home
                     .punch(offset, CHUNK_BYTES)
                     .await
@@ -219,25 +359,11 @@ impl VolumeData {
         }
         Ok(())
     }
+}
 
-    /// Lines as they are to be after a rebuild's blocks came home.
-    pub(super) async fn staged_lines(
-        &self,
-        staged: &BTreeMap<BlockIndex, BlockSum>,
-        index: LogIndex,
-    ) -> Result<(BTreeMap<ChunkIndex, Chunk>, Vec<ChunkIndex>), StoreError> {
-        let mut lines: BTreeMap<ChunkIndex, Chunk> = BTreeMap::new();
-        for (block, sum) in staged {
-            if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(block.chunk()) {
-                e.insert(self.0.table.chunk(block.chunk()).await?);
-            }
-            if let Some(line) = lines.get_mut(&block.chunk()) {
-                line.set(block.within_chunk(), *sum);
-                line.last_index = line.last_index.max(index);
-                line.incarnation = self.0.identity.incarnation;
-            }
-        }
-        let emptied = lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
-        Ok((lines, emptied))
-    }
+/// What one pass moves.
+#[derive(Default)]
+struct Moving {
+    runs: BTreeMap<LayerId, ExtentMap>,
+    lost: BTreeMap<LayerId, Vec<(BlockIndex, u64)>>,
 }

@@ -109,6 +109,17 @@ impl ExtentMap {
         self.data_blocks = data.map(|run| run.count).sum();
     }
 
+    /// Puts everything of a newer map over this one.
+    pub(super) fn fold(&mut self, newer: Self) {
+        if self.is_empty() {
+            *self = newer;
+            return;
+        }
+        for (at, run) in newer.runs {
+            self.insert(BlockIndex(at), run);
+        }
+    }
+
     pub(super) fn data_blocks(&self) -> u64 {
         self.data_blocks
     }

@@ -3,7 +3,8 @@
 //! The table's checksum, address included, says what a home block must be. A block that is that may be written over
 //! home at any time: it is what home holds anyway, or what the journal repeats (INV-HEAL). Where the table itself is
 //! lost or shown to be old, whole chunks are adopted from another replica: only such that tell of a change that is
-//! flushed and applied here, and of no time before this replica's checkpoint, so that the journal repeats the rest.
+//! flushed and applied here, and of no time before this replica's checkpoint, so that the journal repeats the rest. In
+//! a volume with several layers blocks are healed in whichever layer has them, and no chunk is adopted.
 //!
 //! Owns the list of what reads found bad. It asks nobody: whoever fetches blocks from peers gives them to
 //! [`VolumeData::heal_blocks`] and [`VolumeData::adopt`]. Everything that is written is written under the cleaner's
@@ -11,6 +12,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Durability};
@@ -19,8 +21,10 @@ use holdfast_types::{
 };
 use tokio::sync::Notify;
 
+use super::layers::{LayerId, Piece, PieceFiles};
+use super::marks::sum_of;
 use super::table::{BlockSum, Chunk, PageFound, Table};
-use super::{VolumeData, sum_of};
+use super::{Change, VolumeData};
 use crate::StoreError;
 use crate::journal::planted;
 
@@ -159,9 +163,14 @@ impl VolumeData {
     }
 
     /// Reads blocks of home; those that the medium does not give are returned, and zeros stand in their places.
-    pub(super) async fn read_home_blocks(&self, first: BlockIndex, place: &mut [u8]) -> Vec<BlockIndex> {
+    pub(super) async fn read_home_blocks(
+        &self,
+        files: &PieceFiles,
+        first: BlockIndex,
+        place: &mut [u8],
+    ) -> Vec<BlockIndex> {
         self.count(|usage| usage.home_bytes_read += place.len() as u64);
-        let error = match self.0.home.read_at(first.byte_offset(), place.len()).await {
+        let error = match files.home.read_at(first.byte_offset(), place.len()).await {
             Ok(data) => {
                 place.copy_from_slice(data.as_slice());
                 return Vec::new();
@@ -175,7 +184,7 @@ impl VolumeData {
         for (n, part) in (0u64..).zip(place.chunks_exact_mut(BLOCK_BYTES)) {
             let block = BlockIndex(first.0 + n);
             let read = match in_a_row < UNREADABLE_MAX {
-                true => self.0.home.read_at(block.byte_offset(), BLOCK_BYTES).await.ok(),
+                true => files.home.read_at(block.byte_offset(), BLOCK_BYTES).await.ok(),
                 false => None,
             };
             match read {
@@ -196,16 +205,27 @@ impl VolumeData {
     /// Looks at a chunk on the medium, at home and in the table, and notes how it is. A table page with one rotten copy
     /// is healed from the other.
     pub async fn verify_chunk(&self, chunk: ChunkIndex) -> Result<Finding, StoreError> {
-        let finding = match self.0.table.chunk(chunk).await {
-            Ok(line) if self.mismatches(chunk, &line).await.is_empty() => Finding::Whole,
+        let mut is_whole = true;
+        for files in self.layer_files() {
+            is_whole &= match files.table.chunk(chunk).await {
+                Ok(line) => self.mismatches(&files, chunk, &line).await.is_empty(),
+                Err(_) => false,
+            };
+        }
+        let finding = if is_whole {
+            Finding::Whole
+        } else {
             // The cleaner may just have been moving it.
-            _ => {
-                let _nothing_moves = self.0.cleaning.lock().await;
-                self.verify_alone(chunk).await?
-            }
+            let _nothing_moves = self.0.cleaning.lock().await;
+            self.verify_alone(chunk).await?
         };
         self.note(chunk, &finding);
         Ok(finding)
+    }
+
+    /// The files of every layer that is read.
+    fn layer_files(&self) -> Vec<Rc<PieceFiles>> {
+        self.0.chain.live().iter().filter_map(|piece| piece.files()).collect()
     }
 
     /// Looks at the page of a chunk on the medium. True if it is whole, or is so again.
@@ -215,12 +235,16 @@ impl VolumeData {
     }
 
     async fn scrub_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
-        let found = self.0.table.scrub_page(chunk).await?;
-        if found == PageFound::Repaired {
-            tracing::warn!(replica = %self.0.prefix, chunk = chunk.0, "a table page was healed");
-            self.count_health(|health| health.healed_pages += 1);
+        let mut is_there = true;
+        for files in self.layer_files() {
+            let found = files.table.scrub_page(chunk).await?;
+            if found == PageFound::Repaired {
+                tracing::warn!(replica = %self.0.prefix, chunk = chunk.0, "a table page was healed");
+                self.count_health(|health| health.healed_pages += 1);
+            }
+            is_there &= found != PageFound::Lost;
         }
-        Ok(found != PageFound::Lost)
+        Ok(is_there)
     }
 
     /// As [`Self::verify_chunk`], while nothing is moved.
@@ -228,25 +252,31 @@ impl VolumeData {
         if !self.scrub_page(chunk).await? {
             return Ok(Finding::Lost);
         }
-        let line = self.0.table.chunk(chunk).await?;
-        let mut bad = self.mismatches(chunk, &line).await;
+        let mut bad = Vec::new();
+        for files in self.layer_files() {
+            let line = files.table.chunk(chunk).await?;
+            bad.extend(self.mismatches(&files, chunk, &line).await);
+        }
         bad.retain(|block| !self.is_covered(*block));
+        bad.sort();
+        bad.dedup();
         Ok(if bad.is_empty() { Finding::Whole } else { Finding::Bad(bad) })
     }
 
     fn is_covered(&self, block: BlockIndex) -> bool {
-        !self.0.map.borrow().over(BlockRange::new(block, 1)).is_empty()
+        let covers = |piece: &Rc<Piece>| !piece.map.borrow().over(BlockRange::new(block, 1)).is_empty();
+        self.0.chain.live().iter().any(covers)
     }
 
     /// Blocks of a chunk that the medium does not give as a line says.
-    async fn mismatches(&self, chunk: ChunkIndex, line: &Chunk) -> Vec<BlockIndex> {
+    async fn mismatches(&self, files: &PieceFiles, chunk: ChunkIndex, line: &Chunk) -> Vec<BlockIndex> {
         let first = chunk.first_block();
         let is_data = |n: usize| matches!(line.get(n), BlockSum::Data(_));
         let Some(start) = (0..CHUNK_BLOCKS as usize).find(|n| is_data(*n)) else { return Vec::new() };
         let end = (start..CHUNK_BLOCKS as usize).rev().find(|n| is_data(*n)).map_or(start, |last| last + 1);
         let mut home = AlignedBuffer::zeroed((end - start) * BLOCK_BYTES);
         let at = BlockIndex(first.0 + start as u64);
-        let unreadable = self.read_home_blocks(at, home.as_mut_slice()).await;
+        let unreadable = self.read_home_blocks(files, at, home.as_mut_slice()).await;
         let blocks = (start..end).zip(home.as_slice().chunks_exact(BLOCK_BYTES));
         blocks
             .filter_map(|(n, data)| {
@@ -273,19 +303,23 @@ impl VolumeData {
                 return Ok(other);
             }
         };
-        let line = self.0.table.chunk(chunk).await?;
-        let fits = |block: BlockIndex, data: &Bytes| {
-            planted("heal-unchecked")
-                || line.get(block.within_chunk()) == BlockSum::Data(block_checksum(block, data))
-        };
-        let right: Vec<_> =
-            blocks.iter().filter(|(block, data)| before.contains(block) && fits(*block, data)).collect();
-        for (block, data) in &right {
-            self.write_block_home(*block, data).await?;
-        }
-        if !right.is_empty() {
-            self.flush_home().await?;
-            self.changed();
+        for files in self.layer_files() {
+            let line = files.table.chunk(chunk).await?;
+            let is_bad = self.mismatches(&files, chunk, &line).await;
+            let fits = |block: BlockIndex, data: &Bytes| {
+                planted("heal-unchecked")
+                    || line.get(block.within_chunk()) == BlockSum::Data(block_checksum(block, data))
+            };
+            let wanted = |block: &BlockIndex| before.contains(block) && is_bad.contains(block);
+            let right: Vec<_> =
+                blocks.iter().filter(|(block, data)| wanted(block) && fits(*block, data)).collect();
+            for (block, data) in &right {
+                self.write_block_home(&files, *block, data).await?;
+            }
+            if !right.is_empty() {
+                self.flush_home(&files).await?;
+                self.changed();
+            }
         }
         let after = self.verify_alone(chunk).await?;
         let left = if let Finding::Bad(bad) = &after { bad.as_slice() } else { &[] };
@@ -298,27 +332,52 @@ impl VolumeData {
         Ok(after)
     }
 
-    async fn write_block_home(&self, block: BlockIndex, data: &Bytes) -> Result<(), StoreError> {
+    async fn write_block_home(
+        &self,
+        files: &PieceFiles,
+        block: BlockIndex,
+        data: &Bytes,
+    ) -> Result<(), StoreError> {
         self.count(|usage| usage.home_bytes_written += BLOCK_BYTES as u64);
         let buffer = AlignedBuffer::copy_of(data);
-        let written = self.0.home.write_at(block.byte_offset(), buffer, Durability::Volatile).await;
+        let written = files.home.write_at(block.byte_offset(), buffer, Durability::Volatile).await;
         written.map(drop).map_err(|error| StoreError::io("home", &error))
     }
 
     /// What a chunk holds now, with its last change: taken in one moment.
     pub async fn chunk_now(&self, chunk: ChunkIndex) -> Result<ChunkNow, StoreError> {
-        let line = self.0.table.chunk(chunk).await?;
-        let mut now = ChunkNow {
-            incarnation: line.incarnation,
-            last_index: line.last_index,
-            sums: (0..CHUNK_BLOCKS as usize).map(|n| line.get(n)).collect(),
+        let (pieces, lines) = loop {
+            let before = self.0.changes.get();
+            let pieces = self.0.chain.live();
+            let mut lines = Vec::with_capacity(pieces.len());
+            for piece in pieces.iter() {
+                lines.push(match piece.files() {
+                    Some(files) => files.table.chunk(chunk).await?,
+                    None => Chunk::default(),
+                });
+            }
+            if self.0.changes.get() == before {
+                break (pieces, lines);
+            }
         };
+        let sums = vec![BlockSum::Absent; CHUNK_BLOCKS as usize];
+        let mut now = ChunkNow { incarnation: 0, last_index: LogIndex::ZERO, sums };
         let range = BlockRange::new(chunk.first_block(), CHUNK_BLOCKS as u32);
-        for (at, run) in self.0.map.borrow().over(range) {
-            now.incarnation = self.0.identity.incarnation;
-            now.last_index = now.last_index.max(run.index);
-            for n in 0..run.count {
-                now.sums[BlockIndex(at.0 + n).within_chunk()] = sum_of(&run, n);
+        for line in &lines {
+            if line.last_index > now.last_index {
+                (now.incarnation, now.last_index) = (line.incarnation, line.last_index);
+            }
+            for (n, sum) in now.sums.iter_mut().enumerate() {
+                *sum = if line.get(n) == BlockSum::Absent { *sum } else { line.get(n) };
+            }
+        }
+        for piece in pieces.iter() {
+            for (at, run) in piece.map.borrow().over(range) {
+                now.incarnation = self.0.identity.incarnation;
+                now.last_index = now.last_index.max(run.index);
+                for n in 0..run.count {
+                    now.sums[BlockIndex(at.0 + n).within_chunk()] = sum_of(piece, &run, n);
+                }
             }
         }
         Ok(now)
@@ -326,10 +385,19 @@ impl VolumeData {
 
     /// Chunks that must come together with this one: those of its page if that is lost, else it alone.
     pub async fn chunks_to_adopt(&self, chunk: ChunkIndex) -> Result<Vec<ChunkIndex>, StoreError> {
-        Ok(match self.0.table.is_lost(chunk).await? {
+        let Some((_, files)) = self.only_layer() else { return Ok(vec![chunk]) };
+        Ok(match files.table.is_lost(chunk).await? {
             true => Table::page_chunks(chunk).collect(),
             false => vec![chunk],
         })
+    }
+
+    /// The only layer of a volume without snapshots. What another replica tells of a chunk is what it reads as: of
+    /// which layer each block is it does not say, so chunks are adopted only where there is one.
+    fn only_layer(&self) -> Option<(LayerId, Rc<PieceFiles>)> {
+        let pieces = self.0.chain.all();
+        let [piece] = pieces.as_slice() else { return None };
+        Some((piece.id, piece.files()?))
     }
 
     /// Whether content of another replica may stand here. INV-HEAL: its last change is applied and durable here (the
@@ -347,8 +415,10 @@ impl VolumeData {
     /// The order is the cleaner's. The checkpoint stays: what the chunks hold is repeated from it.
     pub async fn adopt(&self, chunks: &[ChunkContent], applied: LogIndex) -> Result<bool, StoreError> {
         let _nothing_moves = self.0.cleaning.lock().await;
-        let Some(first) = chunks.first() else { return Ok(false) };
-        let whole_page = self.0.table.is_lost(first.chunk).await?;
+        let (Some(first), Some((layer, files))) = (chunks.first(), self.only_layer()) else {
+            return Ok(false);
+        };
+        let whole_page = files.table.is_lost(first.chunk).await?;
         let wanted = self.chunks_to_adopt(first.chunk).await?;
         let given: Vec<ChunkIndex> = chunks.iter().map(|content| content.chunk).collect();
         if self.0.rebuilds.get() > 0
@@ -359,16 +429,17 @@ impl VolumeData {
         }
         let mut lines = BTreeMap::new();
         for content in chunks {
-            lines.insert(content.chunk, self.write_content(content).await?);
+            lines.insert(content.chunk, self.write_content(&files, content).await?);
         }
-        self.flush_home().await?;
+        self.flush_home(&files).await?;
         let pages = match whole_page {
-            true => self.0.table.restore(lines).await?,
-            false => self.0.table.write(lines).await?,
+            true => files.table.restore(lines).await?,
+            false => files.table.write(lines).await?,
         };
-        self.write_manifest(self.checkpoint(), false, Some(&pages)).await?;
+        let pages: Vec<_> = pages.into_iter().map(|page| (layer, page)).collect();
+        self.write_manifest(Change { pages: Some(&pages), ..Change::default() }).await?;
         self.changed();
-        self.0.table.write_other_copies().await?;
+        files.table.write_other_copies().await?;
         for content in chunks {
             let found = self.verify_alone(content.chunk).await?;
             self.note(content.chunk, &found);
@@ -382,12 +453,12 @@ impl VolumeData {
     }
 
     /// Brings a chunk's blocks home; its line.
-    async fn write_content(&self, content: &ChunkContent) -> Result<Chunk, StoreError> {
+    async fn write_content(&self, files: &PieceFiles, content: &ChunkContent) -> Result<Chunk, StoreError> {
         let mut line = Chunk::default();
         (line.incarnation, line.last_index) = (content.now.incarnation, content.now.last_index);
         if !content.blocks.is_empty() {
             let offset = content.chunk.first_block().byte_offset();
-            let allocated = self.0.home.allocate(offset, CHUNK_BYTES).await;
+            let allocated = files.home.allocate(offset, CHUNK_BYTES).await;
             allocated.map_err(|error| StoreError::io("home", &error))?;
         }
         for (n, sum) in content.now.sums.iter().enumerate() {
@@ -398,7 +469,7 @@ impl VolumeData {
                 let why = "it does not match its checksum".into();
                 return Err(StoreError::Damaged { what: format!("block {} from a peer", block.0), why });
             }
-            self.write_block_home(*block, data).await?;
+            self.write_block_home(files, *block, data).await?;
         }
         Ok(line)
     }

@@ -10,13 +10,16 @@ use holdfast_types::{
 };
 
 use super::Checkpoint;
+use super::layers::{LayerId, LayerMark};
 use super::table::PageMark;
 use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 const MAGIC: u64 = 0x6873_6166_6d66_3031;
-/// Version 1 was never released; it listed no table pages.
-const VERSION: u16 = 2;
+/// Versions 1 and 2 were never released: they listed no table pages, and no layers.
+const VERSION: u16 = 3;
+/// Layers that a manifest names at most, those that are to be merged included.
+const PIECES_NAMED_MAX: usize = 8192;
 /// Pages that a manifest lists at most; more, and every page is looked at when it is opened.
 pub(super) const PAGES_LISTED_MAX: usize = 8192;
 /// Room for one generation, in bytes.
@@ -54,8 +57,10 @@ pub struct Manifest {
     pub generation: u64,
     /// A rebuild was switched in and is being moved home.
     pub staged: bool,
+    /// The pieces of the volume's layers, oldest first.
+    pub(super) pieces: Vec<LayerMark>,
     /// Table pages that this checkpoint wrote, whose second copies may still be older; `None` if there were too many.
-    pub(super) pages: Option<Vec<PageMark>>,
+    pub(super) pages: Option<Vec<(LayerId, PageMark)>>,
 }
 
 fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
@@ -94,10 +99,13 @@ impl Manifest {
         out.bool(self.staged);
         out.bytes(&self.spec_json);
         put_checkpoint(&mut out, &self.checkpoint);
+        out.u32(self.pieces.len() as u32);
+        self.pieces.iter().for_each(|piece| piece.encode(&mut out));
         out.bool(self.pages.is_some());
         let pages = self.pages.as_deref().unwrap_or_default();
         out.u32(pages.len() as u32);
-        for page in pages {
+        for (layer, page) in pages {
+            layer.0.encode(&mut out);
             out.u64(page.number);
             out.u64(page.generation);
         }
@@ -140,16 +148,33 @@ impl Manifest {
         let staged = input.bool()?;
         let spec_json = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
         let checkpoint = get_checkpoint(input)?;
+        let count = input.count("layers", PIECES_NAMED_MAX)?;
+        let pieces = (0..count).map(|_| LayerMark::decode(input)).collect::<Result<Vec<_>, _>>()?;
+        check_pieces(&pieces)?;
         let has_list = input.bool()?;
         let count = input.count("table pages", PAGES_LISTED_MAX)?;
         let mut pages = Vec::with_capacity(count);
         for _ in 0..count {
-            pages.push(PageMark { number: input.u64()?, generation: input.u64()? });
+            let layer = LayerId(LogIndex::decode(input)?);
+            pages.push((layer, PageMark { number: input.u64()?, generation: input.u64()? }));
         }
         input.clone().end()?;
         let pages = has_list.then_some(pages);
-        Ok(Self { identity, spec_json, checkpoint, generation, staged, pages })
+        Ok(Self { identity, spec_json, checkpoint, generation, staged, pieces, pages })
     }
+}
+
+/// Refuses what no chain of layers looks like.
+fn check_pieces(pieces: &[LayerMark]) -> Result<(), DecodeError> {
+    let begins_with_base = pieces.first().is_some_and(|first| first.id == LayerId::BASE);
+    let in_order = pieces.windows(2).all(|pair| {
+        pair[0].id < pair[1].id && pair[0].frozen.is_none_or(|at| pair[0].id.0 < at && at <= pair[1].id.0)
+    });
+    let ends_with_top = pieces.last().is_some_and(|last| last.frozen.is_none());
+    if begins_with_base && in_order && ends_with_top {
+        return Ok(());
+    }
+    Err(DecodeError::Unknown { what: "chain of layers", value: pieces.len() as u64 })
 }
 
 /// The manifest's file.

@@ -5,15 +5,22 @@
 //! moves it home. A block is read from the map if it is there, else from home if the table says data, and every block
 //! is checked against its checksum, address included.
 //!
+//! Every layer of the volume has a map, a home file and a table of its own (`layers.rs`): what is absent in one shows
+//! what is in the one below.
+//!
 //! Invariants: home and table are repeatable from the journal until the manifest names the checkpoint that covers
 //! them; only blocks whose entries are locally flushed and applied are moved home; a chunk is punched only after the
 //! checkpoint that emptied it. After a restart home may hold blocks newer than the checkpoint: the layer above serves
 //! nothing until it has applied again up to the end of its recovered log.
 
 mod clean;
+mod diff;
 mod extent;
 mod heal;
+mod layers;
 mod manifest;
+mod marks;
+mod merge;
 mod read;
 mod stage;
 mod table;
@@ -24,10 +31,12 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use holdfast_env::disk::{Directory, File, OpenMode};
-use holdfast_types::{BlockIndex, BlockRange, ByteSize, ChunkIndex, LogIndex};
+use holdfast_env::disk::{Directory, OpenMode};
+use holdfast_types::{BlockRange, ByteSize, ChunkIndex, LogIndex};
 
+pub use diff::{Diff, DiffExtent};
 pub use heal::{ChunkContent, ChunkNow, Finding, Health};
+pub use layers::{LayerId, LayerMark, NoLayer, View};
 pub use manifest::{Manifest, ReplicaFileIdentity};
 pub use read::{CheckedBlocks, ReadError};
 pub use stage::StagingLayer;
@@ -35,9 +44,10 @@ pub use table::BlockSum;
 
 use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
-use extent::{Extent, ExtentMap, What};
+use extent::{Extent, What};
+use layers::{Chain, open_files};
 use manifest::{ManifestFile, PAGES_LISTED_MAX};
-use table::{PageMark, Table};
+use table::PageMark;
 
 /// Where payloads of log entries are read from.
 pub trait PayloadSource {
@@ -100,8 +110,10 @@ pub enum BlockKind {
 /// What the cleaner has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Dirty {
-    /// Whether anything is not home.
+    /// Whether anything is not home, or the layers are not those of the checkpoint.
     pub any: bool,
+    /// Whether layers are to be merged.
+    pub merges: bool,
     /// Bytes of data that are not home.
     pub bytes: u64,
     /// Runs of blocks that the map holds.
@@ -111,10 +123,12 @@ pub struct Dirty {
 /// Space of a replica in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct SpaceUsed {
-    /// Allocated for blocks.
+    /// Allocated for blocks of the oldest layer and of the one that is written: all there are without snapshots.
     pub allocated: u64,
-    /// Allocated for the table.
+    /// Allocated for their tables.
     pub table: u64,
+    /// Allocated for the layers between them, blocks and tables.
+    pub snapshots: u64,
 }
 
 /// Counters of a replica's blocks since it was opened.
@@ -173,18 +187,18 @@ struct Inner {
     directory: Rc<dyn Directory>,
     identity: ReplicaFileIdentity,
     prefix: String,
-    home: Rc<dyn File>,
-    table: Table,
+    chain: Chain,
     manifest_file: ManifestFile,
     manifest: RefCell<Manifest>,
     payloads: Rc<dyn PayloadSource>,
-    map: RefCell<ExtentMap>,
     size: Cell<ByteSize>,
     /// One cleaner or staging commit at a time.
     cleaning: tokio::sync::Mutex<()>,
     /// Counts up whenever home or table have changed, for readers that were under way.
     changes: Cell<u64>,
     usage: Cell<VolumeUsage>,
+    /// Bytes written to tables that are no more, and their flushes.
+    former_tables: Cell<(u64, u64)>,
     /// Rebuilds that compare what is home with a peer's. While there is one, nothing is moved home (INV-STAGE).
     rebuilds: Cell<u32>,
     /// What reads found bad.
@@ -212,12 +226,8 @@ impl VolumeData {
         payloads: Rc<dyn PayloadSource>,
     ) -> Result<Self, StoreError> {
         let prefix = prefix_of(identity.id);
-        for name in ["home", "table"] {
-            let name = format!("{prefix}/layer-0/{name}");
-            let wrap = |error: std::io::Error| StoreError::io(&name, &error);
-            directory.remove(&name).await.map_err(wrap)?;
-            directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
-        }
+        let who = identity.id;
+        open_files(&directory, &prefix, LayerId::BASE, who, OpenMode::CreateNew).await?;
         let file = ManifestFile::create(&directory, format!("{prefix}/manifest")).await?;
         let manifest = Manifest {
             identity: identity.clone(),
@@ -225,6 +235,7 @@ impl VolumeData {
             checkpoint: initial,
             generation: 1,
             staged: false,
+            pieces: vec![LayerMark::ONLY],
             pages: Some(Vec::new()),
         };
         file.write(&manifest).await?;
@@ -249,32 +260,48 @@ impl VolumeData {
                 found: format!("{:?}", manifest.identity),
             });
         }
-        let (home, _) = open_file(&directory, &prefix, "home").await?;
-        let (table_file, table_name) = open_file(&directory, &prefix, "table").await?;
+        let mut pieces = Vec::with_capacity(manifest.pieces.len());
+        for mark in &manifest.pieces {
+            let files = open_files(&directory, &prefix, mark.id, expected.id, OpenMode::Existing).await?;
+            pieces.push((*mark, files));
+        }
         let data = Self(Rc::new(Inner {
-            table: Table::new(table_file, table_name, expected.id),
             directory,
             identity: expected.clone(),
             prefix,
-            home,
+            chain: Chain::new(pieces),
             manifest_file,
             manifest: RefCell::new(manifest),
             payloads,
-            map: RefCell::default(),
             size: Cell::new(SIZE_UNKNOWN),
             cleaning: tokio::sync::Mutex::new(()),
             changes: Cell::new(0),
             usage: Cell::default(),
+            former_tables: Cell::default(),
             rebuilds: Cell::new(0),
             suspects: heal::Suspects::default(),
         }));
-        data.0.home.flush().await.map_err(|error| StoreError::io("home", &error))?;
-        let listed = data.0.manifest.borrow().pages.clone();
-        let empty = data.0.table.settle(listed.as_deref()).await?;
-        // A crash may have come between the checkpoint that emptied them and their punching.
-        data.punch(&empty).await?;
+        data.share_memory();
+        data.settle().await?;
+        data.remove_left_overs().await?;
         data.finish_staging().await?;
         Ok(data)
+    }
+
+    /// Makes the second copies of the pages that the checkpoint wrote equal to the first, and gives back the chunks
+    /// that it emptied: a crash may have come before either.
+    async fn settle(&self) -> Result<(), StoreError> {
+        let listed = self.0.manifest.borrow().pages.clone();
+        for piece in self.0.chain.all() {
+            let Some(files) = piece.files() else { continue };
+            files.flush_home().await?;
+            let pages: Option<Vec<PageMark>> = listed.as_ref().map(|listed| {
+                listed.iter().filter(|(layer, _)| *layer == piece.id).map(|(_, page)| *page).collect()
+            });
+            let empty = files.table.settle(pages.as_deref()).await?;
+            self.punch(&files, &empty).await?;
+        }
+        Ok(())
     }
 
     /// Manifests of every replica that stands in a directory. A damaged one is an error of its own, not of the others.
@@ -318,7 +345,11 @@ impl VolumeData {
     /// Applies a write whose payload is that of log entry `index`. No I/O.
     pub fn apply_write(&self, index: LogIndex, range: BlockRange, checksums: &[u32]) {
         let what = What::Data { offset: 0, checksums: checksums.into() };
-        self.0.map.borrow_mut().insert(range.start, Extent { count: range.count.into(), index, what });
+        self.put(range, Extent { count: range.count.into(), index, what });
+    }
+
+    fn put(&self, range: BlockRange, run: Extent) {
+        self.0.chain.top().map.borrow_mut().insert(range.start, run);
     }
 
     /// Applies a trim or zero. No I/O.
@@ -327,7 +358,7 @@ impl VolumeData {
             Clear::Trim => What::Absent,
             Clear::Zero => What::Zero,
         };
-        self.0.map.borrow_mut().insert(range.start, Extent { count: range.count.into(), index, what });
+        self.put(range, Extent { count: range.count.into(), index, what });
     }
 
     /// Notes the volume's size, which bounds digests. Reads beyond it are the caller's to refuse.
@@ -337,25 +368,44 @@ impl VolumeData {
 
     /// What is not home yet. Asked for after every run of applied entries, so it looks at no single block.
     pub fn dirty(&self) -> Dirty {
-        let map = self.0.map.borrow();
-        Dirty {
-            any: !map.is_empty(),
-            bytes: map.data_blocks() * holdfast_types::BLOCK_BYTES as u64,
-            runs: map.len(),
+        let chain_changed = self.0.chain.changed_at() > self.0.manifest.borrow().checkpoint.id.index;
+        let mut dirty = Dirty { any: chain_changed, merges: self.next_merge().is_some(), bytes: 0, runs: 0 };
+        for piece in self.0.chain.live().iter() {
+            let map = piece.map.borrow();
+            dirty.any |= !map.is_empty();
+            dirty.bytes += map.data_blocks() * holdfast_types::BLOCK_BYTES as u64;
+            dirty.runs += map.len();
         }
+        dirty
     }
 
     /// Space on the medium.
     pub async fn space(&self) -> Result<SpaceUsed, StoreError> {
-        let home = self.0.home.size().await.map_err(|error| StoreError::io("home", &error))?;
-        let table =
-            self.0.table.file().size().await.map_err(|error| StoreError::io(self.0.table.name(), &error))?;
-        Ok(SpaceUsed { allocated: home.allocated, table: table.allocated })
+        let mut used = SpaceUsed::default();
+        let top = self.layers().last().map_or(LayerId::BASE, |layer| layer.id);
+        for piece in self.0.chain.all() {
+            let Some(files) = piece.files() else { continue };
+            let home = files.home.size().await.map_err(|error| StoreError::io("home", &error))?.allocated;
+            let table = files.table.file().size().await;
+            let table = table.map_err(|error| StoreError::io(files.table.name(), &error))?.allocated;
+            if piece.is_base() || piece.id >= top {
+                used.allocated += home;
+                used.table += table;
+            } else {
+                used.snapshots += home + table;
+            }
+        }
+        Ok(used)
     }
 
     /// Counters.
     pub fn usage(&self) -> VolumeUsage {
-        let (table_bytes_written, table_flushes) = self.0.table.written();
+        let (mut table_bytes_written, mut table_flushes) = self.0.former_tables.get();
+        for files in self.0.chain.all().iter().filter_map(|piece| piece.files()) {
+            let (bytes, flushes) = files.table.written();
+            table_bytes_written += bytes;
+            table_flushes += flushes;
+        }
         let usage = self.0.usage.get();
         VolumeUsage {
             table_bytes_written,
@@ -366,140 +416,67 @@ impl VolumeData {
         }
     }
 
+    /// A table goes; what it has written stays counted.
+    fn forget_table(&self, piece: &layers::Piece) {
+        if let Some(files) = piece.files() {
+            let ((bytes, flushes), former) = (files.table.written(), self.0.former_tables.get());
+            self.0.former_tables.set((former.0 + bytes, former.1 + flushes));
+        }
+    }
+
     fn count(&self, more: impl FnOnce(&mut VolumeUsage)) {
         let mut usage = self.0.usage.get();
         more(&mut usage);
         self.0.usage.set(usage);
     }
 
-    async fn flush_home(&self) -> Result<(), StoreError> {
+    async fn flush_home(&self, files: &layers::PieceFiles) -> Result<(), StoreError> {
         self.count(|usage| usage.flushes += 1);
-        self.0.home.flush().await.map_err(|error| StoreError::io("home", &error))
+        files.flush_home().await
     }
 
     fn changed(&self) {
         self.0.changes.set(self.0.changes.get() + 1);
     }
 
-    /// Writes the next generation. `pages` are those that the checkpoint wrote; without them the list stays.
-    async fn write_manifest(
-        &self,
-        checkpoint: Checkpoint,
-        staged: bool,
-        pages: Option<&[PageMark]>,
-    ) -> Result<(), StoreError> {
+    /// Writes the next generation. Of the list of pages nothing is forgotten: pages that are lost stay on it.
+    async fn write_manifest(&self, change: Change<'_>) -> Result<(), StoreError> {
         let mut next = self.0.manifest.borrow().clone();
-        if let Some(pages) = pages {
-            let all = [self.0.table.stale().as_slice(), pages].concat();
+        if let Some(checkpoint) = change.checkpoint {
+            next.checkpoint = checkpoint;
+        }
+        if let Some(staged) = change.staged {
+            next.staged = staged;
+        }
+        if let Some(pieces) = change.pieces {
+            next.pieces = pieces;
+        }
+        let names: Vec<LayerId> = next.pieces.iter().map(|piece| piece.id).collect();
+        if let Some(pages) = change.pages {
+            let mut all = pages.to_vec();
+            for piece in self.0.chain.all() {
+                let stale = piece.files().map(|files| files.table.stale()).unwrap_or_default();
+                all.extend(stale.into_iter().map(|page| (piece.id, page)));
+            }
             next.pages = (all.len() <= PAGES_LISTED_MAX).then_some(all);
         }
-        next.checkpoint = checkpoint;
-        next.staged = staged;
+        if let Some(pages) = &mut next.pages {
+            pages.retain(|(layer, _)| names.contains(layer));
+        }
         next.generation += 1;
         self.count(|usage| usage.flushes += 1);
         self.0.manifest_file.write(&next).await?;
         *self.0.manifest.borrow_mut() = next;
         Ok(())
     }
-
-    /// Change marks of the chunks from `from` on, of `count` chunks, that were ever changed.
-    pub async fn chunk_summaries(
-        &self,
-        from: ChunkIndex,
-        count: u32,
-    ) -> Result<Vec<ChunkSummary>, StoreError> {
-        let mut out = Vec::new();
-        for chunk in (from.0..from.0 + u64::from(count)).map(ChunkIndex) {
-            let line = self.0.table.chunk(chunk).await.inspect_err(|_| self.suspect_chunk(chunk))?;
-            let mut summary = ChunkSummary {
-                chunk,
-                incarnation: line.incarnation,
-                last_index: line.last_index,
-                present: line.is_present(),
-            };
-            let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
-            for (_, run) in self.0.map.borrow().over(range) {
-                summary.incarnation = self.0.identity.incarnation;
-                summary.last_index = summary.last_index.max(run.index);
-                summary.present |= !matches!(run.what, What::Absent);
-            }
-            if summary.last_index > LogIndex::ZERO {
-                out.push(summary);
-            }
-        }
-        Ok(out)
-    }
-
-    /// As [`Self::chunk_summaries`], of what is home alone, for a replica that is being rebuilt: what the map holds goes
-    /// when the rebuild is switched in. A chunk that the map covers equals no other.
-    pub async fn home_summaries(
-        &self,
-        from: ChunkIndex,
-        count: u32,
-    ) -> Result<Vec<ChunkSummary>, StoreError> {
-        let mut out = Vec::new();
-        for chunk in (from.0..from.0 + u64::from(count)).map(ChunkIndex) {
-            let line = self.0.table.chunk(chunk).await?;
-            let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
-            let covered = !self.0.map.borrow().over(range).is_empty();
-            let (incarnation, last_index) =
-                if covered { (0, LogIndex::ZERO) } else { (line.incarnation, line.last_index) };
-            if covered || last_index > LogIndex::ZERO {
-                out.push(ChunkSummary {
-                    chunk,
-                    incarnation,
-                    last_index,
-                    present: covered || line.is_present(),
-                });
-            }
-        }
-        Ok(out)
-    }
-
-    /// How each block of a chunk is at home; `None` for those that the map covers.
-    pub async fn home_checksums(&self, chunk: ChunkIndex) -> Result<Vec<Option<BlockSum>>, StoreError> {
-        let line = self.0.table.chunk(chunk).await?;
-        let mut sums: Vec<Option<BlockSum>> =
-            (0..holdfast_types::CHUNK_BLOCKS as usize).map(|n| Some(line.get(n))).collect();
-        let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
-        for (at, run) in self.0.map.borrow().over(range) {
-            for n in 0..run.count {
-                sums[BlockIndex(at.0 + n).within_chunk()] = None;
-            }
-        }
-        Ok(sums)
-    }
-
-    /// How each block of a chunk is now.
-    pub async fn chunk_checksums(&self, chunk: ChunkIndex) -> Result<Vec<BlockSum>, StoreError> {
-        let line = self.0.table.chunk(chunk).await?;
-        let mut sums: Vec<BlockSum> =
-            (0..holdfast_types::CHUNK_BLOCKS as usize).map(|n| line.get(n)).collect();
-        let range = BlockRange::new(chunk.first_block(), holdfast_types::CHUNK_BLOCKS as u32);
-        for (at, run) in self.0.map.borrow().over(range) {
-            for n in 0..run.count {
-                sums[BlockIndex(at.0 + n).within_chunk()] = sum_of(&run, n);
-            }
-        }
-        Ok(sums)
-    }
 }
 
-fn sum_of(run: &Extent, n: u64) -> BlockSum {
-    match run.what {
-        What::Zero => BlockSum::Zero,
-        What::Absent => BlockSum::Absent,
-        What::Data { .. } => run.checksum(n).map_or(BlockSum::Absent, BlockSum::Data),
-    }
-}
-
-async fn open_file(
-    directory: &Rc<dyn Directory>,
-    prefix: &str,
-    name: &str,
-) -> Result<(Rc<dyn File>, String), StoreError> {
-    let name = format!("{prefix}/layer-0/{name}");
-    let file =
-        directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
-    Ok((file, name))
+/// What the next manifest says otherwise.
+#[derive(Default)]
+struct Change<'a> {
+    checkpoint: Option<Checkpoint>,
+    staged: Option<bool>,
+    pieces: Option<Vec<LayerMark>>,
+    /// The pages that were written for it; without them the list stays.
+    pages: Option<&'a [(LayerId, PageMark)]>,
 }

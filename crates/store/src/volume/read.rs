@@ -1,9 +1,14 @@
 //! Reading blocks.
 
+use std::rc::Rc;
+
 use bytes::{Bytes, BytesMut};
-use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, block_checksum, limits};
+use holdfast_types::{
+    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, LogIndex, block_checksum, limits,
+};
 
 use super::extent::{Extent, What};
+use super::layers::{LayerId, NoLayer, Piece, PieceFiles, Pieces, View};
 use super::table::BlockSum;
 use super::{BlockKind, VolumeData, VolumeDigest};
 use crate::StoreError;
@@ -24,6 +29,12 @@ pub enum ReadError {
     /// These blocks do not match their checksums here: ask another replica.
     #[error("blocks {0:?} do not match their checksums on this replica")]
     BadBlocks(Vec<u64>),
+    /// There is no such snapshot, or it was dropped meanwhile.
+    #[error("the volume has no snapshot of index {0} here")]
+    NoSnapshot(LogIndex),
+    /// The layering is another one by now.
+    #[error(transparent)]
+    NoLayer(NoLayer),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -50,10 +61,13 @@ struct Filled<'o> {
 }
 
 /// Where a run of blocks is to be read.
-enum Piece {
+enum Part {
     Run(BlockIndex, Extent),
     Home(BlockIndex, u32),
 }
+
+/// Runs of blocks of which nothing was found yet.
+type Gaps = Vec<(BlockIndex, u32)>;
 
 impl VolumeData {
     /// The blocks of a range; what is absent or zero reads as zeros. Every block is checked. What does not match is
@@ -64,6 +78,24 @@ impl VolumeData {
 
     /// As [`Self::read`], with the checksums.
     pub async fn read_checked(&self, range: BlockRange) -> Result<CheckedBlocks, ReadError> {
+        self.read_pieces(range, || self.view(View::Head)).await
+    }
+
+    /// As [`Self::read_checked`], of a view.
+    pub async fn read_view(&self, view: View, range: BlockRange) -> Result<CheckedBlocks, ReadError> {
+        self.read_pieces(range, || self.view(view)).await
+    }
+
+    /// As [`Self::read_checked`], of one layer, whatever is below.
+    pub async fn read_layer(&self, layer: LayerId, range: BlockRange) -> Result<CheckedBlocks, ReadError> {
+        self.read_pieces(range, || Ok(self.layer(layer)?)).await
+    }
+
+    async fn read_pieces(
+        &self,
+        range: BlockRange,
+        pieces: impl Fn() -> Result<Pieces, ReadError>,
+    ) -> Result<CheckedBlocks, ReadError> {
         if range.count > limits::REQUEST_BLOCKS_MAX {
             return Err(ReadError::OutOfRange { count: range.count });
         }
@@ -73,7 +105,9 @@ impl VolumeData {
             let mut out = BytesMut::zeroed(range.bytes() as usize);
             let mut filled =
                 Filled { data: &mut out, sums: vec![None; range.count as usize], bad: Vec::new() };
-            let read = self.read_into(range, &mut filled).await;
+            let read = self.read_into(&pieces()?, range, &mut filled).await;
+            // INV-LAYER: a snapshot that was dropped meanwhile may be merged already, and show what came after it.
+            pieces()?;
             let (sums, bad) = (filled.sums, filled.bad);
             lookups += 1;
             let again = self.0.changes.get() != before && lookups < LOOKUPS_MAX;
@@ -95,27 +129,53 @@ impl VolumeData {
         }
     }
 
-    fn pieces(&self, range: BlockRange) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        let mut at = range.start.0;
-        for (start, run) in self.0.map.borrow().over(range) {
-            if start.0 > at {
-                pieces.push(Piece::Home(BlockIndex(at), (start.0 - at) as u32));
+    fn parts(piece: &Piece, gaps: &[(BlockIndex, u32)]) -> Vec<Part> {
+        let mut parts = Vec::new();
+        for (start, count) in gaps {
+            let range = BlockRange::new(*start, *count);
+            let mut at = range.start.0;
+            for (start, run) in piece.map.borrow().over(range) {
+                if start.0 > at {
+                    parts.push(Part::Home(BlockIndex(at), (start.0 - at) as u32));
+                }
+                at = start.0 + run.count;
+                parts.push(Part::Run(start, run));
             }
-            at = start.0 + run.count;
-            pieces.push(Piece::Run(start, run));
+            if at < range.end().0 {
+                parts.push(Part::Home(BlockIndex(at), (range.end().0 - at) as u32));
+            }
         }
-        if at < range.end().0 {
-            pieces.push(Piece::Home(BlockIndex(at), (range.end().0 - at) as u32));
-        }
-        pieces
+        parts
     }
 
-    async fn read_into(&self, range: BlockRange, out: &mut Filled<'_>) -> Result<(), StoreError> {
-        for piece in self.pieces(range) {
-            match piece {
-                Piece::Run(start, run) => self.read_run(range, start, &run, out).await?,
-                Piece::Home(start, count) => self.read_home(range, start, count, out).await?,
+    /// Fills `out`, newest piece first. Of each block the map is looked at before the table, and a younger piece before
+    /// an older: what is moved meanwhile moves in this direction.
+    async fn read_into(
+        &self,
+        pieces: &[Rc<Piece>],
+        range: BlockRange,
+        out: &mut Filled<'_>,
+    ) -> Result<(), StoreError> {
+        let mut gaps: Gaps = vec![(range.start, range.count)];
+        for piece in pieces.iter().rev() {
+            let mut below = Gaps::new();
+            for part in Self::parts(piece, &gaps) {
+                match part {
+                    Part::Run(start, run) if is_planted_hole(piece, &run) => {
+                        below.push((start, run.count as u32));
+                    }
+                    Part::Run(start, run) => self.read_run(range, start, &run, out).await?,
+                    Part::Home(start, count) => match piece.files() {
+                        Some(files) => {
+                            self.read_home(&files, range, (start, count), out, &mut below).await?;
+                        }
+                        None => below.push((start, count)),
+                    },
+                }
+            }
+            gaps = below;
+            if gaps.is_empty() {
+                break;
             }
         }
         Ok(())
@@ -143,16 +203,25 @@ impl VolumeData {
         Ok(())
     }
 
+    /// Reads what a piece has at home of a range; what is absent there goes to `below`.
     async fn read_home(
         &self,
+        files: &PieceFiles,
         range: BlockRange,
-        start: BlockIndex,
-        count: u32,
+        (start, count): (BlockIndex, u32),
         out: &mut Filled<'_>,
+        below: &mut Gaps,
     ) -> Result<(), StoreError> {
         let mut sums = Vec::with_capacity(count as usize);
         for block in BlockRange::new(start, count).blocks() {
-            match self.0.table.block(block).await {
+            match files.table.block(block).await {
+                Ok(BlockSum::Absent) => {
+                    match below.last_mut() {
+                        Some((first, count)) if first.0 + u64::from(*count) == block.0 => *count += 1,
+                        _ => below.push((block, 1)),
+                    }
+                    sums.push(BlockSum::Absent);
+                }
                 Ok(sum) => sums.push(sum),
                 // What the page said is lost: its blocks are as good as rotten, and others have them.
                 Err(StoreError::Damaged { .. }) => {
@@ -172,7 +241,7 @@ impl VolumeData {
             let first = BlockIndex(start.0 + at as u64);
             let from = (first.0 - range.start.0) as usize;
             let part = &mut out.data[from * BLOCK_BYTES..(from + run) * BLOCK_BYTES];
-            let unreadable = self.read_home_blocks(first, part).await;
+            let unreadable = self.read_home_blocks(files, first, part).await;
             for (n, data) in part.chunks_exact(BLOCK_BYTES).enumerate() {
                 let block = BlockIndex(first.0 + n as u64);
                 let BlockSum::Data(expected) = sums[at + n] else { continue };
@@ -189,6 +258,15 @@ impl VolumeData {
 
     /// What the blocks of a range are, in runs.
     pub async fn block_status(&self, range: BlockRange) -> Result<Vec<(u32, BlockKind)>, ReadError> {
+        self.view_status(View::Head, range).await
+    }
+
+    /// As [`Self::block_status`], of a view.
+    pub async fn view_status(
+        &self,
+        view: View,
+        range: BlockRange,
+    ) -> Result<Vec<(u32, BlockKind)>, ReadError> {
         if range.count > limits::REQUEST_BLOCKS_MAX {
             return Err(ReadError::OutOfRange { count: range.count });
         }
@@ -196,7 +274,7 @@ impl VolumeData {
         let mut chunk: Option<(ChunkIndex, Vec<BlockSum>)> = None;
         for block in range.blocks() {
             if chunk.as_ref().is_none_or(|(at, _)| *at != block.chunk()) {
-                chunk = Some((block.chunk(), self.chunk_checksums(block.chunk()).await?));
+                chunk = Some((block.chunk(), self.view_checksums(view, block.chunk()).await?));
             }
             let kind = match chunk.as_ref().map(|(_, sums)| sums[block.within_chunk()]) {
                 Some(BlockSum::Data(_)) => BlockKind::Data,
@@ -253,4 +331,9 @@ impl VolumeData {
         }
         Ok(VolumeDigest { sums: (first.finalize(), second.finalize()), bad_blocks })
     }
+}
+
+fn is_planted_hole(piece: &Piece, run: &Extent) -> bool {
+    let is_trim = matches!(run.what, What::Absent);
+    is_trim && !piece.is_base() && crate::journal::planted("trim-falls-through")
 }

@@ -12,21 +12,24 @@ use std::rc::Rc;
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Durability, File, OpenMode};
 use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, DecodeError, Reader, Writer, block_checksum,
+    BLOCK_BYTES, BlockIndex, BlockRange, ChunkIndex, DecodeError, LogIndex, Reader, Writer, block_checksum,
 };
 
-use super::table::BlockSum;
-use super::{Checkpoint, VolumeData};
+use super::layers::{LayerId, LayerMark, Piece, Pieces};
+use super::table::{BlockSum, Chunk};
+use super::{Change, Checkpoint, VolumeData};
 use crate::StoreError;
 use crate::journal::planted;
 
-const MAGIC: u64 = 0x6873_6166_7374_3031;
+const MAGIC: u64 = 0x6873_6166_7374_3032;
 const KIND_DATA: u8 = 1;
 const KIND_CLEAR: u8 = 2;
 const KIND_END: u8 = 3;
+const KIND_ZERO: u8 = 4;
 
 struct Staging {
     data: VolumeData,
+    layers: Vec<LayerMark>,
     file: Rc<dyn File>,
     at: Cell<u64>,
     blocks: Cell<u64>,
@@ -46,6 +49,7 @@ pub struct StagingLayer(Rc<Staging>);
 
 struct RecordHead {
     kind: u8,
+    layer: LayerId,
     range: BlockRange,
     crc: u32,
 }
@@ -55,6 +59,7 @@ impl RecordHead {
         let mut out = Writer::new();
         out.u64(MAGIC);
         out.u8(self.kind);
+        self.layer.0.encode(&mut out);
         self.range.encode(&mut out);
         out.u32(self.crc);
         let crc = crc32fast::hash(out.as_slice());
@@ -66,13 +71,14 @@ impl RecordHead {
         let mut input = Reader::new(block);
         let magic = input.u64()?;
         let kind = input.u8()?;
+        let layer = LayerId(LogIndex::decode(&mut input)?);
         let range = BlockRange::decode(&mut input)?;
         let crc = input.u32()?;
         let covered = block.len() - input.remaining();
         if magic != MAGIC || input.u32()? != crc32fast::hash(&block[..covered]) {
             return Err(DecodeError::Unknown { what: "staging record", value: magic });
         }
-        Ok(Self { kind, range, crc })
+        Ok(Self { kind, layer, range, crc })
     }
 }
 
@@ -83,11 +89,10 @@ impl VolumeData {
 
     /// Begins a rebuild: what is home stays as it is until the layer is switched in or dropped. What was collected by
     /// one that did not end is thrown away. One at a time.
-    pub async fn begin_staging(
-        &self,
-        _target: Checkpoint,
-        _size: ByteSize,
-    ) -> Result<StagingLayer, StoreError> {
+    ///
+    /// `layers` are those of the checkpoint that comes. What stands here of each of them is kept, whatever pieces it
+    /// consists of; the others go with the switch, and those that are missing are made.
+    pub async fn begin_staging(&self, layers: Vec<LayerMark>) -> Result<StagingLayer, StoreError> {
         let name = self.staging_name();
         let wrap = |error: std::io::Error| StoreError::io(&name, &error);
         let _no_cleaning = self.0.cleaning.lock().await;
@@ -101,6 +106,7 @@ impl VolumeData {
         }
         let staging = Staging {
             data: self.clone(),
+            layers,
             file,
             at: Cell::new(0),
             blocks: Cell::new(0),
@@ -118,25 +124,78 @@ impl VolumeData {
             return self.0.directory.remove(&name).await.map_err(wrap);
         }
         let file = self.0.directory.open(&name, OpenMode::Existing).await.map_err(wrap)?;
-        let checkpoint = self.checkpoint();
         let staged = self.move_home(&file, &name).await?;
-        let (lines, emptied) = self.staged_lines(&staged, checkpoint.id.index).await?;
-        self.flush_home().await?;
-        let pages = self.0.table.write(lines).await?;
-        self.write_manifest(checkpoint, false, Some(&pages)).await?;
+        let mut pages = Vec::new();
+        let mut emptied = Vec::new();
+        for (layer, staged) in &staged {
+            let pieces = self.staged_layer(*layer)?;
+            for (piece, lines) in pieces.iter().zip(self.staged_lines(&pieces, staged).await?) {
+                let Some(files) = piece.files() else { continue };
+                self.flush_home(&files).await?;
+                let empty: Vec<ChunkIndex> =
+                    lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
+                let written = files.table.write(lines).await?;
+                pages.extend(written.into_iter().map(|page| (piece.id, page)));
+                emptied.push((files, empty));
+            }
+        }
+        self.write_manifest(Change { staged: Some(false), pages: Some(&pages), ..Change::default() }).await?;
         self.changed();
-        self.0.table.write_other_copies().await?;
-        self.punch(&emptied).await?;
-        self.0.directory.remove(&name).await.map_err(wrap)?;
+        for (files, empty) in &emptied {
+            files.table.write_other_copies().await?;
+            self.punch(files, empty).await?;
+        }
+        self.directory_remove(&name).await?;
+        self.remove_left_overs().await
+    }
+
+    async fn directory_remove(&self, name: &str) -> Result<(), StoreError> {
+        let wrap = |error: std::io::Error| StoreError::io(name, &error);
+        self.0.directory.remove(name).await.map_err(wrap)?;
         self.0.directory.sync().await.map_err(wrap)
     }
 
-    async fn move_home(
+    fn staged_layer(&self, layer: LayerId) -> Result<Pieces, StoreError> {
+        self.layer(layer).map_err(|error| StoreError::Damaged {
+            what: self.staging_name(),
+            why: format!("{error}; replace this replica"),
+        })
+    }
+
+    /// Lines of a layer's pieces as they are to be after a rebuild's blocks came home. Data and zeros stand in the
+    /// newest piece; what is absent is so in all of them. The mark is in the oldest, which stays when they are merged
+    /// (INV-MARK).
+    async fn staged_lines(
         &self,
-        file: &Rc<dyn File>,
-        name: &str,
-    ) -> Result<BTreeMap<BlockIndex, BlockSum>, StoreError> {
-        let mut staged = BTreeMap::new();
+        pieces: &[Rc<Piece>],
+        staged: &BTreeMap<BlockIndex, BlockSum>,
+    ) -> Result<Vec<BTreeMap<ChunkIndex, Chunk>>, StoreError> {
+        let index = self.checkpoint().id.index;
+        let mut out = Vec::with_capacity(pieces.len());
+        for (n, piece) in pieces.iter().enumerate() {
+            let (is_oldest, is_newest) = (n == 0, n + 1 == pieces.len());
+            let mut lines: BTreeMap<ChunkIndex, Chunk> = BTreeMap::new();
+            let files = piece.files().expect("the files of a layer that was switched in were made");
+            for (block, sum) in staged {
+                if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(block.chunk()) {
+                    e.insert(files.table.chunk(block.chunk()).await?);
+                }
+                let Some(line) = lines.get_mut(&block.chunk()) else { continue };
+                if is_newest || *sum == BlockSum::Absent {
+                    line.set(block.within_chunk(), *sum);
+                }
+                if is_oldest {
+                    line.last_index = line.last_index.max(index);
+                    line.incarnation = self.0.identity.incarnation;
+                }
+            }
+            out.push(lines);
+        }
+        Ok(out)
+    }
+
+    async fn move_home(&self, file: &Rc<dyn File>, name: &str) -> Result<Staged, StoreError> {
+        let mut all = Staged::new();
         let mut at = 0;
         loop {
             let wrap = |error: std::io::Error| StoreError::io(name, &error);
@@ -144,11 +203,13 @@ impl VolumeData {
             let head =
                 RecordHead::decode(block.as_slice()).map_err(|error| StoreError::damaged(name, &error))?;
             at += BLOCK_BYTES as u64;
+            if head.kind == KIND_END {
+                return Ok(all);
+            }
+            let staged = all.entry(head.layer).or_default();
             match head.kind {
-                KIND_END => return Ok(staged),
-                KIND_CLEAR => head.range.blocks().for_each(|block| {
-                    staged.insert(block, BlockSum::Absent);
-                }),
+                KIND_CLEAR => staged.extend(head.range.blocks().map(|block| (block, BlockSum::Absent))),
+                KIND_ZERO => staged.extend(head.range.blocks().map(|block| (block, BlockSum::Zero))),
                 _ => {
                     let bytes = file.read_at(at, head.range.bytes() as usize).await.map_err(wrap)?;
                     if crc32fast::hash(bytes.as_slice()) != head.crc && !planted("staged-unchecked") {
@@ -159,22 +220,54 @@ impl VolumeData {
                         staged.insert(block, BlockSum::Data(block_checksum(block, data)));
                     }
                     at += head.range.bytes();
-                    let offset = head.range.start.byte_offset();
-                    self.count(|usage| usage.home_bytes_written += head.range.bytes());
-                    let written = self.0.home.write_at(offset, bytes, Durability::Volatile).await;
-                    written.map_err(|error| StoreError::io("home", &error))?;
+                    self.move_record(&head, bytes).await?;
                 }
             }
         }
     }
+
+    async fn move_record(&self, head: &RecordHead, bytes: AlignedBuffer) -> Result<(), StoreError> {
+        let pieces = self.staged_layer(head.layer)?;
+        let files = pieces.last().and_then(|piece| piece.files());
+        let files = files.expect("the files of a layer that was switched in were made");
+        self.count(|usage| usage.home_bytes_written += head.range.bytes());
+        let offset = head.range.start.byte_offset();
+        let written = files.home.write_at(offset, bytes, Durability::Volatile).await;
+        written.map(drop).map_err(|error| StoreError::io("home", &error))
+    }
+
+    /// The pieces as they are after the switch to `layers`.
+    fn pieces_for(&self, layers: &[LayerMark]) -> Vec<LayerMark> {
+        let there: Vec<LayerId> = self.0.manifest.borrow().pieces.iter().map(|mark| mark.id).collect();
+        let mut out = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let mut ids: Vec<LayerId> = there.iter().copied().filter(|id| layer.spans(*id)).collect();
+            if ids.first() != Some(&layer.id) {
+                ids.insert(0, layer.id);
+            }
+            let last = ids.len() - 1;
+            let marks = ids.into_iter().enumerate();
+            out.extend(marks.map(|(n, id)| LayerMark { id, frozen: layer.frozen.filter(|_| n == last) }));
+        }
+        out
+    }
 }
 
+/// What was staged, by layer.
+type Staged = BTreeMap<LayerId, BTreeMap<BlockIndex, BlockSum>>;
+
 impl StagingLayer {
-    async fn record(&self, kind: u8, range: BlockRange, data: Bytes) -> Result<(), StoreError> {
+    async fn record(
+        &self,
+        kind: u8,
+        layer: LayerId,
+        range: BlockRange,
+        data: Bytes,
+    ) -> Result<(), StoreError> {
         let staging = &self.0;
         let name = staging.data.staging_name();
         let wrap = |error: std::io::Error| StoreError::io(&name, &error);
-        let head = RecordHead { kind, range, crc: crc32fast::hash(&data) }.encode();
+        let head = RecordHead { kind, layer, range, crc: crc32fast::hash(&data) }.encode();
         let mut whole = AlignedBuffer::zeroed(head.len() + data.len());
         whole.as_mut_slice()[..head.len()].copy_from_slice(head.as_slice());
         whole.as_mut_slice()[head.len()..head.len() + data.len()].copy_from_slice(&data);
@@ -185,8 +278,14 @@ impl StagingLayer {
         Ok(())
     }
 
-    /// Adds data blocks; `checksums` are those of the blocks.
-    pub async fn put(&self, range: BlockRange, data: Bytes, checksums: &[u32]) -> Result<(), StoreError> {
+    /// Adds data blocks of a layer; `checksums` are those of the blocks.
+    pub async fn put(
+        &self,
+        layer: LayerId,
+        range: BlockRange,
+        data: Bytes,
+        checksums: &[u32],
+    ) -> Result<(), StoreError> {
         for ((block, data), sum) in range.blocks().zip(data.chunks_exact(BLOCK_BYTES)).zip(checksums) {
             if block_checksum(block, data) != *sum {
                 let why = "it does not match its checksum".into();
@@ -194,12 +293,17 @@ impl StagingLayer {
             }
         }
         self.0.blocks.set(self.0.blocks.get() + u64::from(range.count));
-        self.record(KIND_DATA, range, data).await
+        self.record(KIND_DATA, layer, range, data).await
     }
 
-    /// Adds blocks that hold nothing.
-    pub async fn clear(&self, range: BlockRange) -> Result<(), StoreError> {
-        self.record(KIND_CLEAR, range, Bytes::new()).await
+    /// Adds blocks that are absent in a layer, whatever is below.
+    pub async fn clear(&self, layer: LayerId, range: BlockRange) -> Result<(), StoreError> {
+        self.record(KIND_CLEAR, layer, range, Bytes::new()).await
+    }
+
+    /// Adds blocks that are zeros in a layer, and hide what is below.
+    pub async fn zero(&self, layer: LayerId, range: BlockRange) -> Result<(), StoreError> {
+        self.record(KIND_ZERO, layer, range, Bytes::new()).await
     }
 
     /// Data blocks collected so far.
@@ -215,17 +319,30 @@ impl StagingLayer {
         }
         let data = &self.0.data;
         let _alone = data.0.cleaning.lock().await;
-        self.record(KIND_END, BlockRange::new(BlockIndex(0), 0), Bytes::new()).await?;
+        self.record(KIND_END, LayerId::BASE, BlockRange::new(BlockIndex(0), 0), Bytes::new()).await?;
         let name = data.staging_name();
         data.count(|usage| usage.flushes += 1);
         if !planted("switch-before-flush") {
             self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
         }
-        data.write_manifest(checkpoint, true, None).await?;
-        // What the map holds is of entries that the checkpoint covers; what they made of their blocks was not compared.
+        data.write_owed_copies().await?;
+        let marks = data.pieces_for(&self.0.layers);
+        // Files of the layers that are missing here, in memory under the chain that comes.
+        let named = data.0.manifest.borrow().pieces.clone();
+        let coming = data.0.chain.prepare(&marks, &named);
+        data.create_files(&coming).await?;
+        let change = Change {
+            checkpoint: Some(checkpoint),
+            staged: Some(true),
+            pieces: Some(marks),
+            ..Change::default()
+        };
+        data.write_manifest(change).await?;
+        // What the maps hold is of entries that the checkpoint covers; what they made of their blocks was not compared.
         if !planted("keep-map-at-switch") {
-            data.0.map.borrow_mut().clear();
+            data.0.chain.replace(coming);
         }
+        data.share_memory();
         data.changed();
         data.finish_staging().await
     }

@@ -1,4 +1,4 @@
-//! The chunk table: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
+//! The chunk table of a layer: per chunk which blocks are data, zero or absent, their checksums, and its last change. Pages of
 //! 4 KiB, each with two copies, loaded when first touched.
 //!
 //! Between checkpoints both copies of a page are equal, so that either may rot. A checkpoint writes one copy of each
@@ -20,16 +20,20 @@ use holdfast_types::{
     Writer,
 };
 
+use super::layers::LayerId;
 use crate::journal::planted;
 use crate::{ReplicaIdentity, StoreError};
 
 const MAGIC: u64 = 0x6873_6166_7462_3031;
-const VERSION: u16 = 1;
+/// Version 1 was never released; it did not name the layer.
+const VERSION: u16 = 2;
 /// Chunks of a page.
 pub(super) const PAGE_CHUNKS: u64 = 14;
 const HEADER_BYTES: usize = 64;
 /// Clean pages kept in memory: 16 MiB a replica.
 const PAGES_MAX: usize = 4096;
+/// Of each layer, if there are many.
+const PAGES_MIN: usize = 16;
 
 /// How a block is, by the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +91,25 @@ impl Chunk {
             BlockSum::Absent => {}
         }
     }
+    /// Takes over what a younger line says, and the later change mark.
+    pub(super) fn put_over(&mut self, younger: &Self) {
+        for within in 0..CHUNK_BLOCKS as usize {
+            let sum = younger.get(within);
+            if sum != BlockSum::Absent {
+                self.set(within, sum);
+            }
+        }
+        let (ours, theirs) = (self.mark(), younger.mark());
+        (self.last_index, self.incarnation) = if theirs > ours { theirs } else { ours };
+    }
+    /// Everything becomes absent; that it was changed stays known.
+    pub(super) fn emptied(&self) -> Self {
+        Self { incarnation: self.incarnation, last_index: self.last_index, ..Self::default() }
+    }
+    /// Its last change, for comparisons: indices only grow, over incarnations too.
+    pub(super) fn mark(&self) -> (LogIndex, u64) {
+        (self.last_index, self.incarnation)
+    }
     pub(super) fn has_data(&self) -> bool {
         self.data != 0
     }
@@ -117,7 +140,7 @@ impl Default for Page {
 }
 
 impl Page {
-    fn encode(&self, number: u64, who: ReplicaIdentity) -> AlignedBuffer {
+    fn encode(&self, number: u64, (who, layer): Owner) -> AlignedBuffer {
         let mut body = Writer::with_capacity(BLOCK_BYTES);
         for chunk in &self.chunks {
             body.u64(chunk.data);
@@ -133,6 +156,7 @@ impl Page {
         head.u64(self.generation);
         who.group.encode(&mut head);
         who.replica.encode(&mut head);
+        layer.0.encode(&mut head);
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(head.as_slice());
         hasher.update(body.as_slice());
@@ -144,7 +168,7 @@ impl Page {
     }
 
     /// `Ok(None)` for a copy that was never written.
-    fn decode(bytes: &[u8], number: u64, who: ReplicaIdentity) -> Result<Option<Self>, DecodeError> {
+    fn decode(bytes: &[u8], number: u64, who: Owner) -> Result<Option<Self>, DecodeError> {
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
@@ -157,6 +181,7 @@ impl Page {
         let (found, generation) = (head.u64()?, head.u64()?);
         let owner =
             ReplicaIdentity { group: GroupId::decode(&mut head)?, replica: ReplicaId::decode(&mut head)? };
+        let owner = (owner, LayerId(LogIndex::decode(&mut head)?));
         let covered = HEADER_BYTES - head.remaining();
         let crc = head.u32()?;
         let mut hasher = crc32fast::Hasher::new();
@@ -183,17 +208,20 @@ impl Page {
     }
 }
 
-/// The table of one layer.
+/// Whose a page is.
+type Owner = (ReplicaIdentity, LayerId);
+
+/// The table of one layer's piece.
 pub(super) struct Table {
     file: Rc<dyn File>,
     name: String,
-    who: ReplicaIdentity,
+    who: Owner,
     pages: RefCell<BTreeMap<u64, Rc<Page>>>,
     /// Pages of which only a copy older than the checkpoint is left.
     stale: RefCell<BTreeSet<u64>>,
     bytes_written: Cell<u64>,
     flushes: Cell<u64>,
-    pages_max: usize,
+    pages_max: Cell<usize>,
     /// Pages that are being written: the disk may still show what they were before.
     writing: RefCell<BTreeMap<u64, Rc<Page>>>,
     /// Writes that have ended.
@@ -234,14 +262,14 @@ fn place_of(chunk: ChunkIndex) -> (u64, usize) {
 }
 
 impl Table {
-    pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity) -> Self {
+    pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity, layer: LayerId) -> Self {
         Self {
             file,
             name,
-            who,
+            who: (who, layer),
             pages: RefCell::default(),
             stale: RefCell::default(),
-            pages_max: PAGES_MAX,
+            pages_max: Cell::new(PAGES_MAX),
             writing: RefCell::default(),
             writes: Cell::new(0),
             owed: RefCell::default(),
@@ -257,10 +285,25 @@ impl Table {
 
     fn keep(&self, number: u64, page: Rc<Page>) {
         let mut pages = self.pages.borrow_mut();
-        if pages.len() >= self.pages_max && !pages.contains_key(&number) {
+        while pages.len() >= self.pages_max.get() && !pages.contains_key(&number) {
             pages.pop_first();
         }
         pages.insert(number, page);
+    }
+
+    /// Bounds the pages in memory to one of `tables` equal parts.
+    pub(super) fn share_memory(&self, tables: usize) {
+        self.pages_max.set((PAGES_MAX / tables.max(1)).max(PAGES_MIN));
+        let mut pages = self.pages.borrow_mut();
+        while pages.len() > self.pages_max.get() {
+            pages.pop_first();
+        }
+    }
+
+    /// Pages that may have been written.
+    pub(super) async fn page_count(&self) -> Result<u64, StoreError> {
+        let size = self.file.size().await.map_err(|error| StoreError::io(&self.name, &error))?;
+        Ok(size.length.div_ceil(2 * BLOCK_BYTES as u64))
     }
 
     async fn copies(&self, number: u64) -> Result<Copies, StoreError> {
@@ -431,8 +474,7 @@ impl Table {
         let marks = match listed {
             Some(marks) => marks,
             None => {
-                let size = self.file.size().await.map_err(|error| StoreError::io(&self.name, &error))?;
-                let count = size.length.div_ceil(2 * BLOCK_BYTES as u64);
+                let count = self.page_count().await?;
                 every = (0..count).map(|number| PageMark { number, generation: 0 }).collect();
                 &every
             }
@@ -571,6 +613,13 @@ impl Table {
         stale.iter().map(|number| PageMark { number: *number, generation: u64::MAX }).collect()
     }
 
+    /// The chunks of a page.
+    pub(super) async fn lines(&self, page: u64) -> Result<Vec<(ChunkIndex, Chunk)>, StoreError> {
+        let chunks = self.page(page).await?;
+        let numbered = (page * PAGE_CHUNKS..).zip(&chunks.chunks);
+        Ok(numbered.map(|(chunk, line)| (ChunkIndex(chunk), line.clone())).collect())
+    }
+
     /// Bytes written, and flushes.
     pub(super) fn written(&self) -> (u64, u64) {
         (self.bytes_written.get(), self.flushes.get())
@@ -653,7 +702,10 @@ mod tests {
         let bytes = Rc::new(RefCell::new(vec![0; 64 * BLOCK_BYTES]));
         let (gate, full) = (Rc::new(Semaphore::new(0)), Rc::new(Cell::new(false)));
         let file = Gated { bytes: bytes.clone(), gate: gate.clone(), full: full.clone() };
-        let table = Table { pages_max: 1, ..Table::new(Rc::new(file), "table".into(), who) };
+        let table = Table {
+            pages_max: Cell::new(1),
+            ..Table::new(Rc::new(file), "table".into(), who, LayerId::BASE)
+        };
         Place { table, bytes, gate, full }
     }
 

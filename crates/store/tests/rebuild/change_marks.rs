@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use holdfast_store::volume::{BlockSum, Clear, VolumeData};
+use holdfast_store::volume::{BlockSum, Clear, LayerId, LayerMark, VolumeData};
 use holdfast_types::{BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, LogIndex};
 use proptest::prelude::*;
 
@@ -41,15 +41,15 @@ async fn after(place: &Path, log: &Rc<Log>, steps: &[Step], cleans: &[bool]) -> 
 
 /// The marks of `receiver`'s home and of `source`, and what they stand for.
 async fn check(receiver: &VolumeData, source: &VolumeData) {
-    let ours = receiver.home_summaries(ChunkIndex(0), CHUNKS).await.expect("is read");
-    let theirs = source.chunk_summaries(ChunkIndex(0), CHUNKS).await.expect("is read");
+    let ours = receiver.home_summaries(LayerMark::ONLY, ChunkIndex(0), CHUNKS).await.expect("is read");
+    let theirs = source.chunk_summaries(LayerId::BASE, ChunkIndex(0), CHUNKS).await.expect("is read");
     for theirs in theirs {
         let mark = (theirs.incarnation, theirs.last_index);
         let ours = ours.iter().find(|ours| ours.chunk == theirs.chunk);
         if ours.is_none_or(|ours| (ours.incarnation, ours.last_index) != mark) {
             continue;
         }
-        let home = receiver.home_checksums(theirs.chunk).await.expect("is read");
+        let home = receiver.home_checksums(LayerMark::ONLY, theirs.chunk).await.expect("is read");
         let content = source.chunk_checksums(theirs.chunk).await.expect("is read");
         for (home, content) in home.iter().zip(content) {
             assert!(same(*home, content), "chunk {} at mark {mark:?}: {home:?}, {content:?}", theirs.chunk.0);

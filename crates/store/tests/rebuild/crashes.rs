@@ -7,8 +7,9 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use futures_util::future::{Either, select};
+use holdfast_store::StoreError;
 use holdfast_store::testing::{Fault, Image, MemoryDisk, Random, Tear, simulate};
-use holdfast_store::{StoreError, volume::VolumeData};
+use holdfast_store::volume::{LayerId, LayerMark, VolumeData};
 use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, block_checksum};
 
 use crate::replica::{At, Log, SIZE, checkpoint, reopened, replica_in, write};
@@ -75,17 +76,17 @@ async fn put(staging: &holdfast_store::volume::StagingLayer, range: BlockRange, 
     let data = Bytes::from(vec![byte; range.bytes() as usize]);
     let blocks = range.blocks().zip(data.chunks_exact(BLOCK_BYTES));
     let sums: Vec<u32> = blocks.map(|(block, data)| block_checksum(block, data)).collect();
-    staging.put(range, data, &sums).await.expect("is staged");
+    staging.put(LayerId::BASE, range, data, &sums).await.expect("is staged");
 }
 
 impl Case {
     /// The rebuild, while the own log goes on; then an entry of the new log, and a checkpoint.
     async fn rebuild(&self) -> Result<(), StoreError> {
         let data = reopened(self.disk.directory(), &self.log).await?;
-        let staging = data.begin_staging(checkpoint(NEW), SIZE).await?;
+        let staging = data.begin_staging(vec![LayerMark::ONLY]).await?;
         write(&data, &self.log, OLD + 1, range(1, 1), 0xac);
         put(&staging, range(0, 1), 0xd0).await;
-        staging.clear(range(70, 1)).await?;
+        staging.clear(LayerId::BASE, range(70, 1)).await?;
         put(&staging, range(200, 3), 0xd1).await;
         staging.commit(checkpoint(NEW)).await?;
         self.switched.set(true);
@@ -228,11 +229,11 @@ fn a_block_of_another_address_is_not_staged() {
     let case = prepared(1);
     simulate(1, async {
         let data = reopened(case.disk.directory(), &case.log).await.expect("opens");
-        let staging = data.begin_staging(checkpoint(NEW), SIZE).await.expect("begins");
+        let staging = data.begin_staging(vec![LayerMark::ONLY]).await.expect("begins");
         let content = Bytes::from(vec![7; BLOCK_BYTES]);
         let sum = block_checksum(BlockIndex(7), &content);
-        let refused = staging.put(range(8, 1), content.clone(), &[sum]).await;
+        let refused = staging.put(LayerId::BASE, range(8, 1), content.clone(), &[sum]).await;
         assert!(matches!(refused, Err(StoreError::Damaged { .. })), "{refused:?}");
-        staging.put(range(7, 1), content, &[sum]).await.expect("at its own place it is good");
+        staging.put(LayerId::BASE, range(7, 1), content, &[sum]).await.expect("at its own place it is good");
     });
 }

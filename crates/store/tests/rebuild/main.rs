@@ -2,5 +2,6 @@
 
 mod change_marks;
 mod crashes;
+mod layers;
 mod meets_apply;
 mod replica;

@@ -3,10 +3,10 @@
 use std::rc::Rc;
 
 use bytes::Bytes;
-use holdfast_store::volume::{BlockSum, Checkpoint, CheckpointSource, VolumeData};
+use holdfast_store::volume::{BlockSum, Checkpoint, CheckpointSource, LayerId, LayerMark, VolumeData};
 use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, ChunkIndex, LogIndex, block_checksum};
 
-use crate::replica::{At, Log, SIZE, checkpoint, replica};
+use crate::replica::{At, Log, checkpoint, replica};
 
 fn block(index: u64) -> BlockRange {
     BlockRange::new(BlockIndex(index), 1)
@@ -38,8 +38,8 @@ fn what_is_applied_after_the_comparison_goes_with_the_old_log() {
         let data = replica(place.path(), &log).await;
         write(&data, &log, 1, 0, 0xaa);
         data.clean(&At(1)).await.expect("is cleaned");
-        let staging = data.begin_staging(checkpoint(9), SIZE).await.expect("begins");
-        let home = data.home_checksums(ChunkIndex(0)).await.expect("is read");
+        let staging = data.begin_staging(vec![LayerMark::ONLY]).await.expect("begins");
+        let home = data.home_checksums(LayerMark::ONLY, ChunkIndex(0)).await.expect("is read");
         assert_eq!(home[0], Some(BlockSum::Data(sum(0, 0xaa))), "the leader has the same: it is not staged");
         // Its own log says otherwise in between; the leader's content has come back to what it was.
         write(&data, &log, 2, 0, 0xbb);
@@ -60,18 +60,18 @@ fn a_block_that_is_not_home_equals_nothing_of_the_leader() {
         let log = Rc::new(Log::default());
         let data = replica(place.path(), &log).await;
         write(&data, &log, 1, 3, 0xaa);
-        let staging = data.begin_staging(checkpoint(9), SIZE).await.expect("begins");
-        let summaries = data.home_summaries(ChunkIndex(0), 4).await.expect("is read");
+        let staging = data.begin_staging(vec![LayerMark::ONLY]).await.expect("begins");
+        let summaries = data.home_summaries(LayerMark::ONLY, ChunkIndex(0), 4).await.expect("is read");
         assert_eq!(summaries.len(), 1);
         assert_eq!((summaries[0].last_index, summaries[0].present), (LogIndex::ZERO, true));
-        let home = data.home_checksums(ChunkIndex(0)).await.expect("is read");
+        let home = data.home_checksums(LayerMark::ONLY, ChunkIndex(0)).await.expect("is read");
         assert_eq!(home[3], None);
-        assert!(data.begin_staging(checkpoint(9), SIZE).await.is_err(), "one rebuild at a time");
-        staging.put(block(3), content(0xaa), &[sum(3, 0xaa)]).await.expect("is staged");
+        assert!(data.begin_staging(vec![LayerMark::ONLY]).await.is_err(), "one rebuild at a time");
+        staging.put(LayerId::BASE, block(3), content(0xaa), &[sum(3, 0xaa)]).await.expect("is staged");
         staging.commit(checkpoint(9)).await.expect("is switched in");
         drop(staging);
         assert_eq!(read(&data, 3).await, 0xaa);
-        data.begin_staging(checkpoint(20), SIZE).await.expect("the next one may begin");
+        data.begin_staging(vec![LayerMark::ONLY]).await.expect("the next one may begin");
     });
 }
 

@@ -12,7 +12,7 @@ use crate::crashes::live;
 use crate::replica::{BLOCKS, Command, Reference, Replica, What};
 
 fn path() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/format-2")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/format-3")
 }
 
 /// A block of a file without its trailing zeros.

@@ -4,6 +4,7 @@ mod bounds;
 mod crashes;
 mod golden;
 mod heal;
+mod layers;
 mod lost;
 mod replica;
 mod rot;

@@ -1,6 +1,7 @@
 //! A replica without Raft: every command is committed as soon as it is appended, and applied at once.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -35,6 +36,12 @@ pub enum What {
     Write,
     Zero,
     Trim,
+    /// A snapshot; named by its index.
+    Snapshot,
+    /// The snapshot of index `start` goes.
+    Drop,
+    /// Back to the snapshot of index `start`, the newest.
+    Restore,
 }
 
 /// A command of the log.
@@ -75,7 +82,10 @@ impl Command {
         let what = match input.u8().ok()? {
             0 => What::Write,
             1 => What::Zero,
-            _ => What::Trim,
+            2 => What::Trim,
+            3 => What::Snapshot,
+            4 => What::Drop,
+            _ => What::Restore,
         };
         Some(Self { what, start: input.u64().ok()?, count: input.u32().ok()? })
     }
@@ -99,13 +109,38 @@ pub struct Reference {
 impl Reference {
     /// The entry that wrote each block last, up to an index; 0 where zeros are.
     pub fn content(&self, upto: u64) -> Vec<u64> {
-        let mut out = vec![0; BLOCKS as usize];
+        self.views(upto).remove(&u64::MAX).expect("there is a head")
+    }
+
+    /// The same of every living snapshot, by its index, and of the head, under the greatest.
+    pub fn views(&self, upto: u64) -> BTreeMap<u64, Vec<u64>> {
+        let mut head = vec![0; BLOCKS as usize];
+        let mut views = BTreeMap::new();
         for (index, command) in (1u64..).zip(self.commands.borrow().iter()).take(upto as usize) {
-            for block in command.range().blocks() {
-                out[block.0 as usize] = if command.what == What::Write { index } else { 0 };
+            match command.what {
+                What::Snapshot => drop(views.insert(index, head.clone())),
+                What::Drop => drop(views.remove(&command.start)),
+                What::Restore => head = views[&command.start].clone(),
+                what => command.range().blocks().for_each(|block| {
+                    head[block.0 as usize] = if what == What::Write { index } else { 0 };
+                }),
             }
         }
-        out
+        views.insert(u64::MAX, head);
+        views
+    }
+
+    /// Indices of the living snapshots.
+    pub fn snapshots(&self) -> Vec<u64> {
+        let mut living = Vec::new();
+        for (index, command) in (1u64..).zip(self.commands.borrow().iter()) {
+            match command.what {
+                What::Snapshot => living.push(index),
+                What::Drop => living.retain(|other| *other != command.start),
+                _ => {}
+            }
+        }
+        living
     }
 }
 
@@ -220,6 +255,9 @@ impl Replica {
                 }
                 What::Zero => self.data.apply_clear(index, range, Clear::Zero),
                 What::Trim => self.data.apply_clear(index, range, Clear::Trim),
+                What::Snapshot => self.data.apply_snapshot(index),
+                What::Drop => self.data.apply_drop_snapshot(index, LogIndex(command.start)),
+                What::Restore => self.data.apply_restore(index, LogIndex(command.start)),
             }
         }
         self.applied.set(entry.id);
@@ -288,7 +326,7 @@ impl Replica {
     }
 }
 
-fn check_blocks(range: BlockRange, data: &[u8], expected: &[u64]) -> Result<(), String> {
+pub fn check_blocks(range: BlockRange, data: &[u8], expected: &[u64]) -> Result<(), String> {
     for (block, data) in range.blocks().zip(data.chunks_exact(BLOCK_BYTES)) {
         let index = expected[block.0 as usize];
         let wanted = if index == 0 { [0; BLOCK_BYTES] } else { content(index, block.0) };
