@@ -74,6 +74,8 @@ const ATTACKS: &[&str] = &[
     "moved-replicas",
     "--scenario",
     "lost-node",
+    "--scenario",
+    "snapshots",
 ];
 
 const SUITES: &[Suite] = &[

@@ -12,7 +12,6 @@ use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_replica::snapshot_messages::SnapshotRequest;
-use holdfast_replica::volume::SNAPSHOTS_BUILT;
 use holdfast_types::{
     BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BYTES, Epoch, ErrorCode, SnapshotId, StoreId, UserError,
     block_checksum, limits,
@@ -60,17 +59,6 @@ fn view(state: &CatalogState, record: &SnapshotRecord) -> pb::Snapshot {
         .into(),
         key: record.key.clone(),
     }
-}
-
-fn check_built() -> Result<(), UserError> {
-    if SNAPSHOTS_BUILT {
-        return Ok(());
-    }
-    Err(UserError::new(
-        ErrorCode::Unimplemented,
-        "snapshots are not built yet: the store does not freeze layers",
-    )
-    .hint("docs/roadmap.md tells what is"))
 }
 
 /// A snapshot that can be read, and its volume.
@@ -147,7 +135,6 @@ impl Shard {
         self: Rc<Self>,
         request: pb::CreateSnapshotRequest,
     ) -> Result<pb::Snapshot, UserError> {
-        check_built()?;
         limits::check_name("snapshot", &request.name)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let created_ms = u64::try_from(now.as_millis()).unwrap_or_default();
@@ -201,7 +188,6 @@ impl Shard {
 
     /// INV-RESTORE: in the epoch in which the volume was seen to be held by nobody.
     pub(crate) async fn restore_snapshot(self: Rc<Self>, name: String) -> Result<pb::Volume, UserError> {
-        check_built()?;
         let state = self.catalog.state(PATIENCE).await?;
         let (snapshot, volume) = readable(&state, &name)?;
         let epoch = self.epoch_of_nobody(volume).await?;
@@ -255,7 +241,6 @@ impl Shard {
         self: Rc<Self>,
         request: pb::DiffSnapshotsRequest,
     ) -> Result<pb::DiffSnapshotsReply, UserError> {
-        check_built()?;
         let state = self.catalog.state(PATIENCE).await?;
         let (from, to, volume) = ends(&state, &request.from, &request.to)?;
         if volume.phase != VolumePhase::Ready || !request.offset.is_multiple_of(CHUNK_BYTES) {
@@ -284,7 +269,6 @@ impl Shard {
         self: Rc<Self>,
         request: pb::ReadSnapshotRequest,
     ) -> Result<pb::ReadSnapshotReply, UserError> {
-        check_built()?;
         let range = block_range(request.offset, request.length)?;
         let state = self.catalog.state(PATIENCE).await?;
         let (snapshot, volume) = readable(&state, &request.snapshot)?;

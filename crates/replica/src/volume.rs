@@ -15,11 +15,11 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::lease::{AttachDecision, HolderWatch, LeaseTerms, decide_attach};
 use holdfast_protocol::planted::is_planted;
-use holdfast_protocol::volume::{Refusal, VolumeReply, VolumeState};
+use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, block_checksum};
+use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
@@ -33,10 +33,6 @@ use crate::messages::{self, DataReply, DataRequest, SessionRequest};
 const FLOOR_PATIENCE: Duration = Duration::from_millis(20);
 /// How long a command of a newer epoch waits for the older one to settle before its sender is asked to repeat it.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Whether the store of this version freezes layers. While it does not, no command of snapshots enters a log.
-pub const SNAPSHOTS_BUILT: bool = true;
-pub(crate) const SNAPSHOTS_NOT_BUILT: &str = "this version does not read or compare snapshots yet";
 
 /// The replicated state machine of a volume.
 pub(crate) struct VolumeMachine {
@@ -117,9 +113,6 @@ impl StateMachine for VolumeMachine {
         let malformed = |why: String| CheckError::Malformed(why);
         let command = VolumeCommand::decode(&data.head).map_err(|error| malformed(error.to_string()))?;
         command.validate(data.payload.len()).map_err(|refusal| malformed(refusal.to_string()))?;
-        if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
-            return Err(malformed(SNAPSHOTS_NOT_BUILT.into()));
-        }
         if let VolumeCommand::Write { range, checksums, .. } = &command {
             check_payload(*range, checksums, &data.payload).map_err(CheckError::Damaged)?;
         }
@@ -129,9 +122,6 @@ impl StateMachine for VolumeMachine {
     fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
         let command = VolumeCommand::decode(&data.head)
             .map_err(|error| ApplyError { index: id.index, why: error.to_string() })?;
-        if command.is_of_snapshots() && !SNAPSHOTS_BUILT {
-            return Err(ApplyError { index: id.index, why: SNAPSHOTS_NOT_BUILT.into() });
-        }
         let snapshot = snapshot_of(&self.state.borrow(), &command);
         let reply = self.state.borrow_mut().apply(id.index, &command);
         match reply {
@@ -324,11 +314,16 @@ impl Volume {
         }
     }
 
-    fn elsewhere(&self, why: impl Into<String>) -> DataReply {
+    /// A living snapshot as applied here.
+    pub(crate) fn living(&self, id: SnapshotId) -> Option<Snapshot> {
+        self.machine.state.borrow().snapshot(id).cloned()
+    }
+
+    pub(crate) fn elsewhere(&self, why: impl Into<String>) -> DataReply {
         DataReply::Elsewhere { leader: self.group.leader().map(|(_, store)| store), why: why.into() }
     }
 
-    fn group_error(&self, error: GroupError) -> DataReply {
+    pub(crate) fn group_error(&self, error: GroupError) -> DataReply {
         match error {
             GroupError::NotLeader { leader } => {
                 DataReply::Elsewhere { leader, why: "this replica does not lead the volume's group".into() }
@@ -450,7 +445,7 @@ impl Volume {
         }
     }
 
-    fn read_failed(&self, error: &ReadError) -> DataReply {
+    pub(crate) fn read_failed(&self, error: &ReadError) -> DataReply {
         match error {
             ReadError::OutOfRange { .. } => DataReply::Failed(error.to_string()),
             _ => {
@@ -472,12 +467,7 @@ impl Volume {
         }
         match self.data().block_status(range).await {
             Ok(runs) => {
-                let kind = |kind| match kind {
-                    BlockKind::Data => 0,
-                    BlockKind::Zero => 1,
-                    BlockKind::Absent => 2,
-                };
-                let runs = runs.into_iter().map(|(count, k)| (count, kind(k))).collect();
+                let runs = runs.into_iter().map(|(count, kind)| (count, kind_number(kind))).collect();
                 DataReply::Status { applied: self.group.position().applied_index(), runs }
             }
             Err(error) => self.read_failed(&error),
@@ -677,4 +667,13 @@ impl Volume {
 /// The lease of sessions of a group.
 pub fn lease_terms(timers: &Timers) -> LeaseTerms {
     LeaseTerms { lease: timers.session_lease, drift_permille: 10 }
+}
+
+/// A kind of block in messages.
+pub(crate) fn kind_number(kind: BlockKind) -> u8 {
+    match kind {
+        BlockKind::Data => 0,
+        BlockKind::Zero => 1,
+        BlockKind::Absent => 2,
+    }
 }

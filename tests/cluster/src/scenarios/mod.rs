@@ -11,6 +11,7 @@ mod lost_quorum;
 mod moved_replicas;
 mod new_holder;
 mod power_cut;
+mod snapshots;
 mod wrong_directory;
 
 use std::path::{Path, PathBuf};
@@ -41,7 +42,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 16] = [
+pub const ALL: [(&str, &str); 17] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -58,6 +59,7 @@ pub const ALL: [(&str, &str); 16] = [
     ("left-behind", "a replica that was away is healed by log, and by chunks once the log is purged"),
     ("moved-replicas", "a replica is moved, added and removed under load"),
     ("lost-node", "a node that stays away is replaced"),
+    ("snapshots", "snapshots over writes, the leader's death, an absence and their own end"),
 ];
 
 async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
@@ -79,6 +81,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "left-behind" => left_behind::run(place).await,
         "moved-replicas" => moved_replicas::run(place).await,
         "lost-node" => lost_node::run(place).await,
+        "snapshots" => snapshots::run(place).await,
         other => {
             let known: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
             Err(format!("there is no scenario '{other}'; there are: {}", known.join(", ")))
