@@ -101,6 +101,7 @@ impl Member {
             force: false,
             read_only: false,
             resume: false,
+            only_at: None,
             patience: ATTACH_PATIENCE,
         };
         let stores = self.config.members.iter().map(|member| member.store).collect();

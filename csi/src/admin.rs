@@ -75,6 +75,14 @@ calls! {
     attach_volume(AttachVolumeRequest) -> Attachment;
     /// Detaches.
     detach_volume(DetachVolumeRequest) -> DetachVolumeReply;
+    /// Makes a snapshot; idempotent by volume, name and key.
+    create_snapshot(CreateSnapshotRequest) -> Snapshot;
+    /// A snapshot by its id.
+    get_snapshot(GetSnapshotRequest) -> Snapshot;
+    /// A page of snapshots.
+    list_snapshots(ListSnapshotsRequest) -> ListSnapshotsReply;
+    /// Deletes a snapshot; idempotent.
+    delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotReply;
     /// Room for new volumes.
     get_capacity(GetCapacityRequest) -> Capacity;
 }

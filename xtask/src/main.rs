@@ -76,6 +76,8 @@ const ATTACKS: &[&str] = &[
     "lost-node",
     "--scenario",
     "snapshots",
+    "--scenario",
+    "copies",
 ];
 
 const SUITES: &[Suite] = &[

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_env::net::Lane;
-use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, VolumeRecord};
+use holdfast_protocol::catalog::{
+    CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, SourceOrder, VolumeRecord,
+};
 use holdfast_replica::messages::CATALOG;
 use holdfast_types::{ErrorCode, ReplicaId, SnapshotId, StoreId, UserError, VolumeId, VolumeSpec};
 use holdfast_wire::rpc::{CallError, Rpc};
@@ -123,14 +125,16 @@ impl CatalogClient {
         }
     }
 
-    /// Creates a volume and waits until it can be attached. Idempotent by name.
+    /// Creates a volume and waits until it can be attached; one that begins with something, until it is being filled.
+    /// Idempotent by name.
     pub async fn create(
         &self,
         spec: VolumeSpec,
         parameters: BTreeMap<String, String>,
+        source: Option<SourceOrder>,
         patience: Duration,
     ) -> Result<VolumeRecord, UserError> {
-        let request = CatalogRequest::Create { spec: Box::new(spec), parameters };
+        let request = CatalogRequest::Create { spec: Box::new(spec), parameters, source };
         match self.ask(&request, patience).await? {
             CatalogAnswer::Volume { record: Some(record) } => Ok(*record),
             other => Err(unexpected(&other)),

@@ -7,6 +7,7 @@
 //! **Architecture invariant:** no read or write of a volume waits for anything here.
 
 pub mod client;
+pub mod filling;
 mod machine;
 pub mod member;
 mod messages;

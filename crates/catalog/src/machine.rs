@@ -157,7 +157,14 @@ mod tests {
             access_from: AccessFrom::Anywhere,
         };
         let (id, group) = (VolumeId(1), GroupId(1));
-        CatalogCommand::CreateVolume { id, group, spec, parameters: Default::default(), placed: Vec::new() }
+        CatalogCommand::CreateVolume {
+            id,
+            group,
+            spec,
+            parameters: Default::default(),
+            placed: Vec::new(),
+            source: None,
+        }
     }
 
     /// A checkpoint of a version that knew no snapshots is read.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, SourceOrder, VolumePhase, VolumeRecord,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::user_error;
@@ -176,8 +176,8 @@ impl Member {
             CatalogRequest::Apply { command } => {
                 Ok(CatalogAnswer::Reply { reply: self.apply(&command).await? })
             }
-            CatalogRequest::Create { spec, parameters } => {
-                let record = self.create(*spec, parameters).await?;
+            CatalogRequest::Create { spec, parameters, source } => {
+                let record = self.create(*spec, parameters, source).await?;
                 Ok(CatalogAnswer::Volume { record: Some(Box::new(record)) })
             }
             CatalogRequest::Settle { id } => {
@@ -245,6 +245,7 @@ impl Member {
         self: &Rc<Self>,
         spec: VolumeSpec,
         parameters: BTreeMap<String, String>,
+        source: Option<SourceOrder>,
     ) -> Result<VolumeRecord, AnswerError> {
         let state = self.read().await?;
         let placed = match state.find(&spec.name) {
@@ -260,6 +261,7 @@ impl Member {
             spec,
             parameters,
             placed,
+            source,
         };
         let CatalogReply::Volume { record } = self.apply(&command).await? else {
             return Err(UserError::new(ErrorCode::Internal, "a creation answered without a volume").into());
@@ -267,7 +269,7 @@ impl Member {
         self.settle(record.id).await?;
         let now = self.machine.with_state(|state| state.volumes.get(&record.id).cloned());
         match now {
-            Some(record) if record.phase == VolumePhase::Ready => Ok(record),
+            Some(record) if matches!(record.phase, VolumePhase::Ready | VolumePhase::Filling) => Ok(record),
             Some(record) => {
                 let name = &record.spec.name;
                 Err(UserError::new(ErrorCode::Unavailable, format!("volume {name} is not ready yet"))

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use holdfast_env::net::Frame;
-use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, VolumeRecord};
+use holdfast_protocol::catalog::{
+    CatalogCommand, CatalogReply, CatalogState, SnapshotRecord, SourceOrder, VolumeRecord,
+};
 use holdfast_types::{ErrorCode, ReplicaId, SnapshotId, StoreId, UserError, VolumeId, VolumeSpec};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,9 @@ pub(crate) enum CatalogRequest {
         spec: Box<VolumeSpec>,
         /// Parameters as given.
         parameters: BTreeMap<String, String>,
+        /// What it begins with.
+        #[serde(default)]
+        source: Option<SourceOrder>,
     },
     /// Work on a volume until there is nothing to do or something is in the way.
     Settle {

@@ -32,7 +32,7 @@ const CAUGHT_UP_WITHIN: u64 = 1024;
 
 /// What a step came to.
 #[derive(PartialEq, Eq)]
-enum Step {
+pub(crate) enum Step {
     /// Something was done; look again.
     Progress,
     /// Nothing is to be done, or it needs time.
@@ -78,7 +78,7 @@ pub(crate) async fn run(member: Weak<Member>) {
     }
 }
 
-fn retry_later(message: impl Into<String>) -> AnswerError {
+pub(crate) fn retry_later(message: impl Into<String>) -> AnswerError {
     UserError::new(ErrorCode::Unavailable, message).hint("the reconciler goes on; ask again").into()
 }
 
@@ -99,20 +99,31 @@ impl Member {
         Ok(())
     }
 
-    async fn step(&self, record: &VolumeRecord) -> Result<Step, AnswerError> {
+    async fn step(self: &Rc<Self>, record: &VolumeRecord) -> Result<Step, AnswerError> {
         match record.phase {
             VolumePhase::Creating => self.make(record).await,
             VolumePhase::Deleting => self.remove(record).await,
-            VolumePhase::Ready => {
-                let find = |phase| record.replicas.iter().find(|replica| replica.phase == phase);
-                if let Some(joining) = find(ReplicaPhase::Joining) {
-                    return self.join(record, joining).await;
-                }
-                match find(ReplicaPhase::Leaving) {
-                    Some(leaving) => self.leave(record, leaving).await,
-                    None => Ok(Step::Rest),
+            VolumePhase::Filling => {
+                let filled = self.fill(record).await;
+                // A copy takes long: what happens to its replicas meanwhile does not wait for it.
+                if matches!(filled, Ok(Step::Progress)) {
+                    filled
+                } else {
+                    self.replicas(record).await.and(filled)
                 }
             }
+            VolumePhase::Ready => self.replicas(record).await,
+        }
+    }
+
+    async fn replicas(&self, record: &VolumeRecord) -> Result<Step, AnswerError> {
+        let find = |phase| record.replicas.iter().find(|replica| replica.phase == phase);
+        if let Some(joining) = find(ReplicaPhase::Joining) {
+            return self.join(record, joining).await;
+        }
+        match find(ReplicaPhase::Leaving) {
+            Some(leaving) => self.leave(record, leaving).await,
+            None => Ok(Step::Rest),
         }
     }
 
@@ -196,7 +207,10 @@ impl Member {
     }
 
     /// The leader's store and what it reports.
-    async fn leader(&self, record: &VolumeRecord) -> Result<(StoreId, ReplicaReport), AnswerError> {
+    pub(crate) async fn leader(
+        &self,
+        record: &VolumeRecord,
+    ) -> Result<(StoreId, ReplicaReport), AnswerError> {
         let reports = volumes::replica_reports(&self.rpc, record).await;
         let (id, report) =
             volumes::leader_of(&reports).ok_or_else(|| retry_later("no replica of the volume leads now"))?;
@@ -307,7 +321,8 @@ impl Member {
                 lost.push(name.clone());
             }
         }
-        for record in state.volumes.values().filter(|record| record.phase == VolumePhase::Ready) {
+        let made = |record: &&VolumeRecord| matches!(record.phase, VolumePhase::Ready | VolumePhase::Filling);
+        for record in state.volumes.values().filter(made) {
             if record.replicas.iter().any(|replica| replica.phase == ReplicaPhase::Joining) {
                 continue;
             }

@@ -111,7 +111,11 @@ impl Member {
                 let message = format!("a snapshot was answered as another command: {other:?}");
                 Err(UserError::new(ErrorCode::Internal, message).into())
             }
-            Err(error) if [ErrorCode::Unavailable, ErrorCode::TimedOut].contains(&error.code) => {
+            // One that a copy waits for is called off with the copy only.
+            Err(error)
+                if record.copy.is_some()
+                    || [ErrorCode::Unavailable, ErrorCode::TimedOut].contains(&error.code) =>
+            {
                 Err(error.into())
             }
             // Asking again does not help: what was intended is called off, and whatever there is of it goes.

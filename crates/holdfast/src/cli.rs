@@ -252,9 +252,9 @@ pub enum VolumeCommand {
     Create {
         /// Its name.
         name: String,
-        /// Its size, for example 1GiB.
-        #[arg(long)]
-        size: ByteSize,
+        /// Its size, for example 1GiB; that of what is copied if left out.
+        #[arg(long, required_unless_present_any = ["from_snapshot", "from_volume"])]
+        size: Option<ByteSize>,
         /// The loss it survives: none, node, zone or region.
         #[arg(long)]
         survive: Option<String>,
@@ -270,6 +270,9 @@ pub enum VolumeCommand {
         /// Begin with a snapshot's content.
         #[arg(long, value_name = "VOLUME@SNAPSHOT")]
         from_snapshot: Option<String>,
+        /// Begin with what another volume holds now, attached or not.
+        #[arg(long, value_name = "VOLUME", conflicts_with = "from_snapshot")]
+        from_volume: Option<String>,
     },
     /// All volumes.
     List,
@@ -443,7 +446,6 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 pub fn not_built(words: &[String], within: &str) -> UserError {
     const PLANNED: &[&str] = &[
         "explain",
-        "from-snapshot",
         "fence",
         "bench",
         "kube",

@@ -25,7 +25,16 @@ pub struct Output {
 }
 
 /// Texts that are absent rather than empty.
-const NULL_IF_EMPTY: &[&str] = &["attached_to", "leader", "frontend", "device", "healed_by"];
+const NULL_IF_EMPTY: &[&str] = &[
+    "attached_to",
+    "leader",
+    "frontend",
+    "device",
+    "healed_by",
+    "source_volume",
+    "source_snapshot",
+    "filled_by",
+];
 
 fn tidy(value: &mut Value) {
     match value {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use holdfast_catalog::volumes;
 use holdfast_frontend::Edge;
 use holdfast_frontend::kernel::{Close, KernelError};
-use holdfast_protocol::catalog::{VolumePhase, VolumeRecord};
+use holdfast_protocol::catalog::VolumeRecord;
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::volume::Refusal;
 use holdfast_replica::administration::ShardRequest;
@@ -186,10 +186,7 @@ impl Shard {
         let frontend = choice.resolve()?;
         let state = self.catalog.state(ATTACH_PATIENCE).await?;
         let record = state.get(name)?;
-        if record.phase != VolumePhase::Ready {
-            let message = format!("volume {name} is not ready yet");
-            return Err(UserError::new(ErrorCode::Unavailable, message).hint("wait a moment and ask again"));
-        }
+        record.check_ready()?;
         let _turn = self.attachments.turn(record.id).await;
         if let Some(attached) = self.attachments.get(record.id) {
             match attached.session.closed_now() {
@@ -229,6 +226,7 @@ impl Shard {
             force,
             read_only: note.read_only,
             resume,
+            only_at: None,
             patience: ATTACH_PATIENCE,
         };
         let target = VolumeTarget { group: note.group, stores: note.stores.clone() };

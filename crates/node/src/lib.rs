@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod config;
 pub mod daemon;
 mod device;
+mod filling;
 mod forward;
 mod handle;
 mod metrics;

@@ -7,17 +7,19 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use holdfast_catalog::volumes;
 use holdfast_env::Instant;
-use holdfast_protocol::catalog::{CatalogCommand, CatalogReply, ReplicaPhase, VolumePhase, VolumeRecord};
+use holdfast_protocol::catalog::{
+    CatalogCommand, CatalogReply, ReplicaPhase, SourceOrder, VolumePhase, VolumeRecord,
+};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
 use holdfast_replica::administration::ShardRequest;
 use holdfast_replica::messages::{DataReply, DataRequest};
-use holdfast_types::{ByteSize, ErrorCode, LogIndex, NodeName, ReplicaId, UserError, VolumeId};
+use holdfast_types::{ByteSize, ErrorCode, LogIndex, NodeName, ReplicaId, SnapshotId, UserError, VolumeId};
 
 use crate::admin::pb;
 use crate::forward::{NodeAnswer, NodeRequest};
 use crate::shard::Shard;
-use crate::{parameters, views};
+use crate::{parameters, snapshots, views};
 
 /// How long reads and small changes of the catalog may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -137,10 +139,38 @@ impl Shard {
         self: Rc<Self>,
         request: pb::CreateVolumeRequest,
     ) -> Result<pb::Volume, UserError> {
+        let mut request = request;
+        let source = self.source(&mut request).await?;
         let spec = parameters::spec(&request)?;
         let given: BTreeMap<String, String> = request.parameters.into_iter().collect();
-        let record = self.catalog.create(spec, given, CREATE_PATIENCE).await?;
+        let record = self.catalog.create(spec, given, source, CREATE_PATIENCE).await?;
         Ok(self.show(&record).await)
+    }
+
+    /// What a new volume is to begin with. A size that nobody asks for is that of what is copied.
+    async fn source(&self, request: &mut pb::CreateVolumeRequest) -> Result<Option<SourceOrder>, UserError> {
+        let (of_volume, of_snapshot) = (&request.source_volume, &request.source_snapshot);
+        if of_volume.is_empty() && of_snapshot.is_empty() {
+            return Ok(None);
+        }
+        if !of_volume.is_empty() && !of_snapshot.is_empty() {
+            let message = "a volume begins with a snapshot or with another volume, not with both";
+            return Err(UserError::new(ErrorCode::InvalidArgument, message).hint("name one of them"));
+        }
+        let state = self.catalog.state(PATIENCE).await?;
+        let created_ms = snapshots::now_ms();
+        let (order, size) = if of_volume.is_empty() {
+            let (record, volume) = snapshots::readable(&state, of_snapshot)?;
+            (SourceOrder { volume: volume.id, snapshot: record.id, own: false, created_ms }, record.size)
+        } else {
+            let volume = state.get(of_volume)?;
+            let snapshot = SnapshotId(holdfast_env::random_u128());
+            (SourceOrder { volume: volume.id, snapshot, own: true, created_ms }, volume.spec.size)
+        };
+        if request.size_bytes == 0 {
+            request.size_bytes = size.0;
+        }
+        Ok(Some(order))
     }
 
     pub(crate) async fn volume(self: Rc<Self>, name: String) -> Result<pb::Volume, UserError> {
@@ -262,6 +292,10 @@ impl Shard {
     ) -> Result<(), UserError> {
         let state = self.catalog.state(PATIENCE).await?;
         let Some(record) = state.find(&request.name) else { return Ok(()) };
+        if record.phase == VolumePhase::Filling {
+            // No guest has it, and none is permitted to.
+            return Ok(());
+        }
         // The permission ends first, and then what is attached: by its node or by force. A node that attaches
         // meanwhile looks for its permission again afterwards, so an unpublished node writes nothing. Only a leader
         // with a quorum knows that nothing is attached: without one this fails and is repeated.
@@ -337,6 +371,10 @@ impl Shard {
     ) -> Result<bool, UserError> {
         let patience = if force { FORCE_PATIENCE } else { PATIENCE };
         let record = self.catalog.state(patience).await?.get(name)?.clone();
+        if record.phase == VolumePhase::Filling {
+            // It is held by the node that fills it, not by a guest.
+            return Ok(false);
+        }
         let reports = volumes::replica_reports(&self.rpc, &record).await;
         let Some((_, leader)) = volumes::leader_of(&reports) else {
             if force && self.abort_at_holder(&record, &reports).await {

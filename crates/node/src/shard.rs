@@ -23,6 +23,7 @@ use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
 use crate::config::{DiskMode, Layout, NodeConfig, load_credentials};
+use crate::filling::{self, Fillings};
 use crate::forward;
 
 /// Segments of the journal.
@@ -42,6 +43,7 @@ pub(crate) struct Shard {
     pub(crate) catalog: CatalogClient,
     pub(crate) nbd: NbdServer,
     pub(crate) attachments: Attachments,
+    pub(crate) fillings: Fillings,
     pub(crate) timers: Timers,
     /// Runs for as long as the shard does.
     _seat: Option<Rc<Seat>>,
@@ -155,6 +157,7 @@ impl Shard {
             sessions: Sessions::serve(&rpc),
             start: DaemonStart(holdfast_env::random_u128()),
             attachments: Attachments::load(&layout)?,
+            fillings: Fillings::default(),
             _seat: seat,
             config,
             layout,
@@ -165,6 +168,7 @@ impl Shard {
             timers,
         });
         forward::serve(&shard);
+        filling::serve(&shard);
         holdfast_env::spawn("register", Self::register(Rc::downgrade(&shard)));
         holdfast_env::spawn("resume", shard.clone().resume_attachments());
         Ok(shard)

@@ -40,6 +40,11 @@ fn rfc3339(ms: u64) -> String {
     moment.ok().and_then(|moment| moment.format(&Rfc3339).ok()).unwrap_or_default()
 }
 
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or_default()
+}
+
 fn view(state: &CatalogState, record: &SnapshotRecord) -> pb::Snapshot {
     let volume = state.volumes.get(&record.volume).map(|volume| volume.spec.name.clone());
     pb::Snapshot {
@@ -58,11 +63,12 @@ fn view(state: &CatalogState, record: &SnapshotRecord) -> pb::Snapshot {
         }
         .into(),
         key: record.key.clone(),
+        copy: record.copy.map(|copy| copy.to_string()).unwrap_or_default(),
     }
 }
 
 /// A snapshot that can be read, and its volume.
-fn readable<'s>(
+pub(crate) fn readable<'s>(
     state: &'s CatalogState,
     text: &str,
 ) -> Result<(&'s SnapshotRecord, &'s VolumeRecord), UserError> {
@@ -113,14 +119,14 @@ fn block_range(offset: u64, length: u32) -> Result<BlockRange, UserError> {
 }
 
 /// Whether a replica's answer is the range that was asked for, undamaged.
-fn is_whole(range: BlockRange, checksums: &[u32], data: &[u8]) -> bool {
+pub(crate) fn is_whole(range: BlockRange, checksums: &[u32], data: &[u8]) -> bool {
     let blocks = range.blocks().zip(data.chunks_exact(BLOCK_BYTES));
     data.len() as u64 == range.bytes()
         && checksums.len() == range.count as usize
         && blocks.zip(checksums).all(|((block, data), sum)| block_checksum(block, data) == *sum)
 }
 
-fn unexpected(reply: DataReply) -> UserError {
+pub(crate) fn unexpected(reply: DataReply) -> UserError {
     match reply {
         DataReply::NoSnapshot => UserError::new(ErrorCode::NotFound, "the snapshot was deleted meanwhile")
             .hint("`holdfast snapshot list` shows those that are there"),
@@ -136,8 +142,7 @@ impl Shard {
         request: pb::CreateSnapshotRequest,
     ) -> Result<pb::Snapshot, UserError> {
         limits::check_name("snapshot", &request.name)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let created_ms = u64::try_from(now.as_millis()).unwrap_or_default();
+        let created_ms = now_ms();
         let pb::CreateSnapshotRequest { volume, name, key } = request;
         let record = self.catalog.create_snapshot(&volume, &name, &key, created_ms, CREATE_PATIENCE).await?;
         Ok(view(&self.catalog.state(PATIENCE).await?, &record))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use holdfast_catalog::volumes;
 use holdfast_protocol::catalog::{
-    CatalogState, NodeRecord, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
+    CatalogState, NodeRecord, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord, VolumeSource,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::StoreReport;
@@ -31,15 +31,17 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
     let replicas: Vec<pb::Replica> =
         record.replicas.iter().map(|at| replica(at, reports.get(&at.id), leader, committed)).collect();
     // The highest epoch that any replica has applied: only the leader's is confirmed, but nothing below counts.
+    let filling = record.phase == VolumePhase::Filling;
     let newest = reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|report| report.epoch);
     let locations: Vec<_> = record.replicas.iter().map(|at| at.location.clone()).collect();
+    let source = record.source.as_ref();
     pb::Volume {
         id: record.id.to_string(),
         name: record.spec.name.clone(),
         size_bytes: record.spec.size.0,
         health: health(record, leader.map(|(_, report)| report), &replicas).into(),
         epoch: newest.map_or(0, |report| report.epoch.0),
-        attached_to: newest.map(|report| report.holder.clone()).unwrap_or_default(),
+        attached_to: newest.filter(|_| !filling).map(|report| report.holder.clone()).unwrap_or_default(),
         leader: leader
             .and_then(|(id, _)| record.replicas.iter().find(|at| at.id == id))
             .map(|at| at.location.node.to_string())
@@ -57,6 +59,20 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
         frontend: String::new(),
         device: String::new(),
         snapshots: leader.map_or(0, |(_, report)| report.snapshots),
+        phase: match record.phase {
+            VolumePhase::Creating => "creating",
+            VolumePhase::Filling => "filling",
+            VolumePhase::Ready => "ready",
+            VolumePhase::Deleting => "deleting",
+        }
+        .into(),
+        source_volume: source.map(|source| source.volume.to_string()).unwrap_or_default(),
+        source_snapshot: source
+            .filter(|source| !source.own)
+            .map(|source| source.snapshot.to_string())
+            .unwrap_or_default(),
+        filled_percent: source.map_or(100, VolumeSource::percent),
+        filled_by: newest.filter(|_| filling).map(|report| report.holder.clone()).unwrap_or_default(),
     }
 }
 
@@ -206,7 +222,8 @@ pub(crate) fn status(
             let doing = "they are read elsewhere, and healed from the other replicas";
             problem(format!("volume {}", volume.name), what, doing);
         }
-        if volume.health != "healthy" {
+        // One that is being filled has nothing wrong with it.
+        if volume.health != "healthy" && volume.phase != "filling" {
             let away: Vec<&str> = volume
                 .replicas
                 .iter()

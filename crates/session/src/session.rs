@@ -55,6 +55,8 @@ pub struct AttachOptions {
     pub read_only: bool,
     /// Take over what this node already holds, after a restart of its daemon; refused if anybody else came since.
     pub resume: bool,
+    /// Attach in this epoch of the volume or not at all: refused if anybody attached or detached since.
+    pub only_at: Option<Epoch>,
     /// Give up after this time.
     pub patience: Duration,
 }
@@ -144,7 +146,7 @@ impl Session {
         let members = Members::new(target.stores.clone());
         let terms = holdfast_replica::volume::lease_terms(timers);
         let began = Instant::now();
-        let mut expected = Epoch::ZERO;
+        let mut expected = options.only_at.unwrap_or(Epoch::ZERO);
         let mut deadline = ATTACH_CALL_DEADLINE_MIN;
         let (epoch, attachment, index, next) = loop {
             if began + options.patience < Instant::now() {
@@ -173,7 +175,8 @@ impl Session {
                 }
                 Some(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => match refusal {
                     Refusal::EpochMismatch { current, holder } => {
-                        if options.resume && holder.as_ref() != Some(&options.node) {
+                        let taken = options.resume && holder.as_ref() != Some(&options.node);
+                        if taken || options.only_at.is_some() {
                             return Err(SessionError::Refused(Refusal::EpochMismatch { current, holder }));
                         }
                         expected = current;

@@ -11,11 +11,12 @@ use std::time::Duration;
 use holdfast_types::{ErrorCode, UserError};
 use tonic::Status;
 
-use super::{FSTYPE_PARAMETER, is_taken};
+use super::{FSTYPE_PARAMETER, existing, is_taken, snapshots};
 use crate::admin::{Admin, pb};
 use crate::arguments::{self, Wanted};
 use crate::errors::{invalid, status};
 use crate::names::volume_name;
+use crate::proto::volume_content_source::{SnapshotSource, Type, VolumeSource};
 use crate::{proto, topology};
 
 /// How long an earlier call that is still making the volume is waited for.
@@ -33,6 +34,59 @@ pub(super) struct Order {
     parameters: HashMap<String, String>,
     requisite: Vec<pb::TopologyTerm>,
     preferred: Vec<pb::TopologyTerm>,
+    source: Option<Source>,
+    /// Whether `wanted` is only what a volume has that nobody asks for.
+    any_size: bool,
+}
+
+/// What a volume begins with, by the CO's id.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Source {
+    Snapshot(String),
+    Volume(String),
+}
+
+/// The content source of a request.
+fn source(given: Option<&proto::VolumeContentSource>) -> Result<Option<Source>, Status> {
+    let Some(given) = given else { return Ok(None) };
+    match &given.r#type {
+        Some(Type::Snapshot(source)) => {
+            let id = arguments::text("volume_content_source.snapshot.snapshot_id", &source.snapshot_id)?;
+            Ok(Some(Source::Snapshot(id.to_owned())))
+        }
+        Some(Type::Volume(source)) => {
+            let id = arguments::text("volume_content_source.volume.volume_id", &source.volume_id)?;
+            Ok(Some(Source::Volume(id.to_owned())))
+        }
+        None => Err(invalid("volume_content_source is neither a snapshot nor a volume")),
+    }
+}
+
+/// What a volume began with, if anything.
+fn source_of(volume: &pb::Volume) -> Option<Source> {
+    match (volume.source_volume.is_empty(), volume.source_snapshot.is_empty()) {
+        (true, _) => None,
+        (false, true) => Some(Source::Volume(volume.source_volume.clone())),
+        (false, false) => Some(Source::Snapshot(snapshots::handle_of_source(volume))),
+    }
+}
+
+/// The same as CSI shows it.
+pub(super) fn content_source(volume: &pb::Volume) -> Option<proto::VolumeContentSource> {
+    let r#type = match source_of(volume)? {
+        Source::Snapshot(snapshot_id) => Type::Snapshot(SnapshotSource { snapshot_id }),
+        Source::Volume(volume_id) => Type::Volume(VolumeSource { volume_id }),
+    };
+    Some(proto::VolumeContentSource { r#type: Some(r#type) })
+}
+
+/// A volume that is being filled cannot be used yet; COs take ABORTED for "it is being worked on, ask again".
+pub(super) fn check_filled(volume: &pb::Volume) -> Result<(), Status> {
+    if volume.phase != "filling" {
+        return Ok(());
+    }
+    let (name, percent) = (&volume.name, volume.filled_percent);
+    Err(Status::aborted(format!("volume {name} is being filled: {percent} %: ask again")))
 }
 
 impl Order {
@@ -40,11 +94,7 @@ impl Order {
         let name = volume_name(arguments::name(&request.name)?);
         let uses = arguments::capabilities(&request.volume_capabilities)?;
         arguments::map("parameters", &request.parameters)?;
-        if request.volume_content_source.is_some() {
-            return Err(invalid(
-                "volume_content_source is not supported: snapshots and clones are not built yet",
-            ));
-        }
+        let source = source(request.volume_content_source.as_ref())?;
         if !request.mutable_parameters.is_empty() {
             return Err(invalid("mutable_parameters are not supported: they are not built yet"));
         }
@@ -58,6 +108,8 @@ impl Order {
             parameters: request.parameters,
             requisite: topology::terms(&asked.requisite)?,
             preferred: topology::terms(&asked.preferred)?,
+            source,
+            any_size: request.capacity_range.is_none_or(|range| range.required_bytes == 0),
         })
     }
 
@@ -77,8 +129,41 @@ impl Order {
             allowed: allowed.to_vec(),
             preferred: preferred.to_vec(),
             parameters: self.parameters.clone(),
+            source_snapshot: match &self.source {
+                Some(Source::Snapshot(id)) => {
+                    snapshots::parse(id).map(|(_, snapshot)| snapshot.to_owned()).unwrap_or_default()
+                }
+                _ => String::new(),
+            },
+            source_volume: match &self.source {
+                Some(Source::Volume(id)) => id.clone(),
+                _ => String::new(),
+            },
             ..Default::default()
         }
+    }
+
+    /// What is copied must be there and must fit; a size that nobody asks for is that of what is copied.
+    async fn check_source(&mut self, admin: &Admin) -> Result<(), Status> {
+        let size = match &self.source {
+            None => return Ok(()),
+            Some(Source::Snapshot(id)) => {
+                let found = snapshots::find(admin, id).await?;
+                found.ok_or_else(|| Status::not_found(format!("there is no snapshot {id}")))?.size_bytes
+            }
+            Some(Source::Volume(id)) => existing(admin, id).await?.size_bytes,
+        };
+        if self.any_size {
+            self.wanted.required = size;
+        }
+        let Wanted { required, limit } = self.wanted;
+        if required < size || (limit > 0 && limit < size) {
+            let most = if limit == 0 { required } else { limit.min(required) };
+            return Err(Status::out_of_range(format!(
+                "what is copied has {size} bytes: {most} are no room for it: ask for that size or more"
+            )));
+        }
+        Ok(())
     }
 
     /// The one place that the request names, whole.
@@ -103,12 +188,13 @@ pub(super) fn differing(volume: &pb::Volume, asked: &HashMap<String, String>) ->
 }
 
 /// Makes the volume, or finds the one that was made before.
-pub(super) async fn create(admin: &Admin, order: Order) -> Result<pb::Volume, Status> {
+pub(super) async fn create(admin: &Admin, mut order: Order) -> Result<pb::Volume, Status> {
     if let Some(volume) = named(admin, &order.name).await? {
         return adopt(admin, volume, &order).await;
     }
+    order.check_source(admin).await?;
     match place(admin, &order).await {
-        Ok(volume) => usable(admin, volume, &order).await,
+        Ok(volume) => settled(admin, usable(admin, volume, &order).await?).await,
         // Another controller was faster, or an earlier call is still at it.
         Err(error) if is_taken(&error) => match named(admin, &order.name).await? {
             Some(volume) => adopt(admin, volume, &order).await,
@@ -154,8 +240,14 @@ async fn adopt(admin: &Admin, volume: pb::Volume, order: &Order) -> Result<pb::V
     let taken = |why: String| {
         Err(Status::already_exists(format!("{why}: choose another name, or ask for exactly what is there")))
     };
-    if !order.wanted.allows(volume.size_bytes) {
-        let wanted = order.wanted;
+    if source_of(&volume) != order.source {
+        return taken(format!("there is a volume {} that began with other content", volume.name));
+    }
+    let mut wanted = order.wanted;
+    if order.any_size && order.source.is_some() {
+        wanted.required = 0;
+    }
+    if !wanted.allows(volume.size_bytes) {
         let limit = if wanted.limit == 0 { "any more".into() } else { format!("at most {}", wanted.limit) };
         return taken(format!(
             "there is a volume {} of {} bytes, not of at least {} and {limit}",
@@ -171,11 +263,13 @@ async fn adopt(admin: &Admin, volume: pb::Volume, order: &Order) -> Result<pb::V
     settled(admin, volume).await
 }
 
-/// Waits until a volume that is being made has a leader.
+/// Waits until a volume that is being made has a leader and what it begins with, for a while: a large copy takes
+/// longer than any call may, and is asked for again.
 async fn settled(admin: &Admin, mut volume: pb::Volume) -> Result<pb::Volume, Status> {
     let until = tokio::time::Instant::now() + SETTLE_PATIENCE;
-    while volume.health == "recovering" && volume.leader.is_empty() {
+    while volume.phase == "filling" || (volume.health == "recovering" && volume.leader.is_empty()) {
         if tokio::time::Instant::now() > until {
+            check_filled(&volume)?;
             return Err(Status::unavailable(format!("volume {} is not ready yet: try again", volume.name)));
         }
         tokio::time::sleep(LOOK).await;
@@ -223,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_built_is_refused() {
+    fn what_is_not_built_or_says_nothing_is_refused() {
         let mut clone = request(&[]);
         clone.volume_content_source = Some(proto::VolumeContentSource::default());
         let mut mutable = request(&[]);
@@ -232,6 +326,30 @@ mod tests {
             let refused = Order::check(wrong).err().map(|status| status.code());
             assert_eq!(refused, Some(Code::InvalidArgument));
         }
+    }
+
+    #[test]
+    fn a_source_is_shown_as_it_was_asked_for() {
+        let id = |digit: &str| digit.repeat(32);
+        let volume = |volume: String, snapshot: String| pb::Volume {
+            source_volume: volume,
+            source_snapshot: snapshot,
+            ..Default::default()
+        };
+        assert_eq!(content_source(&volume(String::new(), String::new())), None);
+        for one in [volume(id("1"), String::new()), volume(id("1"), id("2"))] {
+            let echoed = content_source(&one);
+            assert_eq!(source(echoed.as_ref()).expect("is understood"), source_of(&one));
+            assert!(echoed.is_some());
+        }
+        assert_eq!(
+            source_of(&volume(id("1"), id("2"))),
+            Some(Source::Snapshot(format!("{}@{}", id("1"), id("2"))))
+        );
+        let filling = pb::Volume { phase: "filling".into(), filled_percent: 43, ..Default::default() };
+        let refused = check_filled(&filling).expect_err("is refused");
+        assert_eq!(refused.code(), Code::Aborted);
+        assert!(refused.message().contains("43 %"), "{refused:?}");
     }
 
     #[test]

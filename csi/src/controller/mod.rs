@@ -1,6 +1,7 @@
 //! The controller service: volumes and who may attach them. Several may serve at once.
 
 mod create;
+mod snapshots;
 
 use holdfast_types::ErrorCode;
 use tonic::{Request, Response, Status};
@@ -27,6 +28,9 @@ const CAPABILITIES: &[rpc::Type] = &[
     rpc::Type::GetCapacity,
     rpc::Type::PublishReadonly,
     rpc::Type::ExpandVolume,
+    rpc::Type::CreateDeleteSnapshot,
+    rpc::Type::ListSnapshots,
+    rpc::Type::CloneVolume,
     rpc::Type::GetVolume,
     rpc::Type::SingleNodeMultiWriter,
 ];
@@ -57,7 +61,7 @@ fn shown(volume: &pb::Volume) -> proto::Volume {
             .map(|fstype| (FSTYPE_CONTEXT.to_owned(), fstype.clone()))
             .into_iter()
             .collect(),
-        content_source: None,
+        content_source: create::content_source(volume),
         accessible_topology: volume.accessible.iter().map(topology::of_term).collect(),
     }
 }
@@ -87,7 +91,8 @@ async fn publish(
     node: String,
     read_only: bool,
 ) -> Result<proto::ControllerPublishVolumeResponse, Status> {
-    existing(&admin, &id).await?;
+    let volume = existing(&admin, &id).await?;
+    create::check_filled(&volume)?;
     let request = pb::PublishVolumeRequest { name: id, node, read_only };
     admin.publish_volume(request).await.map_err(status)?;
     let context = read_only.then(|| (node::READ_ONLY_CONTEXT.to_owned(), "true".to_owned()));
@@ -311,30 +316,33 @@ impl Controller for ControllerService {
 
     async fn create_snapshot(
         &self,
-        _: Request<proto::CreateSnapshotRequest>,
+        request: Request<proto::CreateSnapshotRequest>,
     ) -> Result<Response<proto::CreateSnapshotResponse>, Status> {
-        not_built("snapshots")
+        let order = snapshots::Order::check(request.into_inner())?;
+        let subject = order.subject();
+        self.calls.carry_out(&subject, snapshots::create(self.admin.clone(), order)).await
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<proto::DeleteSnapshotRequest>,
+        request: Request<proto::DeleteSnapshotRequest>,
     ) -> Result<Response<proto::DeleteSnapshotResponse>, Status> {
-        not_built("snapshots")
+        let id = arguments::text("snapshot_id", &request.get_ref().snapshot_id)?.to_owned();
+        self.calls.carry_out(&id.clone(), snapshots::delete(self.admin.clone(), id)).await
     }
 
     async fn list_snapshots(
         &self,
-        _: Request<proto::ListSnapshotsRequest>,
+        request: Request<proto::ListSnapshotsRequest>,
     ) -> Result<Response<proto::ListSnapshotsResponse>, Status> {
-        not_built("snapshots")
+        Ok(Response::new(snapshots::list(&self.admin, request.into_inner()).await?))
     }
 
     async fn get_snapshot(
         &self,
         _: Request<proto::GetSnapshotRequest>,
     ) -> Result<Response<proto::GetSnapshotResponse>, Status> {
-        not_built("snapshots")
+        not_built("calls for one snapshot")
     }
 
     async fn controller_modify_volume(

@@ -106,8 +106,14 @@ impl Guests {
         self.all.borrow_mut().push(guest.clone());
         self.world.trace.add(node, format_args!("guest {} attaches, force={force}", guest.number));
         let (guests, started, world) = (self.clone(), guest.clone(), self.world.clone());
-        let options =
-            AttachOptions { node: world.node(node).name(), force, read_only: false, resume: false, patience };
+        let options = AttachOptions {
+            node: world.node(node).name(),
+            force,
+            read_only: false,
+            resume: false,
+            only_at: None,
+            patience,
+        };
         // The answer is the guest's state.
         drop(self.world.run_on(node, async move {
             let _ends = EndGuard(world.clone(), started.clone());

@@ -1,6 +1,8 @@
 //! `holdfast volume ...`.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use holdfast_node::admin::pb;
 use holdfast_types::UserError;
@@ -9,6 +11,9 @@ use super::{bytes, or_dash};
 use crate::cli::{VolumeCommand, confirmed, not_built, usage};
 use crate::client::{Client, reply, with_client};
 use crate::output::{Output, table};
+
+/// Between looks at a volume that is being filled.
+const FILL_LOOK: Duration = Duration::from_millis(500);
 
 /// The replicas of a volume as a table.
 pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
@@ -58,13 +63,21 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
     table(&columns, rows.collect())
 }
 
+/// What a volume is doing, in a word or two.
+fn state(volume: &pb::Volume) -> String {
+    match volume.phase.as_str() {
+        "filling" => format!("being filled: {} %", volume.filled_percent),
+        _ => volume.health.clone(),
+    }
+}
+
 /// A volume with its replicas.
 pub fn one(volume: &pb::Volume, wide: bool) -> String {
     format!(
         "{}  {}  {}  survive: {}  epoch {}  attached to {}  leader {}  snapshots {}\n{}",
         volume.name,
         bytes(volume.size_bytes),
-        volume.health,
+        state(volume),
         volume.survive,
         volume.epoch,
         or_dash(&volume.attached_to),
@@ -82,7 +95,7 @@ fn many(volumes: &[pb::Volume]) -> String {
         vec![
             volume.name.clone(),
             bytes(volume.size_bytes),
-            volume.health.clone(),
+            state(volume),
             volume.survive.clone(),
             volume.epoch.to_string(),
             or_dash(&volume.attached_to),
@@ -134,27 +147,63 @@ async fn list(client: &mut Client) -> Result<Vec<pb::Volume>, UserError> {
     }
 }
 
+/// Waits until what a volume begins with is there, however long that takes. It goes on without us, too.
+async fn filled(
+    client: &mut Client,
+    mut volume: pb::Volume,
+    output: &Output,
+) -> Result<pb::Volume, UserError> {
+    let shows = output.is_human() && std::io::stderr().is_terminal();
+    let begun = volume.phase == "filling";
+    while volume.phase == "filling" {
+        if shows {
+            eprint!("\r{}", progress(&volume.name, volume.filled_percent));
+        }
+        tokio::time::sleep(FILL_LOOK).await;
+        volume = reply(client.get_volume(pb::GetVolumeRequest { name: volume.id.clone() }).await)?;
+    }
+    if shows && begun {
+        eprintln!("\r{}", progress(&volume.name, volume.filled_percent));
+    }
+    Ok(volume)
+}
+
+/// A bar of 40 columns.
+fn progress(name: &str, percent: u32) -> String {
+    let done = (percent.min(100) * 2 / 5) as usize;
+    format!("{name} is filled [{}{}] {percent:3} %", "#".repeat(done), "-".repeat(40 - done))
+}
+
 async fn carry_out(
     mut client: Client,
     command: VolumeCommand,
     output: &Output,
 ) -> Result<ExitCode, UserError> {
     match command {
-        VolumeCommand::Create { from_snapshot: Some(_), .. } => {
-            return Err(not_built(&["from-snapshot".to_owned()], "holdfast volume"));
-        }
-        VolumeCommand::Create { name, size, survive, replicas, zones, parameters, .. } => {
+        VolumeCommand::Create {
+            name,
+            size,
+            survive,
+            replicas,
+            zones,
+            parameters,
+            from_snapshot,
+            from_volume,
+        } => {
             let request = pb::CreateVolumeRequest {
                 name,
-                size_bytes: size.0,
+                size_bytes: size.map_or(0, |size| size.0),
                 survive: survive.unwrap_or_default(),
                 replicas: replicas.unwrap_or_default(),
                 allowed: zone_terms(&zones),
                 preferred: zone_terms(&zones[..zones.len().min(1)]),
                 parameters: key_values(&parameters)?,
+                source_snapshot: from_snapshot.unwrap_or_default(),
+                source_volume: from_volume.unwrap_or_default(),
                 ..Default::default()
             };
             let volume = reply(client.create_volume(request).await)?;
+            let volume = filled(&mut client, volume, output).await?;
             output.show(&volume, || one(&volume, output.wide()));
         }
         VolumeCommand::List => {
@@ -236,6 +285,14 @@ async fn verify(mut client: Client, name: String, output: &Output) -> Result<Exi
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn progress_is_a_bar() {
+        assert_eq!(progress("v", 0), format!("v is filled [{}]   0 %", "-".repeat(40)));
+        let half = format!("v is filled [{}{}]  50 %", "#".repeat(20), "-".repeat(20));
+        assert_eq!(progress("v", 50), half);
+        assert_eq!(progress("v", 100), format!("v is filled [{}] 100 %", "#".repeat(40)));
+    }
 
     #[test]
     fn a_replica_that_was_not_read_is_not_one_that_differs() {

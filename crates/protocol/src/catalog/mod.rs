@@ -4,6 +4,7 @@
 //! revision that it was decided on, so that two reconcilers never act on each other's half-made decisions
 //! (INV-CATALOG). Nothing on the I/O path asks this.
 
+mod clones;
 mod snapshots;
 mod state;
 
@@ -15,6 +16,7 @@ use holdfast_types::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use clones::{SourceOrder, VolumeSource};
 pub use snapshots::{SnapshotPhase, SnapshotRecord};
 pub use state::{CatalogReply, CatalogState};
 
@@ -44,6 +46,8 @@ pub struct NodeRecord {
 pub enum VolumePhase {
     /// Its replicas are being made.
     Creating,
+    /// They are there, and what the volume begins with is being copied into them.
+    Filling,
     /// It can be attached.
     Ready,
     /// Its replicas are being removed; its name is free again.
@@ -88,6 +92,9 @@ pub struct VolumeRecord {
     pub parameters: BTreeMap<String, String>,
     /// The size it was created with: a new replica that repeats the log begins with it, as the others did.
     pub first_size: ByteSize,
+    /// What it began with, if it is a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<VolumeSource>,
     /// What is to happen with it.
     pub phase: VolumePhase,
     /// Its replicas.
@@ -145,6 +152,9 @@ pub enum CatalogCommand {
         parameters: BTreeMap<String, String>,
         /// Where its replicas go.
         placed: Vec<Placed>,
+        /// What it begins with; nothing if left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        source: Option<SourceOrder>,
     },
     /// Its replicas are there.
     VolumeReady {
@@ -152,6 +162,20 @@ pub enum CatalogCommand {
         id: VolumeId,
         /// The revision that this was decided on.
         revision: u64,
+    },
+    /// So much of what a volume begins with is there. Idempotent; what is less than is known is left out of account.
+    FillProgress {
+        /// The volume.
+        id: VolumeId,
+        /// Everything below is copied, durable on a majority; in bytes.
+        filled: ByteSize,
+        /// Bytes of what is copied.
+        size: ByteSize,
+    },
+    /// INV-FILL: everything is copied, and whoever did it has let go of the volume. Idempotent.
+    VolumeFilled {
+        /// The volume.
+        id: VolumeId,
     },
     /// Remove a volume. Idempotent.
     DeleteVolume {

@@ -45,6 +45,9 @@ pub struct SnapshotRecord {
     pub size: ByteSize,
     /// What is to happen with it.
     pub phase: SnapshotPhase,
+    /// The volume that is copied from it, if it was made for that only: it goes when the copy is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<VolumeId>,
 }
 
 fn reply(record: &SnapshotRecord) -> CatalogResult {
@@ -96,6 +99,10 @@ impl CatalogState {
                 reply(record)
             }
             CatalogCommand::DeleteSnapshot { id } => {
+                if let Some(record) = self.snapshots.get(id) {
+                    let title = format!("snapshot {}", self.snapshot_title(record));
+                    Self::check_not_copied(&title, self.copy_of_snapshot(*id))?;
+                }
                 let Some(record) = self.snapshots.get_mut(id) else { return Ok(CatalogReply::Done) };
                 record.phase = SnapshotPhase::Deleting;
                 reply(record)
@@ -128,7 +135,7 @@ impl CatalogState {
         let Some(source) = source else {
             return Err(refused(ErrorCode::NotFound, format!("there is no volume {volume} that is ready")));
         };
-        let (size, volume_name) = (source.spec.size, source.spec.name.clone());
+        let size = source.spec.size;
         let same = |record: &&SnapshotRecord| record.volume == volume && record.name == name;
         let keyed = |record: &&SnapshotRecord| !key.is_empty() && record.key == key;
         if let Some(existing) = self.snapshots.values().find(|record| keyed(record) || same(record)) {
@@ -147,12 +154,7 @@ impl CatalogState {
         if self.snapshots.contains_key(&id) {
             return Err(refused(ErrorCode::Internal, "the snapshot's id is taken"));
         }
-        if self.snapshots_of(volume).count() >= limits::SNAPSHOTS_PER_VOLUME_MAX {
-            let most = limits::SNAPSHOTS_PER_VOLUME_MAX;
-            let message = format!("volume {volume_name} has {most} snapshots, as many as it can have");
-            return Err(refused(ErrorCode::ResourceExhausted, message)
-                .hint(format!("delete some first: `holdfast snapshot list {volume_name}` shows them")));
-        }
+        self.check_snapshot_room(volume)?;
         let record = SnapshotRecord {
             id,
             volume,
@@ -162,9 +164,22 @@ impl CatalogState {
             index: LogIndex::ZERO,
             size,
             phase: SnapshotPhase::Creating,
+            copy: None,
         };
         self.snapshots.insert(id, record.clone());
         reply(&record)
+    }
+
+    /// Refuses one snapshot more than a volume can have.
+    pub(super) fn check_snapshot_room(&self, volume: VolumeId) -> Result<(), UserError> {
+        let most = limits::SNAPSHOTS_PER_VOLUME_MAX;
+        if self.snapshots_of(volume).count() < most {
+            return Ok(());
+        }
+        let name = self.volumes.get(&volume).map(|volume| volume.spec.name.clone()).unwrap_or_default();
+        let message = format!("volume {name} has {most} snapshots, as many as it can have");
+        Err(refused(ErrorCode::ResourceExhausted, message)
+            .hint(format!("delete some first: `holdfast snapshot list {name}` shows them")))
     }
 
     /// Refuses to delete a volume while there are snapshots of it that are meant to stay.

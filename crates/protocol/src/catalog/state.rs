@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     CatalogCommand, CatalogResult, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
-    SnapshotRecord, VOLUMES_MAX, VolumePhase, VolumeRecord,
+    SnapshotRecord, SourceOrder, VOLUMES_MAX, VolumePhase, VolumeRecord,
 };
 
 /// What a command answers.
@@ -90,11 +90,15 @@ impl CatalogState {
                 self.node(node)?.cordoned = *cordoned;
                 Ok(CatalogReply::Done)
             }
-            CatalogCommand::CreateVolume { id, group, spec, parameters, placed } => {
+            CatalogCommand::CreateVolume { id, group, spec, parameters, placed, source } => {
                 if let Some(existing) = self.find(&spec.name) {
-                    return same_or_taken(existing, spec);
+                    return same_or_taken(existing, spec, source.as_ref());
                 }
                 self.check_new(*id, spec, placed)?;
+                let kept = source.as_ref().map(|order| self.check_source(order, spec)).transpose()?;
+                if let Some(order) = source.as_ref().filter(|order| order.own) {
+                    self.own_snapshot(*id, order, kept.as_ref().map_or(spec.size, |kept| kept.size))?;
+                }
                 let replicas = placed.iter().map(|at| self.new_replica(at, ReplicaPhase::Voter)).collect();
                 let record = VolumeRecord {
                     id: *id,
@@ -102,6 +106,7 @@ impl CatalogState {
                     spec: spec.clone(),
                     parameters: parameters.clone(),
                     first_size: spec.size,
+                    source: kept,
                     phase: VolumePhase::Creating,
                     replicas,
                     published: BTreeMap::new(),
@@ -127,6 +132,9 @@ impl CatalogState {
             | CatalogCommand::SnapshotReady { .. }
             | CatalogCommand::DeleteSnapshot { .. }
             | CatalogCommand::ForgetSnapshot { .. } => self.apply_to_snapshot(command),
+            CatalogCommand::FillProgress { .. } | CatalogCommand::VolumeFilled { .. } => {
+                self.apply_to_copy(command)
+            }
             other => self.apply_to_volume(other),
         }
     }
@@ -135,7 +143,8 @@ impl CatalogState {
         match command {
             CatalogCommand::VolumeReady { id, revision } => self.change(*id, Some(*revision), |volume| {
                 if volume.phase == VolumePhase::Creating {
-                    volume.phase = VolumePhase::Ready;
+                    let copy = volume.source.is_some();
+                    volume.phase = if copy { VolumePhase::Filling } else { VolumePhase::Ready };
                 }
                 Ok(())
             }),
@@ -279,8 +288,11 @@ impl CatalogState {
         if !self.volumes.contains_key(&id) {
             return Ok(CatalogReply::Done);
         }
+        let name =
+            self.volumes.get(&id).map_or(String::new(), |volume| format!("volume {}", volume.spec.name));
+        Self::check_not_copied(&name, self.copy_of_volume(id))?;
         self.check_without_snapshots(id)?;
-        self.change(id, None, |volume| {
+        let deleted = self.change(id, None, |volume| {
             if let Some(node) = volume.published.keys().next()
                 && volume.phase != VolumePhase::Deleting
             {
@@ -289,7 +301,11 @@ impl CatalogState {
             }
             volume.phase = VolumePhase::Deleting;
             Ok(())
-        })
+        })?;
+        if let Some(copy) = self.volumes.get(&id).cloned() {
+            self.drop_own_snapshot(&copy);
+        }
+        Ok(deleted)
     }
 
     fn forget(&mut self, id: VolumeId, revision: u64) -> CatalogResult {
@@ -317,7 +333,7 @@ fn find_replica(volume: &mut VolumeRecord, id: ReplicaId) -> Result<&mut Replica
 }
 
 fn add(volume: &mut VolumeRecord, replica: ReplicaRecord) -> Result<(), UserError> {
-    if volume.phase != VolumePhase::Ready {
+    if !matches!(volume.phase, VolumePhase::Ready | VolumePhase::Filling) {
         return Err(refused(ErrorCode::Refused, "replicas are added to a volume that is ready"));
     }
     if volume.replicas.len() > limits::VOTERS_MAX {
@@ -328,8 +344,8 @@ fn add(volume: &mut VolumeRecord, replica: ReplicaRecord) -> Result<(), UserErro
 }
 
 fn publish(volume: &mut VolumeRecord, node: &NodeName, read_only: bool) -> Result<(), UserError> {
-    if volume.phase == VolumePhase::Deleting {
-        return Err(refused(ErrorCode::NotFound, format!("volume {} is being deleted", volume.spec.name)));
+    if matches!(volume.phase, VolumePhase::Deleting | VolumePhase::Filling) {
+        volume.check_ready()?;
     }
     match volume.published.get(node) {
         Some(mode) if *mode != read_only => {
@@ -347,13 +363,16 @@ fn publish(volume: &mut VolumeRecord, node: &NodeName, read_only: bool) -> Resul
     Ok(())
 }
 
-fn same_or_taken(existing: &VolumeRecord, spec: &VolumeSpec) -> CatalogResult {
+fn same_or_taken(existing: &VolumeRecord, spec: &VolumeSpec, source: Option<&SourceOrder>) -> CatalogResult {
     // Where the pod happens to be is no property of the volume.
     let comparable = |spec: &VolumeSpec| VolumeSpec { preferred: Vec::new(), ..spec.clone() };
-    if comparable(&existing.spec) == comparable(spec) {
+    let same_source = existing.began_with(source);
+    if comparable(&existing.spec) == comparable(spec) && same_source {
         return Ok(CatalogReply::Volume { record: Box::new(existing.clone()) });
     }
-    let what = if existing.spec.size == spec.size {
+    let what = if !same_source {
+        "that began with other content".to_owned()
+    } else if existing.spec.size == spec.size {
         "with other parameters".to_owned()
     } else {
         format!("with {} instead of {}", existing.spec.size, spec.size)

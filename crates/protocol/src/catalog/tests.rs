@@ -1,5 +1,6 @@
 //! The catalog's rules, and placement's promise, attacked with whatever a user could ask.
 
+mod clones;
 mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,6 +71,7 @@ fn create(name: &str, id: u128) -> CatalogCommand {
         spec: spec(name, Survive::Zone),
         parameters: BTreeMap::new(),
         placed: placed(3),
+        source: None,
     }
 }
 

@@ -22,7 +22,9 @@ use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
 use holdfast_session::{AttachOptions, Session, SessionError, Sessions, VolumeTarget};
 use holdfast_store::journal::{Journal, StoreOptions};
 use holdfast_store::{ReplicaIdentity, StoreIdentity};
-use holdfast_types::{BLOCK_BYTES, ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId, VolumeId};
+use holdfast_types::{
+    BLOCK_BYTES, ByteSize, ClusterId, Epoch, GroupId, NodeName, ReplicaId, StoreId, VolumeId,
+};
 use holdfast_wire::rpc::Rpc;
 
 /// What a link does to frames: sender, receiver, the frame.
@@ -152,11 +154,21 @@ fn target() -> VolumeTarget {
 
 /// Attaches from a member.
 pub async fn attach(member: &Member, force: bool) -> Result<Rc<Session>, SessionError> {
+    attach_at(member, force, None).await
+}
+
+/// Attaches from a member, in this epoch only if one is named.
+pub async fn attach_at(
+    member: &Member,
+    force: bool,
+    only_at: Option<Epoch>,
+) -> Result<Rc<Session>, SessionError> {
     let options = AttachOptions {
         node: member.name.clone(),
         force,
         read_only: false,
         resume: false,
+        only_at,
         patience: Duration::from_secs(20),
     };
     Session::attach(member.rpc.clone(), &member.sessions, target(), &options, &Timers::default()).await

@@ -147,6 +147,7 @@ pub async fn attach(member: &Member, force: bool) -> Result<Rc<Session>, Session
         force,
         read_only: false,
         resume: false,
+        only_at: None,
         patience: Duration::from_secs(20),
     };
     Session::attach(member.rpc.clone(), &member.sessions, target(), &options, &Timers::default()).await

@@ -2,6 +2,7 @@
 //! its figures and leaves nothing behind.
 
 mod bad_requests;
+mod copies;
 mod damaged_journal;
 mod deaf_leader;
 mod foreign_peer;
@@ -42,7 +43,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 17] = [
+pub const ALL: [(&str, &str); 18] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -60,6 +61,7 @@ pub const ALL: [(&str, &str); 17] = [
     ("moved-replicas", "a replica is moved, added and removed under load"),
     ("lost-node", "a node that stays away is replaced"),
     ("snapshots", "snapshots over writes, the leader's death, an absence and their own end"),
+    ("copies", "the node that copies a snapshot into a new volume is killed in the middle"),
 ];
 
 async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
@@ -82,6 +84,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "moved-replicas" => moved_replicas::run(place).await,
         "lost-node" => lost_node::run(place).await,
         "snapshots" => snapshots::run(place).await,
+        "copies" => copies::run(place).await,
         other => {
             let known: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
             Err(format!("there is no scenario '{other}'; there are: {}", known.join(", ")))

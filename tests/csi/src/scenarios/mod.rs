@@ -4,6 +4,7 @@ mod contract;
 mod failover;
 mod filesystems;
 mod placement;
+mod snapshots;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -58,6 +59,9 @@ scenarios! {
     Nothing placement::a_retry_from_another_node_finds_the_volume,
     Nothing placement::accessible_topology_is_what_access_from_says,
     Nothing placement::capacity_is_what_can_be_made,
+    Nothing snapshots::a_snapshot_is_one_by_its_name,
+    Nothing snapshots::snapshots_are_listed_in_pages_and_by_what_they_are_of,
+    Nothing snapshots::a_copy_says_what_it_began_with_and_is_refused_if_it_cannot_be,
     Devices filesystems::data_outlives_staging,
     Devices filesystems::a_raw_block_volume_keeps_its_data,
     Devices filesystems::foreign_data_is_never_formatted,
@@ -65,6 +69,7 @@ scenarios! {
     Devices filesystems::read_only_is_read_only,
     Devices filesystems::one_path_unless_several_are_asked_for,
     Devices filesystems::two_stages_at_once_do_not_disturb_each_other,
+    Devices snapshots::a_mounted_volume_is_copied_while_it_is_written,
     Devices failover::a_volume_attached_elsewhere_names_its_holder,
     Devices failover::a_dead_mount_is_replaced,
     Devices failover::a_killed_node_is_fenced_and_the_data_is_elsewhere,
