@@ -18,6 +18,7 @@ mod metrics;
 mod operations;
 mod parameters;
 mod planted;
+mod problems;
 mod shard;
 mod shown;
 mod snapshots;

@@ -155,6 +155,8 @@ fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
         shown.journal_bytes = report.journal_bytes;
         shown.replicas = report.replicas.len() as u32;
         shown.failed = report.failed.clone();
+        shown.flush_us = report.flush_us;
+        shown.hung_ms = report.hung_ms;
     }
     shown
 }
@@ -200,7 +202,11 @@ pub(crate) fn status(
     }
     for node in nodes.iter().filter(|node| node.state == "failed") {
         let why = node.stores.first().map(|store| store.failed.clone()).unwrap_or_default();
-        problem(format!("node {}", node.name), format!("its store has stopped: {why}"), "replace the disk");
+        problem(
+            format!("node {}", node.name),
+            format!("its store has stopped: {why}"),
+            "its replicas are placed elsewhere; start the daemon anew to have the disk verified, or replace it",
+        );
     }
     for (name, report) in reports {
         for (_, _, why) in report.replicas.iter().filter(|(volume, _, _)| *volume == VolumeId::NIL) {
@@ -214,6 +220,10 @@ pub(crate) fn status(
             }
         }
     }
+    problems.extend(crate::problems::of_disks(reports));
+    let mut problem = |subject: String, what: String, doing: &str| {
+        problems.push(pb::Problem { subject, what, since: String::new(), doing: doing.into() });
+    };
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for volume in volumes {
         *counts.entry(volume.health.clone()).or_default() += 1;

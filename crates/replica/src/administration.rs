@@ -4,6 +4,7 @@
 use std::rc::{Rc, Weak};
 
 use bytes::Bytes;
+use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::ReplicaIdentity;
 use holdfast_types::{
@@ -84,6 +85,12 @@ pub struct StoreReport {
     pub journal_bytes: u64,
     /// Why the store has fail-stopped; empty while healthy.
     pub failed: String,
+    /// For how long the disk has not answered, in milliseconds; 0 while it does.
+    pub hung_ms: u64,
+    /// How long a flush has been taking for a while, in microseconds; 0 if too few say so.
+    pub flush_us: u64,
+    /// Groups that are led here.
+    pub leading: u32,
     /// Replicas on it: volume, identity, and why one does not run (empty if it does).
     pub replicas: Vec<(VolumeId, ReplicaIdentity, String)>,
 }
@@ -195,9 +202,12 @@ impl ShardRequest {
 
 impl StoreReport {
     fn encode(&self, out: &mut Writer) {
-        for number in [self.total_bytes, self.available_bytes, self.journal_bytes] {
+        for number in
+            [self.total_bytes, self.available_bytes, self.journal_bytes, self.hung_ms, self.flush_us]
+        {
             out.u64(number);
         }
+        out.u32(self.leading);
         out.text(&self.failed);
         out.u32(self.replicas.len() as u32);
         for (volume, id, fault) in &self.replicas {
@@ -209,6 +219,7 @@ impl StoreReport {
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (total_bytes, available_bytes, journal_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+        let (hung_ms, flush_us, leading) = (input.u64()?, input.u64()?, input.u32()?);
         let failed = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
         let count = input.count("replicas", REPLICAS_MAX)?;
         let replicas = (0..count)
@@ -216,7 +227,7 @@ impl StoreReport {
                 Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?))
             })
             .collect::<Result<_, DecodeError>>()?;
-        Ok(Self { total_bytes, available_bytes, journal_bytes, failed, replicas })
+        Ok(Self { total_bytes, available_bytes, journal_bytes, failed, hung_ms, flush_us, leading, replicas })
     }
 }
 
@@ -353,7 +364,13 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
     let running = host.volumes().into_iter();
     let running = running.map(|(of, volume)| (of, volume.group().id(), volume.fault().unwrap_or_default()));
     let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
+    let journal = host.journal();
+    let hung = journal.hung_since().map(|since| Instant::now().since(since));
+    let number = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
     Ok(StoreReport {
+        hung_ms: hung.map_or(0, |hung| number(hung.as_millis())),
+        flush_us: journal.sustained_flush().map_or(0, |flush| number(flush.as_micros())),
+        leading: host.all_groups().iter().filter(|group| group.is_leader()).count() as u32,
         total_bytes: space.total,
         available_bytes: space.available,
         journal_bytes: host.journal().usage().bytes_total,

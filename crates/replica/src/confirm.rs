@@ -14,7 +14,7 @@ use holdfast_env::net::Lane;
 use holdfast_types::ReplicaId;
 
 use crate::config::{Membership, Vote};
-use crate::network::Networks;
+use crate::network::{Client, Networks};
 
 /// Whether voters enough for every configuration of the membership answer that `vote` is still theirs. The replica itself
 /// counts as one of them: that it has not given its vote away is for the caller to have seen.
@@ -24,25 +24,38 @@ pub(crate) async fn majority_follows(
     membership: &Membership,
     deadline: Duration,
 ) -> bool {
-    let mut following = BTreeSet::from([networks.local.0]);
+    let ask = |client: Client| async move { client.follows(vote, deadline).await };
+    majority(networks, membership, BTreeSet::from([networks.local.0]), ask).await.is_some()
+}
+
+/// Asks every other voter; those who said yes, and `agreed`, as soon as they are a majority of every configuration.
+pub(crate) async fn majority<A: Future<Output = bool>>(
+    networks: &Networks,
+    membership: &Membership,
+    mut agreed: BTreeSet<u64>,
+    ask: impl Fn(Client) -> A,
+) -> Option<BTreeSet<u64>> {
     let others = membership.voter_ids().filter(|voter| ReplicaId(*voter) != networks.local);
     let mut answers: FuturesUnordered<_> = others
         .filter_map(|voter| {
             Some((voter, networks.client(voter, membership.get_node(&voter)?, Lane::Control)))
         })
-        .map(|(voter, client)| async move { (voter, client.follows(vote, deadline).await) })
+        .map(|(voter, client)| {
+            let answer = ask(client);
+            async move { (voter, answer.await) }
+        })
         .collect();
-    while !is_quorum(membership, &following) {
-        match answers.next().await {
-            Some((voter, true)) => _ = following.insert(voter),
-            Some((_, false)) => {}
-            None => return false,
+    while !is_quorum(membership, &agreed) {
+        match answers.next().await? {
+            (voter, true) => _ = agreed.insert(voter),
+            (_, false) => {}
         }
     }
-    true
+    Some(agreed)
 }
 
-fn is_quorum(membership: &Membership, following: &BTreeSet<u64>) -> bool {
+/// Whether these voters are a majority of every configuration.
+pub(crate) fn is_quorum(membership: &Membership, following: &BTreeSet<u64>) -> bool {
     let configs = membership.get_joint_config();
     configs.iter().all(|voters| voters.intersection(following).count() * 2 > voters.len())
 }

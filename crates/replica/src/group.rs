@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::future::Either;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::planted::is_planted;
@@ -30,6 +31,7 @@ use crate::catch_up::{CatchUp, Heard};
 use crate::codec;
 use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
 use crate::confirm;
+use crate::gray::{Acks, Damping, Mute};
 use crate::log::Log;
 use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
@@ -91,6 +93,8 @@ pub struct Group {
     log: GroupLog,
     machine: Machine,
     timers: Timers,
+    stalled: Stalled,
+    damping: Damping,
     silent_until: Cell<Instant>,
     /// The newest stream of each peer and lane: heartbeats have one of their own.
     streams: RefCell<BTreeMap<(ReplicaId, Lane), AppendStream>>,
@@ -103,7 +107,7 @@ pub struct Group {
     counters: Counters,
 }
 
-fn stopped(error: impl std::fmt::Display) -> GroupError {
+pub(crate) fn stopped(error: impl std::fmt::Display) -> GroupError {
     GroupError::Stopped(error.to_string())
 }
 
@@ -125,6 +129,8 @@ impl Group {
             group: id.group,
             local: id.replica,
             counters: counters.clone(),
+            mute: Mute::default(),
+            acks: Acks::default(),
         };
         let machine = Machine {
             inner: machine,
@@ -146,6 +152,8 @@ impl Group {
             log,
             machine,
             timers: environment.timers,
+            stalled: stalled.clone(),
+            damping: Damping::default(),
             silent_until: Cell::new(silent_until),
             streams: RefCell::default(),
             leading_since: Cell::new(None),
@@ -179,13 +187,19 @@ impl Group {
 
     /// Notes when this replica began to lead, which leases and settling count from.
     async fn watch_leadership(group: std::rc::Weak<Self>) {
-        let Some(mut metrics) = group.upgrade().map(|group| group.raft.server_metrics()) else { return };
+        let Some((mut metrics, mute)) =
+            group.upgrade().map(|group| (group.raft.server_metrics(), group.mute().clone()))
+        else {
+            return;
+        };
         loop {
+            let muted_or_not = mute.changed();
             {
                 let Some(group) = group.upgrade() else { return };
                 let leading = {
                     let now = metrics.borrow_watched();
-                    (now.state == ServerState::Leader).then_some(Term(now.vote.leader_id.term))
+                    let leads = now.state == ServerState::Leader && !mute.is_set();
+                    leads.then_some(Term(now.vote.leader_id.term))
                 };
                 let before = group.leading_since.get().map(|(term, _)| term);
                 if leading != before {
@@ -193,12 +207,16 @@ impl Group {
                     if leading.is_some() {
                         group.counters.count(|usage| usage.leaderships += 1);
                     }
-                    group.transferring.set(false);
                     group.leadership.notify_waiters();
                 }
             }
-            if metrics.changed().await.is_err() {
-                return;
+            let (changed, muted_or_not) = (std::pin::pin!(metrics.changed()), std::pin::pin!(muted_or_not));
+            let woken = futures_util::future::select(changed, muted_or_not).await;
+            if let Either::Left((Err(_), _)) = woken {
+                // Raft has stopped, whatever it last said.
+                let Some(group) = group.upgrade() else { return };
+                group.leading_since.set(None);
+                return group.leadership.notify_waiters();
             }
         }
     }
@@ -236,7 +254,33 @@ impl Group {
     }
     /// Whether it is giving its leadership away: then it renews no lease.
     pub fn is_transferring(&self) -> bool {
-        self.transferring.get()
+        self.transferring.get() || self.mute().is_set()
+    }
+    /// Whether it has fallen silent, because the disk below hangs and others can write.
+    pub fn is_silent(&self) -> bool {
+        self.mute().is_set()
+    }
+    pub(crate) fn transferring(&self) -> &Cell<bool> {
+        &self.transferring
+    }
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.raft
+    }
+    pub(crate) fn networks(&self) -> &Networks {
+        &self.networks
+    }
+    pub(crate) fn mute(&self) -> &Mute {
+        &self.networks.mute
+    }
+    pub(crate) fn acks(&self) -> &Acks {
+        &self.networks.acks
+    }
+    pub(crate) fn damping(&self) -> &Damping {
+        &self.damping
+    }
+    /// Whether Raft's core waits for the disk.
+    pub(crate) fn core_waits(&self) -> bool {
+        self.stalled.waits()
     }
 
     /// Begins a new group with these voters. Called once, on one replica of it; a repeat is refused by Raft and that
@@ -258,15 +302,18 @@ impl Group {
             CheckError::Damaged(why) => GroupError::Damaged(why),
             CheckError::Malformed(why) => GroupError::Refused(why),
         })?;
-        if self.transferring.get() {
+        if self.is_transferring() {
             return Err(GroupError::NotLeader { leader: None });
         }
         self.counters.count(|usage| usage.proposals += 1);
-        let write = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.client_write(data)).await;
-        match write {
-            Err(_) => Err(GroupError::TimedOut),
-            Ok(Ok(done)) => Ok((codec::entry_id(&done.log_id), done.data)),
-            Ok(Err(error)) => Err(self.write_error(error)),
+        let write = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.client_write(data));
+        let silent = std::pin::pin!(self.mute().begun());
+        match futures_util::future::select(std::pin::pin!(write), silent).await {
+            Either::Left((Err(_), _)) => Err(GroupError::TimedOut),
+            Either::Left((Ok(Ok(done)), _)) => Ok((codec::entry_id(&done.log_id), done.data)),
+            Either::Left((Ok(Err(error)), _)) => Err(self.write_error(error)),
+            // Its outcome is unknown: another leader knows.
+            Either::Right(_) => Err(GroupError::NotLeader { leader: None }),
         }
     }
 
@@ -310,7 +357,7 @@ impl Group {
         let (vote, membership) = {
             let metrics = self.raft.server_metrics();
             let now = metrics.borrow_watched();
-            if now.state != ServerState::Leader {
+            if now.state != ServerState::Leader || self.mute().is_set() {
                 return false;
             }
             (now.vote, now.membership_config.membership().clone())
@@ -335,9 +382,11 @@ impl Group {
         Some((ReplicaId(leader), peer.store))
     }
 
-    /// Whether it leads now, as far as it knows.
+    /// Whether it leads now, as far as it knows. One that has fallen silent or has stopped does not.
     pub fn is_leader(&self) -> bool {
-        self.raft.server_metrics().borrow_watched().state == ServerState::Leader
+        let metrics = self.raft.metrics();
+        let now = metrics.borrow_watched();
+        now.state == ServerState::Leader && now.running_state.is_ok() && !self.mute().is_set()
     }
 
     /// Voters and learners with their stores, leader's view or own.
@@ -368,67 +417,6 @@ impl Group {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(self.write_error(error)),
         }
-    }
-
-    /// Gives leadership to `target`: proposals stop, the target catches up, the transfer is triggered; on failure
-    /// proposals go on here.
-    pub async fn transfer_to(&self, target: ReplicaId) -> Result<(), GroupError> {
-        if !self.is_leader() {
-            return Err(GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) });
-        }
-        if target == self.id.replica {
-            return Ok(());
-        }
-        // Raft itself would let a learner campaign, and one that does not answer leaves the group without a leader.
-        let is_voter = {
-            let metrics = self.raft.server_metrics();
-            let now = metrics.borrow_watched();
-            now.membership_config.membership().voter_ids().any(|voter| voter == target.0)
-        };
-        if !is_voter {
-            return Err(GroupError::Refused(format!("replica {target} is no voter of the group")));
-        }
-        if self.transferring.replace(true) {
-            return Err(GroupError::Refused("a transfer of leadership is already under way".into()));
-        }
-        let result = self.drain_and_transfer(target).await;
-        self.transferring.set(false);
-        result
-    }
-
-    async fn drain_and_transfer(&self, target: ReplicaId) -> Result<(), GroupError> {
-        let patience = self.timers.election_max;
-        let mut metrics = self.raft.metrics();
-        let matched = async {
-            loop {
-                {
-                    let now = metrics.borrow_watched();
-                    let target_at =
-                        now.replication.as_ref().and_then(|map| map.get(&target.0)).copied().flatten();
-                    if target_at.map(|id| id.index) >= now.last_log_index && now.last_log_index.is_some() {
-                        return Ok::<(), GroupError>(());
-                    }
-                }
-                metrics.changed().await.map_err(stopped)?;
-            }
-        };
-        match holdfast_env::timeout(patience, matched).await {
-            Err(_) => {
-                return Err(GroupError::Refused(format!(
-                    "replica {target} did not catch up in {patience:?}"
-                )));
-            }
-            Ok(result) => result?,
-        }
-        self.raft.trigger().transfer_leader(target.0).await.map_err(stopped)?;
-        let left = async {
-            while self.leading_since.get().is_some() {
-                self.leadership.notified().await;
-            }
-        };
-        holdfast_env::timeout(patience, left)
-            .await
-            .map_err(|_| GroupError::Refused(format!("replica {target} did not take the leadership")))
     }
 
     /// Shows openraft the last checkpoint, then lets it purge the log up to `upto` (never past the checkpoint).
@@ -469,7 +457,7 @@ impl Group {
         let matched = now.replication.iter().flatten();
         crate::messages::ReplicaReport {
             replica: self.id.replica,
-            is_leader: now.state == ServerState::Leader,
+            is_leader: now.state == ServerState::Leader && now.running_state.is_ok() && !self.mute().is_set(),
             has_quorum: now
                 .last_quorum_acked
                 .as_ref()
@@ -547,7 +535,7 @@ impl Group {
                     });
                 }
             }
-            Method::Vote | Method::PreVote | Method::TransferLeader
+            Method::Vote | Method::PreVote | Method::TransferLeader | Method::ProveWritable
                 if Instant::now() < self.silent_until.get() =>
             {
                 // A lease that this voter granted before its restart may still live (INV-LEASE).
@@ -567,15 +555,37 @@ impl Group {
             }
             Method::TransferLeader => {
                 let request = codec::transfer_request_from(input)?;
+                if *request.to_node_id() == self.id.replica.0 && self.log.is_hung() {
+                    responder.refuse("the disk of this store hangs");
+                    return Ok(());
+                }
                 self.answer(responder, |raft| async move {
                     // A target that refuses is noticed by the leader, which goes on leading.
                     let handled = raft.handle_transfer_leader(request).await;
                     handled.map(|_rejected| Bytes::new())
                 });
             }
+            Method::ProveWritable => self.prove_writable(responder),
             Method::InstallSnapshot => responder.refuse("snapshots are taken by the shard"),
         }
         Ok(())
+    }
+
+    /// Answers once the disk has taken what a vote would take. While it hangs nothing is put in line for it.
+    fn prove_writable(&self, responder: Responder) {
+        if let Some(why) = self.fault() {
+            return responder.refuse(why);
+        }
+        if self.log.is_hung() {
+            return responder.refuse("the disk of this store hangs");
+        }
+        let log = self.log.clone();
+        holdfast_env::spawn("prove-writable", async move {
+            match log.prove_writable().await {
+                Ok(()) => responder.reply(Frame::small(Bytes::new())),
+                Err(error) => responder.refuse(error.to_string()),
+            }
+        });
     }
 
     fn hear(&self, request: &AppendEntriesRequest<Types>, bytes: usize) {

@@ -21,7 +21,7 @@ use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::volume::{Volume, VolumeMachine};
-use crate::{cleaner, config, heal};
+use crate::{cleaner, config, gray, heal};
 
 /// What a new replica of a volume is.
 #[derive(Clone, Debug)]
@@ -93,6 +93,7 @@ impl Host {
             let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
             host.environment.rpc.serve(service, handler);
         }
+        holdfast_env::spawn("leaderships", gray::watch(Rc::downgrade(&host)));
         Ok(host)
     }
 
@@ -193,6 +194,13 @@ impl Host {
     /// Every running replica with its volume.
     pub fn volumes(&self) -> Vec<(VolumeId, Rc<Volume>)> {
         self.volumes.borrow().values().map(|hosted| (hosted.of, hosted.volume.clone())).collect()
+    }
+    /// The groups of everything that runs, the catalog's included.
+    pub(crate) fn all_groups(&self) -> Vec<Rc<Group>> {
+        let volumes = self.volumes.borrow();
+        let others = self.groups.borrow();
+        let volumes = volumes.values().map(|hosted| hosted.volume.group());
+        volumes.chain(others.values()).cloned().collect()
     }
     /// Replicas that do not run.
     pub fn faulty(&self) -> Vec<Faulty> {

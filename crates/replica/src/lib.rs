@@ -5,7 +5,7 @@
 //! that it shares with the catalog. Everything is single-threaded and belongs to the store's shard.
 //!
 //! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside `codec`,
-//! `config`, `confirm`, `log`, `machine`, `network` and `group` names an openraft type.
+//! `config`, `confirm`, `log`, `machine`, `network`, `transfer` and `group` names an openraft type.
 
 pub mod administration;
 mod catch_up;
@@ -14,6 +14,7 @@ mod codec;
 mod compare;
 pub mod config;
 mod confirm;
+mod gray;
 pub mod group;
 mod heal;
 pub mod host;
@@ -25,10 +26,12 @@ pub mod rebuild;
 pub mod snapshot_messages;
 mod snapshots;
 mod stall;
+mod transfer;
 mod usage;
 pub mod volume;
 
 pub use config::{AppData, AppReply, Timers};
+pub use gray::{SLOW_FACTOR, SLOW_FLOOR};
 pub use group::{Group, GroupEnvironment, GroupError};
 pub use host::{Faulty, Host, NewReplica};
 pub use machine::{ApplyError, CheckError, Position, Staged, StateMachine};

@@ -145,8 +145,13 @@ impl RaftLogStorage<Types> for Log {
         Ok(())
     }
 
+    /// Waits for the disk only where the log would have a gap without it.
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        let upto = codec::entry_id(&upto);
+        if self.journal.purge_soon(upto).map_err(io_error)? {
+            return Ok(());
+        }
         let _waiting = self.stall.waiting();
-        self.journal.purge(codec::entry_id(&upto)).await.map_err(io_error)
+        self.journal.purge(upto).await.map_err(io_error)
     }
 }

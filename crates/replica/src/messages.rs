@@ -33,6 +33,7 @@ pub(crate) enum Method {
     PreVote = 4,
     TransferLeader = 5,
     InstallSnapshot = 6,
+    ProveWritable = 7,
 }
 
 impl Method {
@@ -44,6 +45,7 @@ impl Method {
             4 => Self::PreVote,
             5 => Self::TransferLeader,
             6 => Self::InstallSnapshot,
+            7 => Self::ProveWritable,
             other => return Err(DecodeError::Unknown { what: "raft method", value: other.into() }),
         })
     }
@@ -87,6 +89,8 @@ pub enum RaftCall {
     TransferLeader,
     /// A rebuild.
     InstallSnapshot,
+    /// A question whether the disk takes writes.
+    ProveWritable,
 }
 
 /// Which of Raft's calls a request to [`RAFT`] is; `None` if it is none.
@@ -98,6 +102,7 @@ pub fn raft_call(head: &[u8]) -> Option<RaftCall> {
         Method::PreVote => RaftCall::PreVote,
         Method::TransferLeader => RaftCall::TransferLeader,
         Method::InstallSnapshot => RaftCall::InstallSnapshot,
+        Method::ProveWritable => RaftCall::ProveWritable,
     })
 }
 

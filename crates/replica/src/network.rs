@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::LocalBoxStream;
 use futures_util::{Stream, StreamExt};
-use holdfast_env::Sleep;
 use holdfast_env::net::{Frame, Lane};
+use holdfast_env::{Instant, Sleep};
 use holdfast_types::{GroupId, ReplicaId, StoreId, Writer};
 use holdfast_wire::rpc::{CallError, Pending, Rpc};
 use openraft::OptionalSend;
@@ -24,6 +24,7 @@ use openraft::raft::{
 
 use crate::codec;
 use crate::config::{Peer, Snapshot, Types, Vote};
+use crate::gray::{Acks, Mute};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
 use crate::usage::Counters;
@@ -45,6 +46,8 @@ pub(crate) struct Networks {
     pub(crate) group: GroupId,
     pub(crate) local: ReplicaId,
     pub(crate) counters: Counters,
+    pub(crate) mute: Mute,
+    pub(crate) acks: Acks,
 }
 
 /// A client of one peer.
@@ -56,6 +59,17 @@ pub(crate) struct Client {
     store: StoreId,
     lane: Lane,
     counters: Counters,
+    mute: Mute,
+    acks: Acks,
+}
+
+/// Nothing is sent while the disk below hangs (see [`crate::gray`]).
+#[derive(Debug, thiserror::Error)]
+#[error("the disk below hangs: this replica is silent")]
+struct Silent;
+
+fn silent() -> RPCError<Types> {
+    RPCError::Unreachable(Unreachable::new(&Silent))
 }
 
 impl Networks {
@@ -68,6 +82,8 @@ impl Networks {
             store: peer.store,
             lane,
             counters: self.counters.clone(),
+            mute: self.mute.clone(),
+            acks: self.acks.clone(),
         }
     }
 }
@@ -129,6 +145,9 @@ impl Client {
         request: &AppendEntriesRequest<Types>,
         deadline: Duration,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
+        if self.mute.is_set() {
+            return Err(silent());
+        }
         let mut head = self.head(Method::Append);
         let body = codec::append_request(request, &mut head);
         self.note_append(request, &body);
@@ -142,6 +161,12 @@ impl Client {
         let nothing =
             AppendEntriesRequest { vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
         matches!(self.append(&nothing, deadline).await, Ok(AppendEntriesResponse::Success))
+    }
+
+    /// Whether the voter's disk has taken a write since this was asked.
+    pub(crate) async fn can_write(&self, deadline: Duration) -> bool {
+        let head = self.head(Method::ProveWritable);
+        self.call(Lane::Control, head, Vec::new(), deadline).await.is_ok()
     }
 
     fn start_append(&self, stream: u64, request: &AppendEntriesRequest<Types>) -> Pending {
@@ -184,6 +209,7 @@ impl RaftNetworkV2<Types> for Client {
                 in_flight: VecDeque::new(),
                 begun: false,
                 held: None,
+                refused: false,
                 ended: false,
             };
             Ok(futures_util::stream::unfold(pipeline, Pipeline::next).boxed_local())
@@ -260,11 +286,14 @@ struct Pipeline<'c, S> {
     client: &'c mut Client,
     stream: u64,
     input: Option<S>,
-    in_flight: VecDeque<Pending>,
+    /// What waits for its answer, and since when if it has entries.
+    in_flight: VecDeque<(Pending, Option<Instant>)>,
     /// Whether a request has left: the first one of a stream is never held, it finds out where the follower stands.
     begun: bool,
     /// A request without entries that only tells of a commit, and until when it waits.
     held: Option<(AppendEntriesRequest<Types>, Sleep)>,
+    /// A request came while nothing may be sent.
+    refused: bool,
     ended: bool,
 }
 
@@ -275,8 +304,12 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
         if self.ended {
             return None;
         }
-        let answer = self.answer().await?;
-        let item = match answer {
+        let answer = self.answer().await;
+        if self.refused {
+            self.ended = true;
+            return Some((Err(silent()), self));
+        }
+        let item = match answer? {
             Ok(frame) => codec::stream_result_from(&frame.head).map_err(malformed),
             Err(error) => Err(unreachable(&error)),
         };
@@ -287,7 +320,8 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
     fn send(&mut self, request: &AppendEntriesRequest<Types>) {
         self.begun = true;
         let pending = self.client.start_append(self.stream, request);
-        self.in_flight.push_back(pending);
+        let since = (!request.entries.is_empty()).then(Instant::now);
+        self.in_flight.push_back((pending, since));
     }
 
     /// Sends a request, or holds it if it only tells of a commit. What is sent carries the newest commit, so what was
@@ -316,6 +350,10 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             while self.in_flight.len() < STREAM_IN_FLIGHT_MAX {
                 let Some(input) = &mut self.input else { break };
                 match Pin::new(input).poll_next(context) {
+                    Poll::Ready(Some(_)) if self.client.mute.is_set() => {
+                        self.refused = true;
+                        return Poll::Ready(None);
+                    }
                     Poll::Ready(Some(request)) => self.take(request),
                     Poll::Ready(None) => (self.input, self.held) = (None, None),
                     Poll::Pending => break,
@@ -328,11 +366,14 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             {
                 self.send(&request);
             }
-            let Some(first) = self.in_flight.front_mut() else {
+            let Some((first, since)) = self.in_flight.front_mut() else {
                 return if self.input.is_none() { Poll::Ready(None) } else { Poll::Pending };
             };
             match Pin::new(first).poll(context) {
                 Poll::Ready(answer) => {
+                    if let (Ok(_), Some(since)) = (&answer, *since) {
+                        self.client.acks.record(self.client.target, since);
+                    }
                     self.in_flight.pop_front();
                     Poll::Ready(Some(answer))
                 }

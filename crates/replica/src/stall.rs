@@ -59,10 +59,16 @@ impl Stall {
     }
 }
 
-/// Sees whether the core waits.
+/// Sees whether the core waits. Cheap to clone.
+#[derive(Clone)]
 pub(crate) struct Stalled(Rc<Shared>);
 
 impl Stalled {
+    /// Whether it waits now.
+    pub(crate) fn waits(&self) -> bool {
+        self.0.calls.get() > 0
+    }
+
     /// Ends when the core waits, or does not; false when there is no log any more.
     pub(crate) async fn until(&self, waits: bool) -> bool {
         loop {

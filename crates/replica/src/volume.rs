@@ -19,7 +19,7 @@ use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, block_checksum};
+use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
@@ -192,8 +192,8 @@ pub struct Volume {
     machine: Rc<VolumeMachine>,
     rpc: Rpc,
     watch: RefCell<HolderWatch>,
-    /// What the watch counts for: the term in which this replica leads.
-    watch_term: Cell<u64>,
+    /// What the watch counts for: the term in which this replica leads, and since when it has led without a break.
+    watch_term: Cell<Option<(Term, Instant)>>,
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
     /// Why its blocks are not brought home any more.
@@ -210,7 +210,7 @@ impl Volume {
             machine,
             rpc,
             watch: RefCell::new(HolderWatch::new(terms)),
-            watch_term: Cell::new(0),
+            watch_term: Cell::new(None),
             healed: RefCell::default(),
             cleaner_fault: RefCell::new(None),
             stopped: Notify::new(),
@@ -279,7 +279,7 @@ impl Volume {
     fn with_watch<T>(&self, use_watch: impl FnOnce(&mut HolderWatch) -> T) -> T {
         let mut watch = self.watch.borrow_mut();
         if let Some((term, since)) = self.group.leading_since()
-            && self.watch_term.replace(term.0) != term.0
+            && self.watch_term.replace(Some((term, since))) != Some((term, since))
         {
             *watch = HolderWatch::new(lease_terms(self.group.timers()));
             watch.began_leading(since.0);

@@ -4,6 +4,7 @@
 mod entry;
 mod error;
 pub mod journal;
+mod recent;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -11,3 +12,4 @@ pub mod volume;
 
 pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;
+pub use recent::RecentLatency;

@@ -211,11 +211,7 @@ pub(crate) fn lame_one(world: &Rc<World>, random: &mut Random) -> u64 {
     let leader = if random.percent(70) { world.leader() } else { None };
     let lame = leader.unwrap_or_else(|| 1 + random.below(REPLICAS));
     let others = (1..=NODES).filter(|other| *other != lame);
-    let kind = match random.below(6) {
-        // A leader whose disk hangs for ever keeps its leadership: yielding it is not built yet.
-        5 if world.leader() == Some(lame) => 4,
-        kind => kind,
-    };
+    let kind = random.below(6);
     world.trace.add(lame, format_args!("LAME for good: {kind}"));
     for other in others {
         if kind == 0 || kind == 1 {

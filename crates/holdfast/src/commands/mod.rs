@@ -33,7 +33,9 @@ pub fn status(admin: Option<String>, output: &Output) -> Result<ExitCode, UserEr
             if counts.is_empty() { "none".to_owned() } else { counts.join(", ") }
         );
         for problem in &status.problems {
-            text += &format!("\n  {}: {} ({})", problem.subject, problem.what, problem.doing);
+            let since =
+                if problem.since.is_empty() { String::new() } else { format!(" since {}", problem.since) };
+            text += &format!("\n  {}: {}{since} ({})", problem.subject, problem.what, problem.doing);
         }
         text
     });

@@ -299,6 +299,11 @@ fn replicas(all: &[ReplicaSnapshot]) -> Vec<Family> {
         gauge("raft_applied_index", "The last entry that it has applied", of(|r| r.applied)),
         gauge("raft_purged_index", "The last entry that was purged from its log", of(|r| r.purged)),
         counter("raft_leaderships", "Times that it became leader", of(|r| r.group_usage.leaderships)),
+        counter(
+            "raft_leaderships_given",
+            "Times that it gave the leadership away because of its disk",
+            of(|r| r.group_usage.leaderships_given),
+        ),
         counter("raft_proposals", "Commands proposed to it as leader", of(|r| r.group_usage.proposals)),
         counter("raft_applied_entries", "Entries applied", of(|r| r.group_usage.entries_applied)),
         counter("raft_purges", "Times that its log was purged", of(|r| r.group_usage.purges)),

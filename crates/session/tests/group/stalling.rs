@@ -1,16 +1,28 @@
-//! A disk that stops completing what it is asked to write, until it goes on.
+//! A disk that stops completing what it is asked to write, until it goes on, or that takes long for it.
 
 use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, FileSize, OpenMode, Space};
 use tokio::sync::Notify;
 
+#[derive(Default)]
+struct Shared {
+    stalled: Cell<bool>,
+    slowness: Cell<Duration>,
+    /// The next write or flush fails.
+    fails: Cell<bool>,
+    /// Writes and flushes that were asked for since one failed.
+    asked_since: Cell<Option<u64>>,
+    ended: Notify,
+}
+
 /// While it lasts, nothing that is written or flushed ends.
 #[derive(Clone, Default)]
-pub struct Stall(Rc<(Cell<bool>, Notify)>);
+pub struct Stall(Rc<Shared>);
 
 impl Stall {
     /// A directory on such a disk.
@@ -18,16 +30,40 @@ impl Stall {
         Rc::new(StallingDirectory { inner, stall: self.clone() })
     }
     pub fn begin(&self) {
-        self.0.0.set(true);
+        self.0.stalled.set(true);
     }
     pub fn end(&self) {
-        self.0.0.set(false);
-        self.0.1.notify_waiters();
+        self.0.stalled.set(false);
+        self.0.ended.notify_waiters();
+    }
+    /// From now on each write and each flush takes so much longer.
+    pub fn slow(&self, slowness: Duration) {
+        self.0.slowness.set(slowness);
+    }
+    /// The next write or flush fails, and changes nothing; all later ones are done.
+    pub fn fail_once(&self) {
+        self.0.fails.set(true);
+    }
+    /// Writes and flushes that were asked for since one failed; `None` if none did.
+    pub fn asked_since_failure(&self) -> Option<u64> {
+        self.0.asked_since.get()
+    }
+    fn outcome(&self) -> io::Result<()> {
+        self.0.asked_since.set(self.0.asked_since.get().map(|count| count + 1));
+        if self.0.fails.replace(false) {
+            self.0.asked_since.set(Some(0));
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        Ok(())
     }
     async fn over_by_now(&self) {
+        let slowness = self.0.slowness.get();
+        if slowness > Duration::ZERO {
+            holdfast_env::sleep(slowness).await;
+        }
         loop {
-            let ended = self.0.1.notified();
-            if !self.0.0.get() {
+            let ended = self.0.ended.notified();
+            if !self.0.stalled.get() {
                 return;
             }
             ended.await;
@@ -80,6 +116,7 @@ impl File for StallingFile {
         let (inner, stall) = (self.inner.clone(), self.stall.clone());
         Box::pin(async move {
             stall.over_by_now().await;
+            stall.outcome()?;
             inner.write_at(offset, buffer, durability).await
         })
     }
@@ -90,6 +127,7 @@ impl File for StallingFile {
         let (inner, stall) = (self.inner.clone(), self.stall.clone());
         Box::pin(async move {
             stall.over_by_now().await;
+            stall.outcome()?;
             inner.flush().await
         })
     }

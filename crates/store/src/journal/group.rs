@@ -196,14 +196,25 @@ impl GroupLog {
         self.journal.kick();
     }
 
-    /// Writes the group's state and waits until it is durable. Until then the segments of the entries that it
-    /// removes are kept, whether anybody waits or not.
+    /// Writes the group's state and waits until it is durable.
     async fn write_state(
         &self,
         truncate_from: Option<LogIndex>,
         urgent: bool,
         removed: Vec<Meta>,
     ) -> Result<(), StoreError> {
+        let durable = self.put_state(truncate_from, urgent, removed)?;
+        durable.await.unwrap_or_else(|_| Err(StoreError::Failed("the journal has stopped".into())))
+    }
+
+    /// Puts the group's state in line. Until it is durable the segments of the entries that it removes are kept,
+    /// whether anybody waits or not.
+    fn put_state(
+        &self,
+        truncate_from: Option<LogIndex>,
+        urgent: bool,
+        removed: Vec<Meta>,
+    ) -> Result<oneshot::Receiver<Result<(), StoreError>>, StoreError> {
         if let Some(error) = self.journal.failed() {
             return Err(error);
         }
@@ -234,7 +245,7 @@ impl GroupLog {
             self.journal.enqueue(record, Bytes::new(), Some(done));
         }
         self.journal.kick();
-        receiver.await.unwrap_or_else(|_| Err(StoreError::Failed("the journal has stopped".into())))
+        Ok(receiver)
     }
 
     pub(super) async fn create(&self) -> Result<(), StoreError> {
@@ -268,6 +279,12 @@ impl GroupLog {
     /// Whether the disk below hangs: see [`super::Journal::is_hung`].
     pub fn is_hung(&self) -> bool {
         self.journal.is_hung()
+    }
+
+    /// Writes the group's state again, as it is: whoever gets an answer knows that the disk has taken a vote's worth of
+    /// writing since it asked.
+    pub async fn prove_writable(&self) -> Result<(), StoreError> {
+        self.write_state(None, false, Vec::new()).await
     }
 
     /// Keeps a vote: durable when it returns.
@@ -311,6 +328,18 @@ impl GroupLog {
     pub async fn purge(&self, upto: EntryId) -> Result<(), StoreError> {
         let removed = self.group.borrow_mut().purge(upto);
         self.write_state(None, true, removed).await
+    }
+
+    /// As [`Self::purge`], without waiting for the disk: a crash before it is durable brings entries back, which a
+    /// checkpoint covers. Only where the log holds `upto` (otherwise false, and nothing is done): what is appended next
+    /// could become durable first, and leave a gap behind entries that come back.
+    pub fn purge_soon(&self, upto: EntryId) -> Result<bool, StoreError> {
+        if self.entry_id(upto.index) != Some(upto) {
+            return Ok(false);
+        }
+        let removed = self.group.borrow_mut().purge(upto);
+        let _nobody_waits = self.put_state(None, true, removed)?;
+        Ok(true)
     }
 
     /// The last purged entry.

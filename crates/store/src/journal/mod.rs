@@ -31,7 +31,7 @@ pub use group::{Done, GroupLog};
 use group::{Group, Meta, Place};
 use writer::State;
 
-use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
+use crate::{EntryId, RecentLatency, ReplicaIdentity, StoreError, StoreIdentity};
 
 /// A disk that has not answered for a batch after so long is taken to hang, until it does.
 pub const HUNG_AFTER: Duration = Duration::from_secs(2);
@@ -127,6 +127,7 @@ struct Inner {
     changed: Notify,
     usage: Cell<JournalUsage>,
     flush_latency: RefCell<LatencyHistogram>,
+    recent_flushes: RefCell<RecentLatency>,
     /// What stands in line has become less.
     shorter: Notify,
     /// Payload that may be on its way into the journal, in KiB.
@@ -399,7 +400,18 @@ impl Journal {
 
     /// Whether the disk has not answered for a batch within [`HUNG_AFTER`].
     pub fn is_hung(&self) -> bool {
-        self.0.state.borrow().oldest_batch().is_some_and(|since| Instant::now().since(since) > HUNG_AFTER)
+        self.hung_since().is_some()
+    }
+
+    /// Since when the disk has not answered for its oldest batch, if that is longer than [`HUNG_AFTER`].
+    pub fn hung_since(&self) -> Option<Instant> {
+        let oldest = self.0.state.borrow().oldest_batch();
+        oldest.filter(|since| Instant::now().since(*since) > HUNG_AFTER)
+    }
+
+    /// How long batches have been taking for a while until they were durable; `None` if there were too few to say.
+    pub fn sustained_flush(&self) -> Option<Duration> {
+        self.0.recent_flushes.borrow().sustained(Instant::now())
     }
 
     /// How long batches took from their hand-over to the disk until they were durable.

@@ -318,6 +318,7 @@ pub(super) async fn open(
         shorter: Notify::new(),
         usage: Cell::new(JournalUsage::default()),
         flush_latency: RefCell::default(),
+        recent_flushes: RefCell::default(),
         admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
         options,
     };

@@ -355,8 +355,10 @@ impl Journal {
         holdfast_env::spawn("journal-batch", async move {
             match write.await {
                 Ok(_) => {
-                    let took = Instant::now().since(began);
+                    let now = Instant::now();
+                    let took = now.since(began);
                     journal.0.flush_latency.borrow_mut().record(took);
+                    journal.0.recent_flushes.borrow_mut().record(now, took);
                     if took > HUNG_AFTER {
                         tracing::warn!(store = %journal.0.identity.store, ?took, "the disk hung, and has answered");
                     }

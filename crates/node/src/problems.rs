@@ -1,0 +1,113 @@
+//! What is wrong with disks, and what is being done about it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use holdfast_replica::administration::StoreReport;
+use holdfast_replica::{SLOW_FACTOR, SLOW_FLOOR};
+use holdfast_types::NodeName;
+use time::format_description::well_known::Rfc3339;
+
+use crate::admin::pb;
+
+/// The moment so long ago, as RFC 3339; empty if it cannot be said.
+pub(crate) fn ago(long: Duration) -> String {
+    let Some(at) = SystemTime::now().checked_sub(long) else { return String::new() };
+    // Without fractions: the figure it comes from is no finer.
+    let at = time::OffsetDateTime::from(at).replace_nanosecond(0).ok();
+    at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default()
+}
+
+/// What a flush takes elsewhere: the median of the others.
+fn elsewhere(reports: &BTreeMap<NodeName, StoreReport>, but: &NodeName) -> Option<u64> {
+    let others = reports.iter().filter(|(name, report)| *name != but && report.flush_us > 0);
+    let mut others: Vec<u64> = others.map(|(_, report)| report.flush_us).collect();
+    others.sort_unstable();
+    others.get(others.len() / 2).copied()
+}
+
+/// What a store's disk is called: `ok`, `hung` or `slow`. Slow is it only beside the others.
+pub(crate) fn condition(
+    name: &NodeName,
+    report: &StoreReport,
+    reports: &BTreeMap<NodeName, StoreReport>,
+) -> &'static str {
+    let floor = SLOW_FLOOR.as_micros() as u64;
+    let is_slow =
+        |others: u64| report.flush_us >= floor && report.flush_us >= others * u64::from(SLOW_FACTOR);
+    match elsewhere(reports, name) {
+        _ if report.hung_ms > 0 => "hung",
+        Some(others) if is_slow(others) => "slow",
+        _ => "ok",
+    }
+}
+
+/// The problems of the disks that answer for themselves.
+pub(crate) fn of_disks(reports: &BTreeMap<NodeName, StoreReport>) -> Vec<pb::Problem> {
+    let mut problems = Vec::new();
+    for (name, report) in reports.iter().filter(|(_, report)| report.failed.is_empty()) {
+        let (what, since, doing) = match condition(name, report, reports) {
+            "hung" => {
+                let doing = if report.leading == 0 {
+                    "other replicas lead and serve readers; it catches up when the disk answers".to_owned()
+                } else {
+                    format!(
+                        "it still leads {} groups, until a majority of other replicas can write",
+                        report.leading
+                    )
+                };
+                let since = ago(Duration::from_millis(report.hung_ms));
+                ("its disk does not answer".to_owned(), since, doing)
+            }
+            "slow" => {
+                let ms = |us: u64| format!("{} ms", us.div_ceil(1000));
+                let others = elsewhere(reports, name).unwrap_or_default();
+                let what = format!(
+                    "its disk is slow: a flush takes {}, {} elsewhere",
+                    ms(report.flush_us),
+                    ms(others)
+                );
+                let doing = "what it leads is handed over to quicker disks; no write waits for it while a majority \
+                     is quicker";
+                (what, String::new(), doing.to_owned())
+            }
+            _ => continue,
+        };
+        problems.push(pb::Problem { subject: format!("node {name}"), what, since, doing });
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reports(figures: [(u64, u64, u32); 3]) -> BTreeMap<NodeName, StoreReport> {
+        let report =
+            |(hung_ms, flush_us, leading)| StoreReport { hung_ms, flush_us, leading, ..Default::default() };
+        let names = ["a", "b", "c"].map(NodeName::new);
+        names.into_iter().zip(figures.map(report)).collect()
+    }
+
+    fn texts(figures: [(u64, u64, u32); 3]) -> Vec<(String, String)> {
+        of_disks(&reports(figures)).into_iter().map(|problem| (problem.subject, problem.what)).collect()
+    }
+
+    #[test]
+    fn a_disk_is_slow_beside_the_others_and_hung_by_itself() {
+        assert_eq!(texts([(0, 900, 1), (0, 800, 0), (0, 0, 0)]), []);
+        let slow = texts([(0, 120_000, 1), (0, 800, 0), (0, 1_000, 0)]);
+        assert_eq!(
+            slow,
+            [("node a".into(), "its disk is slow: a flush takes 120 ms, 1 ms elsewhere".into())]
+        );
+        assert_eq!(texts([(0, 120_000, 1), (0, 90_000, 0), (0, 100_000, 0)]), [], "all are");
+        assert_eq!(texts([(0, 120_000, 1), (0, 0, 0), (0, 0, 0)]), [], "nobody to compare with");
+        assert_eq!(texts([(0, 9_000, 1), (0, 100, 0), (0, 100, 0)]), [], "too quick to matter");
+        let hung = of_disks(&reports([(0, 900, 0), (4_000, 0, 2), (3_000, 0, 0)]));
+        assert_eq!(hung.len(), 2);
+        assert!(hung[0].doing.contains("still leads 2 groups"), "{}", hung[0].doing);
+        assert!(hung[1].doing.contains("other replicas lead"), "{}", hung[1].doing);
+        assert!(hung[0].since.ends_with('Z'), "{}", hung[0].since);
+    }
+}
