@@ -69,6 +69,8 @@ const ATTACKS: &[&str] = &[
     "--scenario",
     "damaged-journal",
     "--scenario",
+    "rotten-entry",
+    "--scenario",
     "left-behind",
     "--scenario",
     "moved-replicas",

@@ -330,7 +330,10 @@ impl Member {
             let on_lost = voters().find(|replica| lost.contains(&replica.location.node));
             let faulty = voters().find(|replica| {
                 let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
-                report.is_some_and(|report| !runs_on(report, record, replica.id))
+                // What repairs itself from its peers is let be, under its old id.
+                report.is_some_and(|report| {
+                    !runs_on(report, record, replica.id) && !is_repairing(report, record, replica.id)
+                })
             });
             let result = match (faulty, on_lost) {
                 (Some(replica), _) => self.replace_in_place(record, replica).await,
@@ -383,6 +386,11 @@ impl Member {
 fn runs_on(report: &StoreReport, record: &VolumeRecord, replica: ReplicaId) -> bool {
     let id = ReplicaIdentity { group: record.group, replica };
     report.replicas.iter().any(|(_, other, fault)| *other == id && fault.is_empty())
+}
+
+/// Whether a store says that this replica does not run because its log is being repaired.
+fn is_repairing(report: &StoreReport, record: &VolumeRecord, replica: ReplicaId) -> bool {
+    report.repairing.contains(&ReplicaIdentity { group: record.group, replica })
 }
 
 fn wanted_voters(record: &VolumeRecord) -> Vec<ReplicaId> {

@@ -124,7 +124,7 @@ impl Seat {
             Sitting::Nobody(id, why) => {
                 tracing::error!(%why, "the catalog's member does not run");
                 let id = id.unwrap_or(identity(ReplicaId(0)));
-                Some(Faulty { id, volume: VolumeId::NIL, why: why.clone() })
+                Some(Faulty { id, volume: VolumeId::NIL, why: why.clone(), repairing: false })
             }
         };
         self.host.set_faulty(GroupId::CATALOG, fault);

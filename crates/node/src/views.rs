@@ -117,6 +117,7 @@ fn replica(
     shown.state = match at.phase {
         ReplicaPhase::Leaving => "removing",
         ReplicaPhase::Joining => "rebuilding",
+        ReplicaPhase::Voter if report.repairing => "repairing",
         ReplicaPhase::Voter if !report.fault.is_empty() => "faulty",
         ReplicaPhase::Voter if behind > LAG_HEALTHY => "catching-up",
         ReplicaPhase::Voter => "healthy",
@@ -216,7 +217,9 @@ pub(crate) fn status(
         for (volume, id, why) in report.replicas.iter().filter(|(_, _, why)| !why.is_empty()) {
             if let Some(record) = state.volumes.get(volume) {
                 let what = format!("replica {} on node {name} does not run: {why}", id.replica);
-                problem(format!("volume {}", record.spec.name), what, "it is replaced");
+                let repairing = report.repairing.contains(id);
+                let doing = if repairing { "its log is repaired from the others" } else { "it is replaced" };
+                problem(format!("volume {}", record.spec.name), what, doing);
             }
         }
     }

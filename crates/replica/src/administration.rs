@@ -93,6 +93,8 @@ pub struct StoreReport {
     pub leading: u32,
     /// Replicas on it: volume, identity, and why one does not run (empty if it does).
     pub replicas: Vec<(VolumeId, ReplicaIdentity, String)>,
+    /// Those among them that do not run because their log is being repaired from their peers.
+    pub repairing: Vec<ReplicaIdentity>,
 }
 
 const CREATE: u8 = 1;
@@ -215,6 +217,8 @@ impl StoreReport {
             put_id(out, id);
             out.text(fault);
         }
+        out.u32(self.repairing.len() as u32);
+        self.repairing.iter().for_each(|id| put_id(out, id));
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -227,7 +231,19 @@ impl StoreReport {
                 Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?))
             })
             .collect::<Result<_, DecodeError>>()?;
-        Ok(Self { total_bytes, available_bytes, journal_bytes, failed, hung_ms, flush_us, leading, replicas })
+        let count = input.count("replicas", REPLICAS_MAX)?;
+        let repairing = (0..count).map(|_| get_id(input)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            total_bytes,
+            available_bytes,
+            journal_bytes,
+            failed,
+            hung_ms,
+            flush_us,
+            leading,
+            replicas,
+            repairing,
+        })
     }
 }
 
@@ -363,6 +379,7 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
     })?;
     let running = host.volumes().into_iter();
     let running = running.map(|(of, volume)| (of, volume.group().id(), volume.fault().unwrap_or_default()));
+    let repairing = host.faulty().into_iter().filter(|faulty| faulty.repairing).map(|faulty| faulty.id);
     let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
     let journal = host.journal();
     let hung = journal.hung_since().map(|since| Instant::now().since(since));
@@ -376,5 +393,6 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
         journal_bytes: host.journal().usage().bytes_total,
         failed: host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
         replicas: running.chain(faulty).collect(),
+        repairing: repairing.collect(),
     })
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use holdfast_store::journal::GroupLog;
 use holdfast_store::{EntryId, LogEntry};
 use holdfast_types::limits;
 use holdfast_types::{DecodeError, LogIndex, Reader, ReplicaId, StoreId, Term, Writer};
@@ -15,6 +16,7 @@ use openraft::raft::{
 use openraft::{EntryPayload, Membership as RaftMembership};
 
 use crate::config::{AppData, Entry, LeaderId, LogId, Membership, Peer, StoredMembership, Types, Vote};
+use crate::repair::Members;
 
 const KIND_BLANK: u8 = 0;
 const KIND_COMMAND: u8 = 1;
@@ -110,6 +112,32 @@ fn get_membership(input: &mut Reader<'_>) -> Result<Membership, DecodeError> {
     }
     RaftMembership::new(configs, nodes)
         .map_err(|_| DecodeError::Unknown { what: "membership without its members", value: 0 })
+}
+
+/// The term of a vote; `None` if it is none.
+pub(crate) fn vote_term(bytes: &[u8]) -> Option<Term> {
+    vote_from(bytes).ok().map(|vote| Term(vote.leader_id.term))
+}
+
+/// Who belongs to a group by a checkpoint and by every membership in the log behind it, committed or not.
+pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog) -> Result<Members, DecodeError> {
+    let mut all = vec![membership_from(checkpoint)?.membership().clone()];
+    for (_, head) in log.heads_of(KIND_MEMBERSHIP) {
+        let mut input = Reader::new(&head);
+        all.push(get_membership(&mut input)?);
+        input.end()?;
+    }
+    let mut members = Members::default();
+    for membership in all {
+        members.peers.extend(membership.nodes().map(|(id, peer)| (ReplicaId(*id), peer.store)));
+        for config in membership.get_joint_config() {
+            let voters: BTreeSet<ReplicaId> = config.iter().map(|id| ReplicaId(*id)).collect();
+            if !voters.is_empty() && !members.voters.contains(&voters) {
+                members.voters.push(voters);
+            }
+        }
+    }
+    Ok(members)
 }
 
 /// The last membership with the entry that set it, for checkpoints.

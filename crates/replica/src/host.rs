@@ -20,6 +20,7 @@ use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
+use crate::repair::{self, Repair, RepairUsage};
 use crate::volume::{Volume, VolumeMachine};
 use crate::{cleaner, config, gray, heal};
 
@@ -45,6 +46,8 @@ pub struct Faulty {
     pub volume: VolumeId,
     /// Why it does not run and what to do.
     pub why: String,
+    /// Its log is being repaired from its peers; it is not to be replaced for now.
+    pub repairing: bool,
 }
 
 struct HostedVolume {
@@ -62,6 +65,9 @@ pub struct Host {
     volumes: RefCell<BTreeMap<GroupId, HostedVolume>>,
     groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
     faulty: RefCell<BTreeMap<GroupId, Faulty>>,
+    /// Replicas that do not run before their log is repaired; they are in `faulty` too.
+    repairs: RefCell<BTreeMap<GroupId, Rc<Repair>>>,
+    repaired: Cell<RepairUsage>,
     receivers: Rc<Receivers>,
     /// Logs that no manifest claims: the catalog's, until it is started.
     unclaimed: RefCell<Vec<RecoveredGroup>>,
@@ -84,12 +90,14 @@ impl Host {
             volumes: RefCell::default(),
             groups: RefCell::default(),
             faulty: RefCell::default(),
+            repairs: RefCell::default(),
+            repaired: Cell::default(),
             receivers: Rc::default(),
             unclaimed: RefCell::new(recovered),
             loaded: Cell::new(false),
             environment,
         });
-        for service in [messages::RAFT, messages::DATA, messages::REBUILD, messages::HEAL] {
+        for service in [messages::RAFT, messages::DATA, messages::REBUILD, messages::HEAL, messages::REPAIR] {
             let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
             host.environment.rpc.serve(service, handler);
         }
@@ -108,7 +116,7 @@ impl Host {
             };
             if let Err(why) = outcome {
                 tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
-                let faulty = Faulty { id, volume: manifest.identity.volume, why };
+                let faulty = Faulty { id, volume: manifest.identity.volume, why, repairing: false };
                 self.faulty.borrow_mut().insert(id.group, faulty);
             }
         }
@@ -131,15 +139,59 @@ impl Host {
     }
 
     async fn load_one(self: &Rc<Self>, manifest: &Manifest, recovered: RecoveredGroup) -> Result<(), String> {
+        if !recovered.vote_lost && matches!(recovered.state, Recovery::Faulty(_)) {
+            repair::begin(self, manifest.clone(), recovered.log);
+            return Ok(());
+        }
         usable(&recovered)?;
-        let payloads = Rc::new(recovered.log.clone());
+        self.open_and_run(manifest, recovered.log).await.map(drop)
+    }
+
+    async fn open_and_run(self: &Rc<Self>, manifest: &Manifest, log: GroupLog) -> Result<Rc<Volume>, String> {
+        let payloads = Rc::new(log.clone());
         let data = VolumeData::open(self.directory.clone(), &manifest.identity, payloads)
             .await
             .map_err(|error| error.to_string())?;
-        reaches(&recovered.log, &data.checkpoint())?;
-        self.run(manifest.identity.volume, manifest.identity.id, recovered.log, data, false)
+        reaches(&log, &data.checkpoint())?;
+        self.run(manifest.identity.volume, manifest.identity.id, log, data, false)
             .await
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| error.to_string())
+    }
+
+    pub(crate) fn repair_begins(&self, repair: &Rc<Repair>) {
+        self.repairs.borrow_mut().insert(repair.id.group, repair.clone());
+    }
+    /// Whether this repair is still the group's: its replica was not destroyed, and the host not stopped.
+    pub(crate) fn is_repairing(&self, repair: &Rc<Repair>) -> bool {
+        self.repairs.borrow().get(&repair.id.group).is_some_and(|now| Rc::ptr_eq(now, repair))
+    }
+    pub(crate) fn repair_ends(&self, repair: &Rc<Repair>) {
+        if self.is_repairing(repair) {
+            self.repairs.borrow_mut().remove(&repair.id.group);
+        }
+    }
+    pub(crate) fn count_repaired(&self, more: RepairUsage) {
+        let now = self.repaired.get();
+        self.repaired.set(RepairUsage {
+            entries: now.entries + more.entries,
+            bytes: now.bytes + more.bytes,
+            dropped: now.dropped + more.dropped,
+        });
+    }
+    /// What was repaired of the logs here since the daemon started.
+    pub fn repaired(&self) -> RepairUsage {
+        self.repaired.get()
+    }
+
+    /// Runs a replica whose log was repaired with so many bytes.
+    pub(crate) async fn start_repaired(
+        self: &Rc<Self>,
+        manifest: &Manifest,
+        log: GroupLog,
+        bytes: u64,
+    ) -> Result<(), String> {
+        let volume = self.open_and_run(manifest, log).await?;
+        *volume.healed.borrow_mut() = ("entries".into(), bytes);
         Ok(())
     }
 
@@ -299,6 +351,13 @@ impl Host {
     /// Removes a replica and gives its space back. Removing it again is fine.
     pub async fn destroy(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
         self.check_loaded()?;
+        let repair = self.repairs.borrow().get(&id.group).filter(|repair| repair.id == id).cloned();
+        if let Some(repair) = repair {
+            if repair.is_starting.get() {
+                return Err(GroupError::Refused("the replica is being started: ask again".into()));
+            }
+            self.repair_ends(&repair);
+        }
         let hosted = {
             let mut volumes = self.volumes.borrow_mut();
             let is_it = volumes.get(&id.group).is_some_and(|hosted| hosted.volume.group().id() == id);
@@ -320,6 +379,7 @@ impl Host {
 
     /// Stops every replica.
     pub async fn stop(&self) {
+        self.repairs.borrow_mut().clear();
         let volumes: Vec<_> = self.volumes.borrow_mut().split_off(&GroupId::NIL).into_values().collect();
         for hosted in volumes {
             hosted.volume.stop().await;
@@ -402,6 +462,7 @@ impl Host {
                 DataReply::Report(Box::new(messages::ReplicaReport {
                     replica: faulty.id.replica,
                     fault: faulty.why,
+                    repairing: faulty.repairing,
                     ..Default::default()
                 }))
             }
@@ -429,6 +490,27 @@ impl Host {
                 Err(error) => responder.refuse(error.to_string()),
             }
         });
+    }
+
+    /// A peer asks for entries that it cannot read. Whoever has them gives them, whether it runs or not; only a log
+    /// that is not in doubt says that it never had one.
+    fn on_repair(&self, request: &Frame, responder: Responder) {
+        let group = match GroupId::decode(&mut Reader::new(&request.head)) {
+            Ok(group) => group,
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        if let Some(volume) = self.volume(group) {
+            let is_trusted = volume.fault().is_none();
+            return repair::serve(volume.log().clone(), is_trusted, request, responder);
+        }
+        if let Some(running) = self.groups.borrow().get(&group) {
+            return repair::serve(running.log().clone(), running.fault().is_none(), request, responder);
+        }
+        let faulty = self.faulty.borrow().get(&group).map(|faulty| faulty.id);
+        match faulty.and_then(|id| self.journal.group(id)) {
+            Some(log) => repair::serve(log, false, request, responder),
+            None => responder.refuse("no replica of the group stands here, or it is not loaded yet"),
+        }
     }
 
     fn on_rebuild(&self, request: Frame, responder: Responder) {
@@ -528,6 +610,7 @@ impl Handler for Service {
             service if service == messages::RAFT.0 => host.on_raft(from, request, responder),
             service if service == messages::DATA.0 => host.on_data(request, responder),
             service if service == messages::HEAL.0 => host.on_heal(request, responder),
+            service if service == messages::REPAIR.0 => host.on_repair(&request, responder),
             _ => host.on_rebuild(request, responder),
         }
     }

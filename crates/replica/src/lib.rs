@@ -23,6 +23,7 @@ pub mod machine;
 pub mod messages;
 mod network;
 pub mod rebuild;
+pub mod repair;
 pub mod snapshot_messages;
 mod snapshots;
 mod stall;

@@ -22,6 +22,8 @@ pub const CATALOG: Service = Service(4);
 pub const REBUILD: Service = Service(5);
 /// Read repair: what another replica holds of a chunk.
 pub const HEAL: Service = Service(8);
+/// Repair: payloads of log entries that cannot be read, from whoever has them.
+pub const REPAIR: Service = Service(10);
 
 /// Which of Raft's calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -302,6 +304,8 @@ pub struct ReplicaReport {
     pub bad_blocks: u64,
     /// Blocks that were healed from another replica since its daemon started.
     pub healed_blocks: u64,
+    /// It does not run yet: its log is being repaired from its peers.
+    pub repairing: bool,
 }
 
 const PROPOSE: u8 = 1;
@@ -611,6 +615,7 @@ impl ReplicaReport {
         put_text(out, &self.fault);
         out.u64(self.bad_blocks);
         out.u64(self.healed_blocks);
+        out.bool(self.repairing);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -661,6 +666,7 @@ impl ReplicaReport {
             fault: input.text(limits::TEXT_LENGTH_MAX)?,
             bad_blocks: input.u64()?,
             healed_blocks: input.u64()?,
+            repairing: input.bool()?,
         })
     }
 }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use holdfast_env::net::Lane;
 use holdfast_replica::GroupUsage;
+use holdfast_replica::repair::RepairUsage;
 use holdfast_session::SessionUsage;
 use holdfast_store::journal::JournalUsage;
 use holdfast_store::volume::VolumeUsage;
@@ -54,6 +55,7 @@ pub(crate) struct Snapshot {
     pub(super) store_failed: bool,
     pub(super) replicas: Vec<ReplicaSnapshot>,
     pub(super) faulty_replicas: u64,
+    pub(super) repaired: RepairUsage,
     pub(super) sessions: Vec<SessionSnapshot>,
     pub(super) attached: u64,
     pub(super) wire: Counters,
@@ -85,6 +87,7 @@ impl Snapshot {
             store_failed: journal.failed().is_some(),
             replicas: shard.host.volumes().into_iter().map(|(of, volume)| replica(of, &volume)).collect(),
             faulty_replicas: shard.host.faulty().len() as u64,
+            repaired: shard.host.repaired(),
             sessions: sessions(shard),
             attached: shard.attachments.count() as u64,
             wire: shard.network.counters(),

@@ -172,6 +172,16 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
             one(usage.payload_bytes_written),
         ),
         counter("journal_entries", "Log entries written to the journal", one(usage.entries_written)),
+        counter(
+            "journal_repaired_entries",
+            "Damaged log entries that were repaired from peers",
+            one(snapshot.repaired.entries),
+        ),
+        counter(
+            "journal_repair_received_bytes",
+            "Payload received for their repair",
+            one(snapshot.repaired.bytes),
+        ),
         gauge("journal_size_bytes", "Bytes of all segments", one(usage.bytes_total)),
         gauge("journal_used_bytes", "Bytes of segments that are in use", one(usage.bytes_used)),
         gauge("journal_hung", "Whether the disk does not answer for the journal", one(snapshot.hung.into())),

@@ -36,6 +36,8 @@ pub(super) struct Meta {
     /// Where its payload stands; `None` until it is handed to the disk.
     pub(super) place: Option<Place>,
     pub(super) durable: bool,
+    /// Recovery found its payload damaged, and it is not repaired yet.
+    pub(super) faulty: bool,
 }
 
 impl Meta {
@@ -135,6 +137,7 @@ impl Group {
     pub(super) fn made_durable(&mut self, id: EntryId) {
         if let Some(meta) = self.get_mut(id.index).filter(|meta| meta.id == id) {
             meta.durable = true;
+            meta.faulty = false;
         }
         while self.get(self.flushed.next()).is_some_and(|meta| meta.durable) {
             self.flushed = self.flushed.next();
@@ -182,6 +185,7 @@ impl GroupLog {
                 payload: Some(entry.payload.clone()),
                 place: None,
                 durable: false,
+                faulty: false,
             };
             let record = {
                 let mut group = self.group.borrow_mut();

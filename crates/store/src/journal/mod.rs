@@ -11,6 +11,7 @@
 mod format;
 mod group;
 mod recover;
+mod repair;
 mod writer;
 
 use std::cell::{Cell, RefCell};
@@ -29,6 +30,7 @@ use tokio::sync::{Notify, Semaphore};
 
 pub use group::{Done, GroupLog};
 use group::{Group, Meta, Place};
+pub use repair::EntrySum;
 use writer::State;
 
 use crate::{EntryId, RecentLatency, ReplicaIdentity, StoreError, StoreIdentity};

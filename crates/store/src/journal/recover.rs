@@ -431,6 +431,7 @@ fn index(journal: &Journal, found: Replayed) -> (Group, Vec<EntryId>, Option<Str
             payload,
             place: Some(place),
             durable: true,
+            faulty: !good,
         };
         group.flushed = LogIndex(index);
         group.push(meta);

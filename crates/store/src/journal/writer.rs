@@ -41,6 +41,8 @@ struct InFlight {
     since: Instant,
     ended: bool,
     entries: Vec<(ReplicaIdentity, EntryId)>,
+    /// Segments with the damaged payloads of entries that this batch writes again.
+    superseded: Vec<usize>,
     done: Vec<Done>,
 }
 
@@ -432,11 +434,12 @@ impl Journal {
         };
         let (list, buffer, offsets) = format::make_batch(list, &payloads, self.0.salt);
         let start = u64::from(state.head_block) * ALIGNMENT as u64;
-        let entries = self.place(state, &list, start, &offsets);
+        let (entries, superseded) = self.place(state, &list, start, &offsets);
         state.last = (seq, list.crc);
         state.head_block += list.total_blocks;
         let segment = state.head;
-        state.in_flight.push_back(InFlight { seq, since: Instant::now(), ended: false, entries, done });
+        let since = Instant::now();
+        state.in_flight.push_back(InFlight { seq, since, ended: false, entries, superseded, done });
         let payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
         Batch { seq, segment, offset: start, buffer, payload_bytes }
     }
@@ -463,18 +466,19 @@ impl Journal {
         }
     }
 
-    /// Notes in the groups where the batch's records stand.
+    /// Notes in the groups where the batch's records stand. Gives back what becomes durable with it, and the segments
+    /// where the same entries stood before.
     fn place(
         &self,
         state: &mut State,
         list: &List,
         start: u64,
         offsets: &[u64],
-    ) -> Vec<(ReplicaIdentity, EntryId)> {
+    ) -> (Vec<(ReplicaIdentity, EntryId)>, Vec<usize>) {
         let segment = state.head;
         let groups = self.0.groups.borrow();
         let mut offsets = offsets.iter();
-        let mut entries = Vec::new();
+        let (mut entries, mut superseded) = (Vec::new(), Vec::new());
         for record in &list.records {
             match record {
                 Record::State(who, _) => {
@@ -492,12 +496,13 @@ impl Journal {
                     let meta =
                         group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
                     if let Some(meta) = meta {
-                        meta.place = Some(place);
+                        let before = meta.place.replace(place);
                         if entry.payload_bytes > 0 {
                             state.segments[segment].live += 1;
+                            superseded.extend(before.map(|place| place.segment));
                         }
                     }
-                    if !entry.copy {
+                    if !entry.copy || entry.payload_bytes > 0 {
                         entries.push((*who, entry.id));
                         let mut usage = self.0.usage.get();
                         usage.entries_written += 1;
@@ -507,7 +512,7 @@ impl Journal {
                 Record::Cut { .. } => {}
             }
         }
-        entries
+        (entries, superseded)
     }
 
     /// A batch is on stable storage. What it holds is durable once every batch before it is (INV-ACK).
@@ -530,7 +535,13 @@ impl Journal {
             }
         }
         self.0.shorter.notify_waiters();
+        let mut gives_back = false;
         for batch in finished {
+            {
+                let mut state = self.0.state.borrow_mut();
+                gives_back |= !batch.superseded.is_empty();
+                batch.superseded.iter().for_each(|segment| state.segments[*segment].live -= 1);
+            }
             {
                 let groups = self.0.groups.borrow();
                 for (who, id) in &batch.entries {
@@ -542,6 +553,9 @@ impl Journal {
             for done in batch.done {
                 done(Ok(()));
             }
+        }
+        if gives_back {
+            self.reclaim();
         }
         self.kick();
         self.close_when_idle();
@@ -594,7 +608,8 @@ impl Journal {
         });
     }
 
-    fn is_marked(&self) -> bool {
+    /// Whether everything that was written is named as flushed: no later rot of it is taken for a torn tail.
+    pub fn is_marked(&self) -> bool {
         let state = self.0.state.borrow();
         state.marked == state.last.0
     }

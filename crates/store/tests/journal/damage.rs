@@ -14,14 +14,14 @@ use crate::model::{self, Groups, PAYLOAD_MARK};
 
 /// A block of the journal on the medium.
 #[derive(Clone, Debug)]
-struct Place {
-    file: String,
-    block: u64,
-    bytes: Vec<u8>,
+pub struct Place {
+    pub file: String,
+    pub block: u64,
+    pub bytes: Vec<u8>,
 }
 
 /// Blocks that were last written before an operation.
-fn settled(disk: &MemoryDisk, before: u64) -> Vec<Place> {
+pub fn settled(disk: &MemoryDisk, before: u64) -> Vec<Place> {
     let mut out = Vec::new();
     for file in disk.names().into_iter().filter(|name| name != "journal/identity") {
         for (block, at) in disk.written(&file) {
@@ -230,7 +230,7 @@ fn both_lists_rest(disk: &MemoryDisk, who: ReplicaIdentity) -> Result<(), String
 }
 
 /// A new group writes three times the journal's size.
-async fn overwrite(journal: &Journal, number: u64) {
+pub async fn overwrite(journal: &Journal, number: u64) {
     let who = model::who(number);
     let log = match journal.group(who) {
         Some(log) => log,

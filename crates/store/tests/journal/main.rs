@@ -5,3 +5,4 @@ mod directed;
 mod histories;
 mod life;
 mod model;
+mod repair;

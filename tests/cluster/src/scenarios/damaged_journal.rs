@@ -20,9 +20,9 @@ const VOLUME: &str = "j";
 const REQUESTS: u64 = 200;
 const BLOCK: u64 = 4096;
 /// After so much idleness every batch is named as flushed, so that damage to it is no torn tail.
-const CLOSED: Duration = Duration::from_millis(1000);
+pub const CLOSED: Duration = Duration::from_millis(1000);
 
-fn segments(node: &Path) -> Outcome<Vec<PathBuf>> {
+pub fn segments(node: &Path) -> Outcome<Vec<PathBuf>> {
     let wrong = |error: std::io::Error| error.to_string();
     let mut found = Vec::new();
     for entry in std::fs::read_dir(node.join("store/journal")).map_err(wrong)? {
