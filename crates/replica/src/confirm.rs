@@ -46,9 +46,8 @@ pub(crate) async fn majority<A: Future<Output = bool>>(
         })
         .collect();
     while !is_quorum(membership, &agreed) {
-        match answers.next().await? {
-            (voter, true) => _ = agreed.insert(voter),
-            (_, false) => {}
+        if let (voter, true) = answers.next().await? {
+            agreed.insert(voter);
         }
     }
     Some(agreed)
