@@ -34,6 +34,9 @@ pub enum Command {
         /// it on loopback.
         #[arg(long, value_name = "HOST:PORT")]
         metrics: Option<String>,
+        /// Begin a pass of the scrub every so many seconds instead of the configured time (a week).
+        #[arg(long, value_name = "SECONDS")]
+        scrub_period: Option<u64>,
         /// End when the process that started this one ends.
         #[arg(long, hide = true)]
         follow_parent: bool,
@@ -321,6 +324,14 @@ pub enum VolumeCommand {
         /// Really.
         #[arg(long)]
         yes: bool,
+    },
+    /// Let every replica be read from its disk, compared with the others and healed, without stopping at an index.
+    Scrub {
+        /// Its name or id.
+        name: String,
+        /// Return when every replica that answers was looked at.
+        #[arg(long)]
+        wait: bool,
     },
     /// Read every replica from disk at one log index and compare.
     Verify {

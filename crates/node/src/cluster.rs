@@ -7,7 +7,7 @@ use holdfast_env::Driver;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Authority;
 
-use crate::config::{DiskMode, Layout, NodeConfig, PeerConfig};
+use crate::config::{DiskMode, Layout, NodeConfig, PeerConfig, ScrubConfig};
 
 /// Members of a catalog.
 const CATALOG_MEMBERS: usize = 3;
@@ -119,6 +119,7 @@ pub fn create_loopback(
                 .map(|host| format!("{host}:{METRICS_PORT}")),
             lost_after_seconds: plan.lost_after_seconds,
             journal_bytes: plan.journal_bytes,
+            scrub: ScrubConfig::default(),
             allow_faults: true,
             disk: plan.disk,
         };

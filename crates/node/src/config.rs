@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use holdfast_replica::scrub::ScrubOptions;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Credentials;
 use serde::{Deserialize, Serialize};
@@ -43,12 +44,40 @@ pub struct NodeConfig {
     /// Bytes of the journal.
     #[serde(default = "default_journal_bytes")]
     pub journal_bytes: u64,
+    /// How the store is scrubbed.
+    #[serde(default)]
+    pub scrub: ScrubConfig,
     /// Whether faults may be put between this node and others (development and tests).
     #[serde(default)]
     pub allow_faults: bool,
     /// What happens to unflushed writes when the daemon is killed; anything but `plain` needs `allow_faults`.
     #[serde(default)]
     pub disk: DiskMode,
+}
+
+/// How a node scrubs its store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScrubConfig {
+    /// Seconds from the beginning of a pass to that of the next, counting the time that the daemon runs.
+    pub period_seconds: u64,
+    /// Bytes that it reads in a second, at most.
+    pub bytes_per_second: u64,
+}
+
+impl Default for ScrubConfig {
+    fn default() -> Self {
+        let options = ScrubOptions::default();
+        Self { period_seconds: options.period.as_secs(), bytes_per_second: options.bytes_per_second }
+    }
+}
+
+impl ScrubConfig {
+    /// As the store's task takes it.
+    pub fn options(&self) -> ScrubOptions {
+        let period = std::time::Duration::from_secs(self.period_seconds);
+        ScrubOptions { period, bytes_per_second: self.bytes_per_second }
+    }
 }
 
 /// What happens to unflushed writes when the daemon is killed.

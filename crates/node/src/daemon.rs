@@ -24,14 +24,26 @@ fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
 }
 
-/// Runs the node of a data directory until SIGTERM or SIGINT. `metrics` is where it serves its metrics over HTTP; if it
-/// is left out, its configuration tells.
-pub fn run(directory: &Path, metrics: Option<String>) -> Result<(), UserError> {
+/// What the command line says instead of a node's configuration.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// Where it serves its metrics over HTTP.
+    pub metrics: Option<String>,
+    /// Seconds between the beginnings of two passes of the scrub.
+    pub scrub_period_seconds: Option<u64>,
+}
+
+/// Runs the node of a data directory until SIGTERM or SIGINT. What `overrides` leaves out its configuration tells.
+pub fn run(directory: &Path, overrides: Overrides) -> Result<(), UserError> {
+    let Overrides { metrics, scrub_period_seconds } = overrides;
     crate::planted::plant()?;
     let layout = Layout::new(directory);
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {
         let shard = Shard::start(layout.clone()).await?;
+        let mut scrub = shard.config.scrub;
+        scrub.period_seconds = scrub_period_seconds.unwrap_or(scrub.period_seconds);
+        shard.host.start_scrub(scrub.options());
         let metrics = metrics.or_else(|| shard.config.metrics.clone());
         let metrics = metrics.as_deref().map(metrics::bind).transpose()?;
         if let Some(metrics) = &metrics {

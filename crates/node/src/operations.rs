@@ -441,6 +441,20 @@ impl Shard {
         last
     }
 
+    /// Lets every replica's store scrub the volume next. A replica that does not answer is left out, as the view shows.
+    pub(crate) async fn scrub_volume(self: Rc<Self>, name: String) -> Result<pb::Volume, UserError> {
+        let record = self.record(&name).await?;
+        let before = self.show(&record).await;
+        let request = ShardRequest::Scrub { group: record.group };
+        let asked = record.replicas.iter().map(|at| volumes::shard(&self.rpc, at.store, &request));
+        let answers = join_all(asked).await;
+        let told = answers.iter().filter(|answer| answer.is_ok()).count();
+        match answers.into_iter().find_map(Result::err) {
+            Some(error) if told == 0 => Err(error),
+            _ => Ok(before),
+        }
+    }
+
     async fn verify_once(&self, record: &VolumeRecord) -> Result<pb::VerifyReport, UserError> {
         let reports = volumes::replica_reports(&self.rpc, record).await;
         let unled = || {

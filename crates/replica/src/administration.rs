@@ -70,6 +70,11 @@ pub enum ShardRequest {
         /// The voter.
         to: ReplicaId,
     },
+    /// Let the scrub look at a volume's replica next.
+    Scrub {
+        /// The group.
+        group: GroupId,
+    },
     /// How the store is.
     Report,
 }
@@ -104,6 +109,7 @@ const ADD_LEARNER: u8 = 4;
 const CHANGE_VOTERS: u8 = 5;
 const TRANSFER: u8 = 6;
 const REPORT: u8 = 7;
+const SCRUB: u8 = 8;
 const REPLICAS_MAX: usize = 100_000;
 
 fn put_id(out: &mut Writer, id: &ReplicaIdentity) {
@@ -157,6 +163,10 @@ impl ShardRequest {
                 group.encode(&mut out);
                 to.encode(&mut out);
             }
+            Self::Scrub { group } => {
+                out.u8(SCRUB);
+                group.encode(&mut out);
+            }
             Self::Report => out.u8(REPORT),
         }
         out.finish()
@@ -194,6 +204,7 @@ impl ShardRequest {
                 Self::ChangeVoters { group, voters }
             }
             TRANSFER => Self::Transfer { group: GroupId::decode(input)?, to: ReplicaId::decode(input)? },
+            SCRUB => Self::Scrub { group: GroupId::decode(input)? },
             REPORT => Self::Report,
             other => return Err(DecodeError::Unknown { what: "shard request", value: other.into() }),
         };
@@ -350,6 +361,10 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
         }
         ShardRequest::Bootstrap { group, voters } => {
             volume(group)?.group().bootstrap(&voters).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Scrub { group } => {
+            volume(group)?;
+            host.scrub_now(group);
         }
         ShardRequest::Destroy { id } => host.destroy(id).await.map_err(|error| user_error(&error))?,
         ShardRequest::AddLearner { group, replica, store } => {

@@ -21,6 +21,7 @@ use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
+use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::volume::{Volume, VolumeMachine};
 use crate::{cleaner, config, gray, heal};
 
@@ -69,6 +70,7 @@ pub struct Host {
     repairs: RefCell<BTreeMap<GroupId, Rc<Repair>>>,
     repaired: Cell<RepairUsage>,
     receivers: Rc<Receivers>,
+    scrub: Rc<Scrub>,
     /// Logs that no manifest claims: the catalog's, until it is started.
     unclaimed: RefCell<Vec<RecoveredGroup>>,
     loaded: Cell<bool>,
@@ -93,6 +95,7 @@ impl Host {
             repairs: RefCell::default(),
             repaired: Cell::default(),
             receivers: Rc::default(),
+            scrub: Rc::default(),
             unclaimed: RefCell::new(recovered),
             loaded: Cell::new(false),
             environment,
@@ -377,9 +380,21 @@ impl Host {
         Ok(())
     }
 
+    /// Begins to scrub the store, for as long as the host is there.
+    pub fn start_scrub(self: &Rc<Self>, options: ScrubOptions) {
+        let (scrub, directory) = (self.scrub.clone(), self.directory.clone());
+        holdfast_env::spawn("scrub", scrub::run(Rc::downgrade(self), scrub, directory, options));
+    }
+
+    /// Lets the scrub look at a volume's replica next.
+    pub fn scrub_now(&self, group: GroupId) {
+        self.scrub.ask(group);
+    }
+
     /// Stops every replica.
     pub async fn stop(&self) {
         self.repairs.borrow_mut().clear();
+        self.scrub.stop();
         let volumes: Vec<_> = self.volumes.borrow_mut().split_off(&GroupId::NIL).into_values().collect();
         for hosted in volumes {
             hosted.volume.stop().await;

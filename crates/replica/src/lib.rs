@@ -24,6 +24,7 @@ pub mod messages;
 mod network;
 pub mod rebuild;
 pub mod repair;
+pub mod scrub;
 pub mod snapshot_messages;
 mod snapshots;
 mod stall;

@@ -306,6 +306,14 @@ pub struct ReplicaReport {
     pub healed_blocks: u64,
     /// It does not run yet: its log is being repaired from its peers.
     pub repairing: bool,
+    /// Chunks that the scrub's pass under way has looked at; 0 while there is none.
+    pub scrubbed_chunks: u64,
+    /// Passes of the scrub that ended since its daemon started.
+    pub scrub_passes: u64,
+    /// Seconds since the last of them ended; the largest number before the first.
+    pub since_scrub_seconds: u64,
+    /// Chunks that differed from another replica's in the last pass, and nothing showed who was right.
+    pub unsettled_chunks: u64,
 }
 
 const PROPOSE: u8 = 1;
@@ -616,6 +624,10 @@ impl ReplicaReport {
         out.u64(self.bad_blocks);
         out.u64(self.healed_blocks);
         out.bool(self.repairing);
+        out.u64(self.scrubbed_chunks);
+        out.u64(self.scrub_passes);
+        out.u64(self.since_scrub_seconds);
+        out.u64(self.unsettled_chunks);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -667,6 +679,10 @@ impl ReplicaReport {
             bad_blocks: input.u64()?,
             healed_blocks: input.u64()?,
             repairing: input.bool()?,
+            scrubbed_chunks: input.u64()?,
+            scrub_passes: input.u64()?,
+            since_scrub_seconds: input.u64()?,
+            unsettled_chunks: input.u64()?,
         })
     }
 }

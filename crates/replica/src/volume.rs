@@ -27,6 +27,7 @@ use crate::config::{AppData, AppReply, Timers};
 use crate::group::{Group, GroupError};
 use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
+use crate::scrub::ScrubProgress;
 
 /// How long a read waits for its floor before it is sent elsewhere: a follower learns of a commit with the next
 /// append, and a caller that waited longer had better ask the leader.
@@ -196,6 +197,8 @@ pub struct Volume {
     watch_term: Cell<Option<(Term, Instant)>>,
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
+    /// How far the store's scrub is with it.
+    scrubbed: Cell<ScrubProgress>,
     /// Why its blocks are not brought home any more.
     cleaner_fault: RefCell<Option<String>>,
     stopped: Notify,
@@ -212,6 +215,7 @@ impl Volume {
             watch: RefCell::new(HolderWatch::new(terms)),
             watch_term: Cell::new(None),
             healed: RefCell::default(),
+            scrubbed: Cell::default(),
             cleaner_fault: RefCell::new(None),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
@@ -247,6 +251,17 @@ impl Volume {
     pub fn healed_by_chunks(&self) -> u64 {
         let healed = self.healed.borrow();
         if healed.0 == "chunks" { healed.1 } else { 0 }
+    }
+
+    /// How far the store's scrub is with it.
+    pub fn scrub_progress(&self) -> ScrubProgress {
+        self.scrubbed.get()
+    }
+
+    pub(crate) fn scrubbed(&self, more: impl FnOnce(&mut ScrubProgress)) {
+        let mut progress = self.scrubbed.get();
+        more(&mut progress);
+        self.scrubbed.set(progress);
     }
 
     /// Stops its tasks and its group.
@@ -566,6 +581,12 @@ impl Volume {
         (report.healed_by, report.healed_bytes) = healed;
         let health = self.data().health();
         (report.bad_blocks, report.healed_blocks) = (health.bad_blocks, health.healed_blocks);
+        let scrub = self.scrubbed.get();
+        report.scrubbed_chunks = scrub.chunk;
+        report.scrub_passes = scrub.passes;
+        report.unsettled_chunks = scrub.unsettled;
+        report.since_scrub_seconds =
+            scrub.ended.map_or(u64::MAX, |ended| Instant::now().since(ended).as_secs());
         match self.data().space().await {
             Ok(space) => {
                 report.used_bytes = space.allocated + space.snapshots;

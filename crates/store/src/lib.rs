@@ -5,6 +5,7 @@ mod entry;
 mod error;
 pub mod journal;
 mod recent;
+pub mod scrub_file;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -14,6 +14,8 @@ use crate::output::{Output, table};
 
 /// Between looks at a volume that is being filled.
 const FILL_LOOK: Duration = Duration::from_millis(500);
+/// Between two looks at how far the scrub is.
+const SCRUB_LOOK: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// The replicas of a volume as a table.
 pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
@@ -28,6 +30,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
             "healed bytes",
             "bad",
             "healed",
+            "scrubs",
             "snapshots",
         ]);
     }
@@ -55,6 +58,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(replica.healed_bytes.to_string()),
                 told(replica.bad_blocks.to_string()),
                 told(replica.healed_blocks.to_string()),
+                told(replica.scrub_passes.to_string()),
                 told(bytes(replica.snapshot_bytes)),
             ]);
         }
@@ -241,10 +245,38 @@ async fn carry_out(
                 || if deleted.existed { "deleted".into() } else { "it did not exist".into() },
             );
         }
+        VolumeCommand::Scrub { name, wait } => {
+            let mut volume = reply(client.scrub_volume(pb::ScrubVolumeRequest { name }).await)?;
+            if wait {
+                volume = scrubbed(&mut client, volume).await?;
+            }
+            output.show(&volume, || one(&volume, output.wide()));
+        }
         VolumeCommand::Verify { name } => return verify(client, name, output).await,
         VolumeCommand::Later(words) => return Err(not_built(&words, "holdfast volume")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The volume once every replica that answers has been looked at since `before`.
+async fn scrubbed(client: &mut Client, before: pb::Volume) -> Result<pb::Volume, UserError> {
+    let is_there = |replica: &&pb::Replica| replica.state != "unreachable" && replica.state != "faulty";
+    let passes = |replica: &pb::Replica| {
+        let same = before.replicas.iter().find(|old| old.id == replica.id);
+        same.map_or(0, |old| old.scrub_passes)
+    };
+    loop {
+        let now = reply(client.get_volume(pb::GetVolumeRequest { name: before.id.clone() }).await)?;
+        // A daemon that restarted begins to count anew.
+        let done = |replica: &pb::Replica| {
+            replica.scrub_passes > passes(replica)
+                || replica.scrub_passes > 0 && replica.scrub_passes < passes(replica)
+        };
+        if now.replicas.iter().filter(is_there).all(done) {
+            return Ok(now);
+        }
+        tokio::time::sleep(SCRUB_LOOK).await;
+    }
 }
 
 /// What a verification found, in words: replicas that could not be read say nothing of those that could.

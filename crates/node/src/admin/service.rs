@@ -85,6 +85,10 @@ impl Admin for AdminService {
         let name = request.into_inner().name;
         reply(self.0.run(move |shard| shard.verify_volume(name)).await)
     }
+    async fn scrub_volume(&self, request: Request<pb::ScrubVolumeRequest>) -> Reply<pb::Volume> {
+        let name = request.into_inner().name;
+        reply(self.0.run(move |shard| shard.scrub_volume(name)).await)
+    }
     async fn get_capacity(&self, request: Request<pb::GetCapacityRequest>) -> Reply<pb::Capacity> {
         let request = request.into_inner();
         reply(self.0.run(move |shard| shard.capacity(request)).await)

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use holdfast_env::net::Lane;
 use holdfast_replica::GroupUsage;
 use holdfast_replica::repair::RepairUsage;
+use holdfast_replica::scrub::ScrubProgress;
 use holdfast_session::SessionUsage;
 use holdfast_store::journal::JournalUsage;
 use holdfast_store::volume::VolumeUsage;
@@ -29,6 +30,7 @@ pub(super) struct ReplicaSnapshot {
     pub(super) applied: u64,
     pub(super) purged: u64,
     pub(super) dirty_bytes: u64,
+    pub(super) scrub: ScrubProgress,
     pub(super) group_usage: GroupUsage,
     pub(super) volume_usage: VolumeUsage,
 }
@@ -112,6 +114,7 @@ fn replica(volume: VolumeId, of: &holdfast_replica::Volume) -> ReplicaSnapshot {
         applied: report.applied.0,
         purged: report.purged.0,
         dirty_bytes: of.data().dirty().bytes,
+        scrub: of.scrub_progress(),
         group_usage: of.group().usage(),
         volume_usage: of.data().usage(),
     }

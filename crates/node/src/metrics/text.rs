@@ -375,6 +375,13 @@ fn homes(all: &[ReplicaSnapshot]) -> Vec<Family> {
             "Chunks replaced by what the other replicas agree on",
             of(|r| r.volume_usage.health.replaced_chunks),
         ),
+        counter("store_scrub_passes", "Passes of the scrub over the replica", of(|r| r.scrub.passes)),
+        gauge("store_scrubbed_chunks", "Chunks that its pass under way has looked at", of(|r| r.scrub.chunk)),
+        gauge(
+            "store_unsettled_chunks",
+            "Chunks that differed from another replica's in the last pass, and nothing showed who was right",
+            of(|r| r.scrub.unsettled),
+        ),
         counter("store_flushes", "Flushes of a replica's files", of(|r| r.volume_usage.flushes)),
         counter("store_checkpoints", "Checkpoints made by the cleaner", of(|r| r.volume_usage.checkpoints)),
         counter(

@@ -41,6 +41,8 @@ pub use manifest::{Manifest, ReplicaFileIdentity};
 pub use read::{CheckedBlocks, ReadError};
 pub use stage::StagingLayer;
 pub use table::BlockSum;
+/// Chunks of a page of the table.
+pub const PAGE_CHUNKS: u64 = table::PAGE_CHUNKS;
 
 use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
