@@ -138,6 +138,7 @@ pub(crate) async fn run(
         let Some(host) = host.upgrade() else { return };
         task.step(host).await;
     }
+    task.note().await;
 }
 
 impl Task {

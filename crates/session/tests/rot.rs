@@ -1,5 +1,5 @@
 //! Blocks that rot on one replica's disk, that its disk does not give, and bits that flip between the session and the
-//! disks (INV-CHECKED, INV-HEAL): nobody reads anything wrong, and what is bad is healed from the others.
+//! disks (INV-CHECKED, INV-HEAL), found by readers or by the scrub: nobody reads anything wrong, and what is bad is healed from the others.
 
 mod group;
 
@@ -15,6 +15,7 @@ use group::{GROUP, Member, Switch, attach, begin, block, first_leads, members, s
 use holdfast_env::net::Frame;
 use holdfast_protocol::planted::plant;
 use holdfast_replica::Volume;
+use holdfast_replica::scrub::ScrubOptions;
 use holdfast_session::Session;
 use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, StoreId};
 use holdfast_wire::rpc::{CallHead, CallKind, Service};
@@ -385,6 +386,112 @@ fn a_bit_that_flips_during_a_rebuild_is_not_taken() {
         until("a bit flips", || damaged.get() == 1).await;
         until("it is rebuilt", || third.healed_by_chunks() > 0).await;
         assert!(all_equal(&members).await);
+        stop(&members).await;
+    });
+}
+
+/// As fast as the disk allows, again after an hour.
+const SCRUB: ScrubOptions = ScrubOptions { period: Duration::from_secs(3600), bytes_per_second: 1 << 30 };
+
+#[test]
+fn cold_rot_is_found_by_the_scrub() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let _session = written(&members).await;
+        let home = file_of(place.path(), 3, "home");
+        let good = [flip(&home, 3), flip(&home, 102)];
+        let whole = flip(&file_of(place.path(), 3, "table"), 1);
+        members.iter().for_each(|member| member.host.start_scrub(SCRUB));
+        for member in &members {
+            let volume = volume(member);
+            until("a pass ends", || volume.scrub_progress().passes == 1).await;
+            assert_eq!(volume.scrub_progress().unsettled, 0);
+        }
+        let third = volume(&members[2]).data().health();
+        assert_eq!((third.found_blocks, third.healed_blocks, third.healed_pages), (2, 2, 1));
+        assert_eq!([bytes_at(&home, 3), bytes_at(&home, 102)], good);
+        assert_eq!(bytes_at(&file_of(place.path(), 3, "table"), 1), whole);
+        for other in [0, 1] {
+            assert_eq!(volume(&members[other]).data().health(), Default::default());
+        }
+        // Asked for, it looks again at once.
+        members[2].host.scrub_now(GROUP);
+        let third = volume(&members[2]);
+        until("another pass ends", || third.scrub_progress().passes == 2).await;
+        assert_eq!(third.data().health().found_blocks, 2);
+        stop(&members).await;
+    });
+}
+
+/// The disk reported the writes of a block and of its page in the table and dropped them all: what is left is old and
+/// true to itself.
+#[test]
+fn a_lost_write_whose_table_was_lost_with_it_is_found_by_comparison() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        let (home, table) = (file_of(place.path(), 2, "home"), file_of(place.path(), 2, "table"));
+        let old = [bytes_at(&home, 3), bytes_at(&table, 0), bytes_at(&table, 1)];
+        session.write(range(3, 1), block(5, 1)).await.expect("writes");
+        all_home(&members).await;
+        // The checkpoint after that says nothing of the page any more.
+        session.write(range(12_800, 1), block(6, 1)).await.expect("writes");
+        all_home(&members).await;
+        session.detach(LONG).await.expect("detaches");
+        all_home(&members).await;
+        members[1].host.stop().await;
+        put_bytes(&home, 3, &old[0]);
+        (0..2).for_each(|copy| put_bytes(&table, copy, &old[1 + copy as usize]));
+        again(place.path(), &switch, &mut members, 2).await;
+        assert!(!all_equal(&members).await, "nothing is wrong: this shows nothing");
+        let second = volume(&members[1]);
+        assert_eq!(second.data().digest().await.expect("is read").bad_blocks, 0, "no checksum shows it");
+        members.iter().for_each(|member| member.host.start_scrub(SCRUB));
+        for member in &members {
+            let volume = volume(member);
+            until("a pass ends", || volume.scrub_progress().passes == 1).await;
+        }
+        assert!(all_equal(&members).await);
+        assert_eq!(second.data().health().replaced_chunks, 1);
+        for other in [0, 2] {
+            assert_eq!(volume(&members[other]).data().health().replaced_chunks, 0);
+        }
+        let session = attach(&members[1], false).await.expect("attaches");
+        assert_eq!(within(session.read(range(3, 1))).await.expect("reads"), block(5, 1));
+        stop(&members).await;
+    });
+}
+
+/// Writes go on all the while: nothing is taken for wrong that is only not there yet.
+#[test]
+fn a_scrub_under_writes_replaces_nothing() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let session = written(&members).await;
+        members.iter().for_each(|member| member.host.start_scrub(SCRUB));
+        let mut at = 0u64;
+        let passed =
+            |members: &[Member]| members.iter().all(|member| volume(member).scrub_progress().passes >= 3);
+        while !passed(&members) {
+            within(session.write(range(at % 4096, 4), block(at as u8, 4))).await.expect("writes");
+            at += 37;
+            for member in &members {
+                let progress = volume(member).scrub_progress();
+                if progress.chunk == 0 && progress.passes < 3 {
+                    member.host.scrub_now(GROUP);
+                }
+            }
+        }
+        assert!(all_equal(&members).await);
+        for member in &members {
+            assert_eq!(volume(member).data().health(), Default::default());
+        }
         stop(&members).await;
     });
 }
