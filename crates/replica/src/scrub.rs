@@ -276,19 +276,16 @@ impl Task {
 /// Reads a chunk from the medium, and heals what is bad of it; the bytes that were looked at.
 async fn read(volume: &Volume, chunk: ChunkIndex) -> Result<u64, StoreError> {
     let data = volume.data();
+    if data.verify_chunk(chunk).await? != Finding::Whole && !heal::heal(volume, chunk).await? {
+        // The healer goes on trying.
+        data.suspect_chunk(chunk);
+    }
     let is_empty = match data.chunk_now(chunk).await {
         Ok(now) => now.sums.iter().all(|sum| !matches!(sum, BlockSum::Data(_))),
         Err(StoreError::Damaged { .. }) => false,
         Err(error) => return Err(error),
     };
-    if is_empty {
-        return Ok(LINE_BYTES);
-    }
-    if data.verify_chunk(chunk).await? != Finding::Whole && !heal::heal(volume, chunk).await? {
-        // The healer goes on trying.
-        data.suspect_chunk(chunk);
-    }
-    Ok(CHUNK_BYTES)
+    Ok(if is_empty { LINE_BYTES } else { CHUNK_BYTES })
 }
 
 /// The replica that comes after this one, in a ring.
