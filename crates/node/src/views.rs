@@ -234,13 +234,6 @@ pub(crate) fn status(
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for volume in volumes {
         *counts.entry(volume.health.clone()).or_default() += 1;
-        for replica in volume.replicas.iter().filter(|replica| replica.unsettled_chunks > 0) {
-            let what =
-                format!("{} chunks on node {} differ elsewhere", replica.unsettled_chunks, replica.node);
-            let doing =
-                "the next scrub looks again; `holdfast volume verify` compares everything at one index";
-            problem(format!("volume {}", volume.name), what, doing);
-        }
         for replica in volume.replicas.iter().filter(|replica| replica.bad_blocks > 0) {
             let what = format!("{} blocks are bad on node {}", replica.bad_blocks, replica.node);
             let doing = "they are read elsewhere, and healed from the other replicas";
