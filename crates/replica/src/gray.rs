@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use holdfast_env::Instant;
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::RecentLatency;
 use holdfast_store::journal::Journal;
 use holdfast_types::ReplicaId;
@@ -121,7 +122,7 @@ pub(crate) async fn watch(host: Weak<Host>) {
 
 async fn look(journal: &Journal, groups: &[Rc<Group>]) {
     let leading = groups.iter().filter(|group| group.is_leader());
-    if journal.is_hung() {
+    if journal.is_hung() && !is_planted("lead-on-a-hung-disk") {
         let giving = leading.map(|group| group.fall_silent_if_others_can_write(journal));
         return futures_util::stream::iter(giving).buffer_unordered(AT_ONCE).collect().await;
     }
@@ -135,6 +136,9 @@ async fn look(journal: &Journal, groups: &[Rc<Group>]) {
 impl Group {
     /// The other voters that proved that they can write, if a majority of every configuration did, without this one.
     async fn who_can_write(&self, membership: &Membership) -> Option<BTreeSet<u64>> {
+        if is_planted("give-to-who-cannot-write") {
+            return Some(membership.voter_ids().filter(|voter| *voter != self.id().replica.0).collect());
+        }
         let ask = |client: crate::network::Client| async move { client.can_write(PROOF_PATIENCE).await };
         confirm::majority(self.networks(), membership, BTreeSet::new(), ask).await
     }
