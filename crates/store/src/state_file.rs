@@ -95,6 +95,21 @@ fn decode(slot: &[u8]) -> Result<(StateIdentity, u64, Checkpoint), DecodeError> 
     Ok((identity, generation, Checkpoint { id, membership, state, serve_floor }))
 }
 
+/// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(body: &[u8]) {
+    let mut whole = Writer::new();
+    whole.u64(MAGIC);
+    whole.u16(VERSION);
+    whole.u32(body.len() as u32);
+    whole.u32(crc32fast::hash(body));
+    whole.raw(body);
+    if let Ok((identity, generation, checkpoint)) = decode(whole.as_slice()) {
+        let again = decode(encode(&identity, generation, &checkpoint).as_slice());
+        assert_eq!(again, Ok((identity, generation, checkpoint)), "a state is written otherwise");
+    }
+}
+
 impl StateFile {
     /// Opens the file, or makes an empty one. A file of somebody else is refused; a damaged one, too, since what it
     /// held may have been acknowledged.

@@ -7,6 +7,7 @@
 
 mod disk;
 mod driver;
+pub mod fuzz;
 mod planted;
 
 pub use disk::{Fault, Image, Left, MemoryDisk, Tear};

@@ -336,6 +336,31 @@ impl List {
     }
 }
 
+/// For fuzzing: reads `bytes` as if a list of a store without salt began with them; what is read is written as it was.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let length = bytes.len().max(FIXED_BYTES) - FIXED_BYTES;
+    let mut out = Writer::new();
+    out.u64(MAGIC_FRONT);
+    out.u16(VERSION);
+    out.u16(0);
+    let fixed = &bytes[..bytes.len().min(FIXED_BYTES)];
+    let mut place = [0; FIXED_BYTES];
+    place[..fixed.len()].copy_from_slice(fixed);
+    out.raw(&place[12..FIXED_BYTES - 8]);
+    out.u32(length as u32);
+    let records = &bytes[bytes.len().min(FIXED_BYTES)..];
+    let crc = list_crc(0, &[out.as_slice(), records].concat());
+    out.u32(crc);
+    out.raw(records);
+    if let Some((mut list, _)) = List::decode(0, out.as_slice()) {
+        let encoded = list.encode_records();
+        let mut again = vec![0; FIXED_BYTES + encoded.len()];
+        list.encode_into(true, 0, &encoded, &mut again);
+        assert_eq!(List::decode(0, &again), Some((list, true)), "a list is written otherwise");
+    }
+}
+
 /// Makes a batch: the buffer to write, and the byte offset of each payload within it.
 pub(crate) fn make_batch(mut list: List, payloads: &[Bytes], salt: u64) -> (List, AlignedBuffer, Vec<u64>) {
     let records = list.encode_records();

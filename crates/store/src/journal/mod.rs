@@ -8,7 +8,7 @@
 //! a segment is not reused before a later batch that says so is durable; a failed write or flush stops the store for
 //! good; what recovery cannot prove never to have been durable is never cut (docs/FORMAT.md has the argument).
 
-mod format;
+pub(crate) mod format;
 mod group;
 mod recover;
 mod repair;
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_env::Instant;
-use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, OpenMode};
 use holdfast_types::{
     ClusterId, DecodeError, GroupId, LatencyHistogram, NodeName, Reader, ReplicaId, StoreId, Writer,
 };
@@ -198,6 +198,12 @@ impl IdentityBlock {
         let store = StoreId::decode(&mut input)?;
         let node = NodeName::decode(&mut input)?;
         let options = StoreOptions { segment_bytes: input.u64()?, segments: input.u32()? };
+        if options.segment_bytes == 0 || !options.segment_bytes.is_multiple_of(ALIGNMENT as u64) {
+            return Err(DecodeError::Unknown { what: "size of a segment", value: options.segment_bytes });
+        }
+        if options.segments == 0 {
+            return Err(DecodeError::Unknown { what: "number of segments", value: 0 });
+        }
         let salt = input.u64()?;
         let covered = block.len() - input.remaining();
         let crc = input.u32()?;

@@ -398,6 +398,15 @@ impl MemoryDisk {
         });
     }
 
+    /// Puts other bytes, 4096 of them, in the place of a block on the medium.
+    pub fn replace(&self, name: &str, block: u64, bytes: &[u8]) {
+        self.with_file(name, |file| {
+            let mut data = [0; ALIGNMENT];
+            data.copy_from_slice(bytes);
+            file.durable.insert(block, Rc::new(data));
+        });
+    }
+
     /// Makes a block unreadable.
     pub fn make_unreadable(&self, name: &str, block: u64) {
         self.with_file(name, |file| file.unreadable.insert(block));

@@ -177,6 +177,20 @@ fn check_pieces(pieces: &[LayerMark]) -> Result<(), DecodeError> {
     Err(DecodeError::Unknown { what: "chain of layers", value: pieces.len() as u64 })
 }
 
+/// For fuzzing: reads `body` as if a manifest held it; what is read is written as it was meant.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(body: &[u8]) {
+    let mut whole = Writer::new();
+    whole.u64(MAGIC);
+    whole.u16(VERSION);
+    whole.u32(body.len() as u32);
+    whole.u32(crc32fast::hash(body));
+    whole.raw(body);
+    if let Ok(found) = Manifest::decode(whole.as_slice()) {
+        assert_eq!(Manifest::decode(found.encode().as_slice()), Ok(found), "a manifest is written otherwise");
+    }
+}
+
 /// The manifest's file.
 pub(super) struct ManifestFile {
     file: Rc<dyn File>,

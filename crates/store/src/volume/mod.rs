@@ -18,12 +18,12 @@ mod diff;
 mod extent;
 mod heal;
 mod layers;
-mod manifest;
+pub(crate) mod manifest;
 mod marks;
 mod merge;
 mod read;
-mod stage;
-mod table;
+pub(crate) mod stage;
+pub(crate) mod table;
 
 use std::cell::{Cell, RefCell};
 use std::fmt;

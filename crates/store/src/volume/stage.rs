@@ -13,6 +13,7 @@ use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Durability, File, OpenMode};
 use holdfast_types::{
     BLOCK_BYTES, BlockIndex, BlockRange, ChunkIndex, DecodeError, LogIndex, Reader, Writer, block_checksum,
+    limits,
 };
 
 use super::layers::{LayerId, LayerMark, Piece, Pieces};
@@ -78,7 +79,27 @@ impl RecordHead {
         if magic != MAGIC || input.u32()? != crc32fast::hash(&block[..covered]) {
             return Err(DecodeError::Unknown { what: "staging record", value: magic });
         }
+        // As many are put in at once, and so many bytes are read at once.
+        if kind == KIND_DATA && range.count > limits::REQUEST_BLOCKS_MAX {
+            return Err(DecodeError::Unknown { what: "staged blocks", value: range.count.into() });
+        }
+        if !(KIND_DATA..=KIND_ZERO).contains(&kind) {
+            return Err(DecodeError::Unknown { what: "kind of a staging record", value: kind.into() });
+        }
         Ok(Self { kind, layer, range, crc })
+    }
+}
+
+/// For fuzzing: reads `bytes` as if a record of a staging file began with them; what is read is written as it was.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mut out = Writer::new();
+    out.u64(MAGIC);
+    out.raw(&bytes[..bytes.len().min(25)]);
+    let crc = crc32fast::hash(out.as_slice());
+    out.u32(crc);
+    if let Ok(head) = RecordHead::decode(out.as_slice()) {
+        assert_eq!(head.encode().as_slice()[..out.len()], *out.as_slice(), "a record is written otherwise");
     }
 }
 

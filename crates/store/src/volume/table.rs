@@ -30,6 +30,9 @@ const VERSION: u16 = 2;
 /// Chunks of a page.
 pub(super) const PAGE_CHUNKS: u64 = 14;
 const HEADER_BYTES: usize = 64;
+/// Where a page's checksum stands.
+#[cfg(any(test, feature = "testing"))]
+const CRC_AT: usize = 58;
 /// Clean pages kept in memory: 16 MiB a replica.
 const PAGES_MAX: usize = 4096;
 /// Of each layer, if there are many.
@@ -210,6 +213,22 @@ impl Page {
 
 /// Whose a page is.
 type Owner = (ReplicaIdentity, LayerId);
+
+/// For fuzzing: reads `body` as if page 3 of a table held it; what is read is written as it was.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(body: &[u8]) {
+    let who = (ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) }, LayerId::BASE);
+    let mut bytes = Page { generation: 7, ..Page::default() }.encode(3, who);
+    let bytes = bytes.as_mut_slice();
+    let count = body.len().min(BLOCK_BYTES - HEADER_BYTES);
+    bytes[HEADER_BYTES..HEADER_BYTES + count].copy_from_slice(&body[..count]);
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&bytes[..CRC_AT]);
+    hasher.update(&bytes[HEADER_BYTES..]);
+    bytes[CRC_AT..CRC_AT + 4].copy_from_slice(&hasher.finalize().to_le_bytes());
+    let page = Page::decode(bytes, 3, who).expect("its checksum matches").expect("it was written");
+    assert_eq!(page.encode(3, who).as_slice(), bytes, "a page is written otherwise");
+}
 
 /// The table of one layer's piece.
 pub(super) struct Table {
