@@ -12,8 +12,11 @@ use super::{Image, MemoryDisk, simulate};
 use crate::journal::{GroupLog, Journal, StoreOptions};
 use crate::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 
+/// Takes any bytes, and panics if they are read as what they are not.
+pub type Target = fn(&[u8]);
+
 /// What can be fuzzed, by name.
-pub const TARGETS: [(&str, fn(&[u8])); 6] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("list", crate::journal::format::fuzz),
     ("journal", journal),
     ("manifest", crate::volume::manifest::fuzz),
