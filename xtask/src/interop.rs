@@ -27,9 +27,9 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Packages whose programs are missing, each once.
-fn missing() -> Vec<&'static str> {
+fn missing(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
     let mut packages: Vec<_> =
-        PROGRAMS.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+        programs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
     packages.dedup();
     packages
 }
@@ -44,9 +44,9 @@ fn apt(arguments: &[&str]) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Installs what is missing, or says what that is.
-pub fn install() -> Result<(), String> {
-    let packages = missing();
+/// Installs what is missing of these programs and the packages that have them, or says what that is.
+pub fn install(programs: &[(&str, &'static str)]) -> Result<(), String> {
+    let packages = missing(programs);
     if packages.is_empty() {
         return Ok(());
     }
@@ -56,7 +56,7 @@ pub fn install() -> Result<(), String> {
         let install = [&["install", "-y", "-q", "--no-install-recommends"][..], &packages].concat();
         // A list that is too old names packages that are no longer there.
         let installed = apt(&install) || (apt(&["update", "-q"]) && apt(&install));
-        if installed && missing().is_empty() {
+        if installed && missing(programs).is_empty() {
             return Ok(());
         }
     }
@@ -78,7 +78,7 @@ fn try_run(given: &[&str]) -> Result<bool, String> {
     if !is_root() {
         return Err("interop mounts file systems and makes loop devices: run it as root".into());
     }
-    install()?;
+    install(PROGRAMS)?;
     let build =
         ["build", "--locked", &format!("--profile={profile}"), "-p", "holdfast", "-p", "holdfast-cluster"];
     if !crate::cargo(&build, &[]) {

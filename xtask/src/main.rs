@@ -9,6 +9,7 @@ mod cluster;
 mod csi;
 mod interop;
 mod mutants;
+mod powercut;
 mod sim;
 mod store;
 
@@ -212,16 +213,18 @@ fn main() -> ExitCode {
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
         ["csi", ref rest @ ..] => success(csi::scenarios(rest)),
         ["store", ref rest @ ..] => success(store::run(rest)),
+        ["powercut", ref rest @ ..] => success(powercut::main(rest)),
         ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}\n       {}\n       {}",
                 cluster::USAGE,
                 interop::USAGE,
                 mutants::USAGE,
                 sim::USAGE,
                 store::USAGE,
                 bench::USAGE,
+                powercut::USAGE,
                 csi::USAGE
             );
             ExitCode::from(2)

@@ -15,7 +15,7 @@ const MUTANTS: [(&str, u64, u64); 7] = [
     ("skip-epoch-check", 1, 60),
     ("leader-restore", 1, 60),
     ("skip-journal-flush", 1, 20),
-    ("append-clock", 1_795_595_456, 500),
+    ("append-clock", 1_795_700_000, 500),
     ("unsettled-ignored", 1, 200),
     ("retry-applied-twice", 1, 200),
     ("attach-without-compare", 1, 200),

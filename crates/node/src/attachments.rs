@@ -116,18 +116,7 @@ impl Attachments {
             UserError::new(ErrorCode::Internal, format!("{}: {error}", self.path.display()))
         };
         let json = serde_json::to_vec_pretty(&*self.notes.borrow()).map_err(|error| wrong(&error))?;
-        let written = (|| {
-            let new = self.path.with_extension("new");
-            let mut file = std::fs::File::create(&new)?;
-            std::io::Write::write_all(&mut file, &json)?;
-            file.sync_all()?;
-            std::fs::rename(&new, &self.path)?;
-            match self.path.parent() {
-                Some(parent) => std::fs::File::open(parent)?.sync_all(),
-                None => Ok(()),
-            }
-        })();
-        written.map_err(|error: std::io::Error| wrong(&error))
+        holdfast_env::real::replace_file(&self.path, &json).map_err(|error| wrong(&error))
     }
 
     fn forget(&self, id: VolumeId) -> Result<(), UserError> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use holdfast_env::real::sync_directory;
 use holdfast_replica::scrub::ScrubOptions;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Credentials;
@@ -164,8 +165,7 @@ fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
 pub(crate) fn mark(path: &Path) -> Result<(), UserError> {
     write_private(path, "")?;
     let parent = path.parent().unwrap_or(Path::new("."));
-    let synced = std::fs::File::open(parent).and_then(|directory| directory.sync_all());
-    synced.map_err(|error| unreadable(parent, error))
+    sync_directory(parent).map_err(|error| unreadable(parent, error))
 }
 
 impl NodeConfig {
@@ -184,7 +184,15 @@ impl NodeConfig {
         write_private(&layout.pki("node.pem"), &credentials.certificate)?;
         write_private(&layout.pki("node.key"), &credentials.key)?;
         let json = serde_json::to_string_pretty(self).map_err(|error| unreadable(&layout.config(), error))?;
-        write_private(&layout.config(), &json)
+        write_private(&layout.config(), &json)?;
+        // The entries too, up to that of the directory itself.
+        let root = layout.config();
+        for path in std::iter::once(pki.as_path()).chain(root.ancestors().skip(1).take(2)) {
+            if !path.as_os_str().is_empty() {
+                sync_directory(path).map_err(|error| unreadable(path, error))?;
+            }
+        }
+        Ok(())
     }
 
     /// The name of a store's node, for messages.

@@ -72,6 +72,11 @@ impl Dev {
             }
         };
         std::fs::create_dir_all(&directory).map_err(wrong)?;
+        // One that lost its power left it behind.
+        match std::fs::remove_file(directory.join("dev.json")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(wrong(error)),
+            _ => {}
+        }
         let child = Command::new(program)
             .args(["dev", "--dir"])
             .arg(&directory)

@@ -73,7 +73,11 @@ impl History {
 
     /// A read: `Ok`, or what is wrong with it. What it shows stays.
     pub fn check(&self, block: u64, data: &[u8]) -> Result<(), String> {
-        let stamp = stamp_of(block, data)?;
+        self.shows(block, stamp_of(block, data)?)
+    }
+
+    /// A read showed this stamp: `Ok`, or what is wrong with it. What it shows stays.
+    pub fn shows(&self, block: u64, stamp: u64) -> Result<(), String> {
         self.with(block, |state| {
             if stamp != state.acknowledged && !state.perhaps.contains(&stamp) {
                 let Block { acknowledged, perhaps } = state;

@@ -7,6 +7,7 @@ mod holder;
 mod interop;
 mod kills;
 mod load;
+mod powercut;
 mod random;
 mod scenarios;
 
@@ -55,6 +56,10 @@ enum Scenario {
         #[arg(long, default_value_t = 1)]
         rounds: u32,
     },
+    /// Power cuts of a virtual machine in which a whole cluster runs under a load that the host checks.
+    Powercut(powercut::Plan),
+    /// What runs inside of that machine.
+    Guest(powercut::GuestPlan),
     /// Programs that know nothing of Holdfast on every frontend; ext4 over kills. Needs root.
     Interop {
         /// Less of everything, for the test suites.
@@ -85,6 +90,8 @@ fn main() -> ExitCode {
                 let place = scenarios::Place { program: &program, keep, seed, rounds };
                 scenarios::run(&names, &place).await
             }
+            Scenario::Powercut(plan) => powercut::run(&plan).await,
+            Scenario::Guest(plan) => powercut::guest(&program, &plan).await,
             Scenario::Interop { brief, only } => interop::run(&program, keep, brief, only.as_deref()).await,
         }
     });

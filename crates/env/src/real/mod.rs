@@ -2,6 +2,7 @@
 
 pub mod disk;
 pub mod powercut;
+mod replace;
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -13,6 +14,7 @@ use rand::TryRng;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::driver::{Driver, Instant, install};
+pub use replace::{replace_file, sync_directory};
 
 /// The driver of a real shard.
 pub struct RealDriver {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use holdfast_env::real::replace_file;
 use holdfast_node::admin::pb;
 use holdfast_node::cluster::create_loopback;
 use holdfast_node::config::{Layout, NodeConfig};
@@ -94,10 +95,18 @@ impl Cluster {
             UserError::new(ErrorCode::Refused, format!("a cluster runs in {}", directory.display()))
                 .hint("stop it first, or give this one another --dir")
         })?;
+        // What one that was killed left behind: nobody serves there yet.
+        match std::fs::remove_file(directory.join("dev.json")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed("dev.json", error));
+            }
+            _ => {}
+        }
         let list = directory.join("nodes.json");
         let names: Vec<String> = match std::fs::read(&list) {
             Ok(json) => serde_json::from_slice(&json).map_err(|error| failed("nodes.json", error))?,
-            Err(_) => create(directory, options)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => create(directory, options)?,
+            Err(error) => return Err(failed("nodes.json", error)),
         };
         let nodes = names
             .into_iter()
@@ -168,10 +177,7 @@ impl Cluster {
     /// Writes `dev.json`: whole or not at all.
     pub fn write_description(&self) -> Result<(), UserError> {
         let json = serde_json::to_vec_pretty(&self.description()).map_err(|e| failed("dev.json", e))?;
-        let new = self.directory.join("dev.json.new");
-        std::fs::write(&new, json)
-            .and_then(|()| std::fs::rename(&new, self.directory.join("dev.json")))
-            .map_err(|error| failed("dev.json", error))
+        replace_file(&self.directory.join("dev.json"), &json).map_err(|error| failed("dev.json", error))
     }
 
     /// Names of the nodes that a word means: a node, a zone or a region.
@@ -343,7 +349,7 @@ fn create(directory: &Path, options: &DevOptions) -> Result<Vec<String>, UserErr
     let names: Vec<String> = made.iter().map(|(_, config)| config.location.node.to_string()).collect();
     let json = serde_json::to_vec(&names).map_err(|error| failed("nodes.json", error))?;
     // Last, so that an interrupted creation begins anew.
-    std::fs::write(directory.join("nodes.json"), json).map_err(|error| failed("nodes.json", error))?;
+    replace_file(&directory.join("nodes.json"), &json).map_err(|error| failed("nodes.json", error))?;
     Ok(names)
 }
 

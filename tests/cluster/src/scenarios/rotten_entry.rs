@@ -5,7 +5,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use holdfast_frontend::nbd::NbdClient;
 use serde_json::Value;
 
@@ -87,7 +86,7 @@ async fn write(client: &NbdClient, number: u64) -> Outcome<()> {
 async fn everything(client: &NbdClient) -> Outcome<()> {
     for number in 0..=WRITES {
         let read = client.read(number * BLOCK, BLOCK as u32).await.map_err(|error| error.to_string())?;
-        if read != Bytes::from(content(number)) {
+        if read != content(number) {
             return Err(format!("block {number} is not what was acknowledged"));
         }
     }
