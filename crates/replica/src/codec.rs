@@ -119,17 +119,26 @@ pub(crate) fn vote_term(bytes: &[u8]) -> Option<Term> {
     vote_from(bytes).ok().map(|vote| Term(vote.leader_id.term))
 }
 
-/// Who belongs to a group by a checkpoint and by every membership in the log behind it, committed or not.
+/// Who belongs to a group by a checkpoint and by the memberships in the log behind it, committed or not.
 pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog) -> Result<Members, DecodeError> {
-    let mut all = vec![membership_from(checkpoint)?.membership().clone()];
-    for (_, head) in log.heads_of(KIND_MEMBERSHIP) {
+    let mut all = vec![(LogIndex::ZERO, membership_from(checkpoint)?.membership().clone())];
+    for (id, head) in log.heads_of(KIND_MEMBERSHIP) {
         let mut input = Reader::new(&head);
-        all.push(get_membership(&mut input)?);
+        all.push((id.index, get_membership(&mut input)?));
         input.end()?;
     }
+    Ok(gather(&all, log.committed().map_or(LogIndex::ZERO, |id| id.index)))
+}
+
+/// Everybody of these memberships, and the configurations that may still decide: the newest that is committed, and each
+/// after it. Whoever has an entry behind it in the log has it, too, so nobody counts by an older one any more.
+fn gather(memberships: &[(LogIndex, Membership)], committed: LogIndex) -> Members {
     let mut members = Members::default();
-    for membership in all {
+    for (index, membership) in memberships {
         members.peers.extend(membership.nodes().map(|(id, peer)| (ReplicaId(*id), peer.store)));
+        if *index <= committed {
+            members.voters.clear();
+        }
         for config in membership.get_joint_config() {
             let voters: BTreeSet<ReplicaId> = config.iter().map(|id| ReplicaId(*id)).collect();
             if !voters.is_empty() && !members.voters.contains(&voters) {
@@ -137,7 +146,7 @@ pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog) -> Result<Members, D
             }
         }
     }
-    Ok(members)
+    members
 }
 
 /// The last membership with the entry that set it, for checkpoints.
@@ -372,4 +381,37 @@ pub(crate) fn snapshot_meta_from(input: &mut Reader<'_>) -> Result<crate::config
         last_log_id: get_log_id(input)?,
         last_membership: membership_from(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configurations_that_are_over_do_not_decide_any_more() {
+        let membership = |configs: &[&[u64]]| {
+            let configs: Vec<BTreeSet<u64>> =
+                configs.iter().map(|ids| ids.iter().copied().collect()).collect();
+            let nodes = configs.iter().flatten().map(|id| (*id, Peer::default())).collect::<BTreeMap<_, _>>();
+            RaftMembership::new(configs, nodes).expect("is well formed")
+        };
+        let all = [
+            (LogIndex(0), membership(&[&[1, 2, 3]])),
+            (LogIndex(5), membership(&[&[1, 2, 3], &[1, 2, 4]])),
+            (LogIndex(6), membership(&[&[1, 2, 4]])),
+        ];
+        let voters = |committed| {
+            let members = gather(&all, LogIndex(committed));
+            assert_eq!(members.peers.len(), 4, "everybody is asked");
+            let ids = |config: &BTreeSet<ReplicaId>| config.iter().map(|id| id.0).collect::<Vec<_>>();
+            members.voters.iter().map(ids).collect::<Vec<_>>()
+        };
+        assert_eq!(voters(6), [vec![1, 2, 4]], "3 is gone, and need not say anything");
+        assert_eq!(voters(5), [vec![1, 2, 3], vec![1, 2, 4]]);
+        assert_eq!(
+            voters(4),
+            [vec![1, 2, 3], vec![1, 2, 4]],
+            "what is not committed may have been decided by either"
+        );
+    }
 }

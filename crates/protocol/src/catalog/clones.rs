@@ -111,6 +111,13 @@ impl CatalogState {
                 refused(ErrorCode::NotFound, format!("there is no snapshot {} to copy", order.snapshot))
                     .hint("`holdfast snapshot list` shows them all")
             })?;
+            if snapshot.copy.is_some() {
+                let title = self.snapshot_title(snapshot);
+                let message = format!("snapshot {title} belongs to a copy, and goes when that is whole");
+                return Err(
+                    refused(ErrorCode::Refused, message).hint("make a snapshot of your own, and copy that")
+                );
+            }
             if snapshot.phase != SnapshotPhase::Ready {
                 let title = self.snapshot_title(snapshot);
                 return Err(refused(ErrorCode::Unavailable, format!("snapshot {title} is not ready yet"))

@@ -1,8 +1,8 @@
 //! What follows from what the peers say of entries that cannot be read here. Pure.
 //!
 //! An entry may be dropped only if it cannot have been committed and never will be on the strength of this replica's
-//! old acknowledgement (INV-TERM, FAULTS: nack quorum). That is so if, in every configuration that this replica knows
-//! of, a majority of the voters
+//! old acknowledgement (INV-TERM, FAULTS: nack quorum). That is so if, in the newest committed configuration that this
+//! replica knows of and in each after it, a majority of the voters
 //!
 //! - has a log that is not in doubt and shows something else at that index, or ends before it, so that a quorum of
 //!   acknowledgements was never complete: a voter that had held a committed entry would hold it still; and
@@ -29,7 +29,7 @@ pub(crate) const PATIENCE_ROUNDS: u32 = 6;
 pub(crate) struct Members {
     /// Everybody, with where they stand.
     pub(crate) peers: BTreeMap<ReplicaId, StoreId>,
-    /// The voters of every configuration.
+    /// The voters of each configuration that may still decide.
     pub(crate) voters: Vec<BTreeSet<ReplicaId>>,
 }
 

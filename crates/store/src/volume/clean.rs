@@ -49,6 +49,7 @@ impl VolumeData {
         }
         self.merge_if_too_many().await?;
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
+        self.0.aimed.replace(Some(target.clone()));
         self.0.chain.fold_unseen(target.id.index);
         let (pieces, marks): (Vec<_>, Vec<_>) = self.0.chain.at(target.id.index).into_iter().unzip();
         let moving = self.moving(target.id.index);
@@ -81,6 +82,7 @@ impl VolumeData {
             pages: Some(&pages),
         };
         self.write_manifest(change).await?;
+        self.0.aimed.replace(None);
         self.count(|usage| usage.checkpoints += 1);
         self.0.chain.all().iter().for_each(|piece| piece.map.borrow_mut().drop_up_to(target.id.index));
         self.changed();
@@ -183,10 +185,14 @@ impl VolumeData {
         if source.capture().id.index <= before {
             return None;
         }
+        // A pass that failed has changed the chain for its target, so a later one never aims below it.
+        let aimed = self.0.aimed.borrow().clone();
+        let least = aimed.as_ref().map_or(before, |aimed| aimed.id.index.max(before));
         let durable = async {
             loop {
                 let found = source.captured_up_to(self.0.payloads.flushed());
-                match found.filter(|found| found.id.index > before) {
+                let found = found.filter(|found| found.id.index > least);
+                match found.or_else(|| aimed.clone().filter(|aimed| aimed.id.index > before)) {
                     Some(found) => return Self::with_floor(found, source.capture().id.index),
                     None => holdfast_env::sleep(FLUSH_LOOK).await,
                 }

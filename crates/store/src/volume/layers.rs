@@ -449,6 +449,17 @@ impl VolumeData {
 
     /// Removes the files of layers that the manifest does not name: of an interrupted pass, merged, or thrown away.
     pub(super) async fn remove_left_overs(&self) -> Result<(), StoreError> {
+        // A pass that failed may have made files that are not named yet. They are made anew when they are needed: what
+        // is to go there is in memory still.
+        {
+            let named = &self.0.manifest.borrow().pieces;
+            let all = self.0.chain.all();
+            let unnamed = all.iter().filter(|piece| !named.iter().any(|mark| mark.id == piece.id));
+            for piece in unnamed {
+                self.forget_table(piece);
+                piece.files.replace(None);
+            }
+        }
         let wrap = |error: std::io::Error| StoreError::io(&self.0.prefix, &error);
         let named: BTreeSet<String> = {
             let manifest = self.0.manifest.borrow();

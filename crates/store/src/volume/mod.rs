@@ -201,6 +201,8 @@ struct Inner {
     usage: Cell<VolumeUsage>,
     /// Bytes written to tables that are no more, and their flushes.
     former_tables: Cell<(u64, u64)>,
+    /// What a pass that has not ended aims at.
+    aimed: RefCell<Option<Checkpoint>>,
     /// Rebuilds that compare what is home with a peer's. While there is one, nothing is moved home (INV-STAGE).
     rebuilds: Cell<u32>,
     /// What reads found bad.
@@ -280,6 +282,7 @@ impl VolumeData {
             changes: Cell::new(0),
             usage: Cell::default(),
             former_tables: Cell::default(),
+            aimed: RefCell::default(),
             rebuilds: Cell::new(0),
             suspects: heal::Suspects::default(),
         }));

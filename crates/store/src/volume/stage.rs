@@ -185,13 +185,16 @@ impl VolumeData {
 
     /// Lines of a layer's pieces as they are to be after a rebuild's blocks came home. Data and zeros stand in the
     /// newest piece; what is absent is so in all of them. The mark is in the oldest, which stays when they are merged
-    /// (INV-MARK).
+    /// (INV-MARK). A frozen layer's is not above its end: there it could equal one that a layer after it got, of what
+    /// a restore has thrown away since.
     async fn staged_lines(
         &self,
         pieces: &[Rc<Piece>],
         staged: &BTreeMap<BlockIndex, BlockSum>,
     ) -> Result<Vec<BTreeMap<ChunkIndex, Chunk>>, StoreError> {
+        let frozen = pieces.last().and_then(|piece| piece.frozen());
         let index = self.checkpoint().id.index;
+        let index = frozen.map_or(index, |end| end.min(index));
         let mut out = Vec::with_capacity(pieces.len());
         for (n, piece) in pieces.iter().enumerate() {
             let (is_oldest, is_newest) = (n == 0, n + 1 == pieces.len());

@@ -277,3 +277,22 @@ fn a_layer_that_was_thrown_away_is_not_taken_for_the_one_that_came_after_it() {
         simulate(1, run(&case, &disk));
     }
 }
+
+/// The source was rebuilt itself before the layer was thrown away: the marks that it got then stand for no later layer.
+#[test]
+fn marks_of_a_source_that_was_rebuilt_stand_for_nothing_that_was_thrown_away() {
+    simulate(1, async {
+        let log = Rc::new(Log::default());
+        let wishes = [Wish::Write(60, 6), Wish::Snapshot, Wish::Write(60, 6), Wish::Restore, Wish::Drop(0)];
+        let (entries, _) = log_of(&wishes);
+        let cleans = [Habit { cleans: true, merges: true }; 8];
+        let receiver = replica_in(MemoryDisk::new(1).directory(), &log).await;
+        live(&receiver, &log, 1, &entries[..3], &cleans).await;
+        let source = replica_in(MemoryDisk::new(2).directory(), &log).await;
+        pull(&source, &receiver, &receiver.layers(), 3).await;
+        live(&source, &log, 4, &entries[3..], &cleans).await;
+        settle(&source, 5).await;
+        pull(&receiver, &source, &source.layers(), 5).await;
+        compare(&receiver, &source).await;
+    });
+}

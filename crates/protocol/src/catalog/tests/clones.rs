@@ -100,6 +100,8 @@ fn a_copy_of_a_volume_has_a_snapshot_of_its_own_that_goes_with_the_need_for_it()
         assert_eq!(again, record, "a creation bears repetition, whatever id it draws");
         assert_eq!(state.snapshots.len(), 1);
         assert_eq!(state.snapshots[&own].copy, Some(record.id));
+        // It goes with that copy, so nobody else may begin with it.
+        assert_eq!(code(state.apply(&copy("d", 3, &of, own, false))), ErrorCode::Refused);
         let delete = CatalogCommand::DeleteVolume { id: of.id };
         let why = state.apply(&delete).expect_err("is refused");
         assert!(why.message.contains("volume c is being filled from volume a"), "{why}");
