@@ -2,8 +2,8 @@
 //! replicas.
 //!
 //! It goes through the replicas one after the other and through the chunks of each in order. Home and table are read
-//! from the medium, and what is bad there is healed ([`crate::heal`]). Then each chunk is compared with the replica
-//! next in line: what rotted shows by its checksum, what was never written shows by that ([`crate::compare`]). A ring
+//! from the medium, and what is bad there is healed (`heal.rs`). Then each chunk is compared with the replica
+//! next in line: what rotted shows by its checksum, what was never written shows by that (`compare.rs`). A ring
 //! of such comparisons reaches every replica that is wrong, and each heals itself.
 //!
 //! It takes a bounded part of the disk: no more bytes in a second than it is told, and it rests after what it read for

@@ -4,7 +4,7 @@
 //! votes nor campaigns nor acknowledges. It asks every replica of its group that it knows of, and any of them that has
 //! the entry readable, running or itself damaged, gives the payload; only one of the same id, length and checksum is
 //! taken. It is written anew durably, and with the last one the replica starts under its old id, with its whole log.
-//! What nobody can give is dropped only on the strength of [`verdict`]; else the replica waits, or is given up to be
+//! What nobody can give is dropped only on the strength of `verdict`; else the replica waits, or is given up to be
 //! replaced under a new id.
 
 mod messages;
