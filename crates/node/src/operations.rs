@@ -357,7 +357,8 @@ impl Shard {
 
     /// Asks the node that holds a volume, as its replicas remember, to let go of it; no quorum is needed.
     async fn abort_at_holder(self: &Rc<Self>, record: &VolumeRecord, reports: &volumes::Reports) -> bool {
-        let newest = reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|r| r.epoch);
+        let newest =
+            reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|r| (r.epoch, r.applied));
         let Some(Ok(store)) = newest.map(|report| self.config.store_of(&report.holder)) else { return false };
         let asked = self.ask_node(store, NodeRequest::Abort { id: record.id }, Some(ABORT_DEADLINE)).await;
         matches!(asked, Ok(NodeAnswer::Detached { held: true }))

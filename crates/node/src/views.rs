@@ -30,9 +30,13 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
     let committed = leader.map_or(0, |(_, report)| report.committed.0);
     let replicas: Vec<pb::Replica> =
         record.replicas.iter().map(|at| replica(at, reports.get(&at.id), leader, committed)).collect();
-    // The highest epoch that any replica has applied: only the leader's is confirmed, but nothing below counts.
+    // The highest epoch that any replica has applied: only the leader's is confirmed, but nothing below counts. Of one
+    // epoch the replica that has applied most: a detach that the holder confirmed ends none.
     let filling = record.phase == VolumePhase::Filling;
-    let newest = reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|report| report.epoch);
+    let newest = reports
+        .values()
+        .filter_map(|report| report.as_ref().ok())
+        .max_by_key(|report| (report.epoch, report.applied));
     let locations: Vec<_> = record.replicas.iter().map(|at| at.location.clone()).collect();
     let source = record.source.as_ref();
     pb::Volume {
