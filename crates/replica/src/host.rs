@@ -21,11 +21,11 @@ use crate::codec;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
+use crate::past::{self, Pasts};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::volume::{Volume, VolumeMachine};
-use crate::past::{self, Pasts};
 use crate::{cleaner, config, gray, heal};
 
 /// What a new replica of a volume is.
@@ -175,10 +175,13 @@ impl Host {
             .map_err(|error| error.to_string())
     }
 
-    /// Reads what a volume's replica knew of the others of its group.
     async fn remember(&self, id: ReplicaIdentity) -> Result<(), StoreError> {
+        self.remember_in(id, past_file::name_of(id)).await
+    }
+    /// Reads what a replica knew of the others of its group, from a file of this name.
+    pub async fn remember_in(&self, id: ReplicaIdentity, name: String) -> Result<(), StoreError> {
         let identity = StateIdentity { cluster: self.identity.cluster, store: self.identity.store, id };
-        self.pasts.open(&self.directory, past_file::name_of(id), identity).await
+        self.pasts.open(&self.directory, name, identity).await
     }
     pub(crate) fn pasts(&self) -> &Pasts {
         &self.pasts
@@ -324,7 +327,7 @@ impl Host {
         }
         let log = match self.claim(new.id) {
             // A crash came between the two steps of an earlier creation.
-            Some(recovered) if is_empty(&recovered.log) => recovered.log,
+            Some(recovered) if recovered.log.is_unused() => recovered.log,
             Some(used) => {
                 self.unclaimed.borrow_mut().push(used);
                 return Err(GroupError::Refused(
@@ -335,7 +338,7 @@ impl Host {
             None => self.journal.create_group(new.id).await?,
         };
         let made = self.make_files(new, log.clone()).await;
-        if made.is_err() && is_empty(&log) {
+        if made.is_err() && log.is_unused() {
             // No room, perhaps: the next try finds the log as after a crash.
             let (state, vote_lost) = (Recovery::Clean, false);
             self.unclaimed.borrow_mut().push(RecoveredGroup { id: new.id, log, state, vote_lost });
@@ -577,11 +580,6 @@ impl Host {
             }
         });
     }
-}
-
-/// Whether a log was never written to since it was made.
-fn is_empty(log: &GroupLog) -> bool {
-    log.last().is_none() && log.purged().is_none() && log.vote().is_none()
 }
 
 /// Whether a recovered log may be run. INV-TERM, FAULTS §8: what may have been acknowledged and cannot be read is

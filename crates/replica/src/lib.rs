@@ -22,7 +22,7 @@ mod log;
 pub mod machine;
 pub mod messages;
 mod network;
-mod past;
+pub mod past;
 pub mod rebuild;
 pub mod repair;
 pub mod scrub;

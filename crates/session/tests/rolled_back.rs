@@ -71,10 +71,8 @@ fn is_refused(member: &Member) -> bool {
 /// Everything that the first has is durable on the other.
 async fn has_everything(first: &Member, other: &Member) -> Outcome<()> {
     let log = |member: &Member| member.host.volume(GROUP).expect("runs").log().clone();
-    until("a follower has everything", || {
-        log(other).flushed() >= log(first).last().expect("entries").index
-    })
-    .await
+    until("a follower has everything", || log(other).flushed() >= log(first).last().expect("entries").index)
+        .await
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -107,14 +105,15 @@ async fn stop(member: Member) {
 }
 
 /// Stops a member, copies what it has, and starts it again.
-async fn copied(place: &Path, switch: &Rc<Switch>, group: &mut [Member], number: u64) {
+async fn copied(place: &Path, switch: &Rc<Switch>, group: &mut Vec<Member>, number: u64) -> Outcome<()> {
     let at = number as usize - 1;
-    group[at].host.stop().await;
+    let member = group.remove(at);
+    member.host.stop().await;
+    until("the closing mark", || member.host.journal().is_marked()).await?;
+    drop(member);
     keep(place, number);
-    // Its directory is free when its last task has ended.
-    let dead = std::mem::replace(&mut group[at].host, group[(at + 1) % 3].host.clone());
-    drop(dead);
-    group[at] = start(place, switch, number, false).await;
+    group.insert(at, start(place, switch, number, false).await);
+    Ok(())
 }
 
 fn test(work: impl AsyncFnOnce(&Path) -> Outcome<()>) {
@@ -134,7 +133,7 @@ fn a_replica_that_was_put_back_is_refused_for_good_and_the_volume_stays_up() {
             write(&session, number, number as u8 + 100).await?;
         }
         has_everything(&group[0], &group[2]).await?;
-        copied(place, &switch, &mut group, 3).await;
+        copied(place, &switch, &mut group, 3).await?;
         assert!(runs(&group[2]), "nothing was put back yet: {:?}", fault(&group[2]));
         for number in 6..=10 {
             write(&session, number, number as u8 + 100).await?;
@@ -184,7 +183,7 @@ async fn acknowledged_by_two(place: &Path) -> Outcome<()> {
     write(&session, 1, 101).await?;
     has_everything(&group[0], &group[1]).await?;
     has_everything(&group[0], &group[2]).await?;
-    copied(place, &switch, &mut group, 2).await;
+    copied(place, &switch, &mut group, 2).await?;
     for (from, to) in [(1u64, 3u64), (3, 1), (2, 3), (3, 2)] {
         switch.cut.borrow_mut().insert((StoreId(from.into()), StoreId(to.into())));
     }
@@ -238,7 +237,7 @@ fn what_the_leader_told_its_followers_counts_when_it_is_gone_and_they_have_resta
         let session = attached(&group[0]).await?;
         write(&session, 1, 101).await?;
         has_everything(&group[0], &group[1]).await?;
-        copied(place, &switch, &mut group, 2).await;
+        copied(place, &switch, &mut group, 2).await?;
         write(&session, 1, 102).await?;
         session.abort();
         has_everything(&group[0], &group[1]).await?;

@@ -200,7 +200,9 @@ impl PastFile {
                     newest = lines;
                 }
                 Ok(_) => {}
-                Err(why) => tracing::warn!(file = self.name, %why, "a part of what is known of others is lost"),
+                Err(why) => {
+                    tracing::warn!(file = self.name, %why, "a part of what is known of others is lost")
+                }
             }
         }
         Ok(newest)

@@ -56,7 +56,9 @@ impl Message {
                 let count = input.count("lines", TOLD_MAX)?;
                 Self::Tell((0..count).map(|_| line(&mut input)).collect::<Result<_, DecodeError>>()?)
             }
-            other => return Err(DecodeError::Unknown { what: "message about the past", value: other.into() }),
+            other => {
+                return Err(DecodeError::Unknown { what: "message about the past", value: other.into() });
+            }
         };
         input.end()?;
         Ok(message)

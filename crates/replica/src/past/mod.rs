@@ -29,6 +29,7 @@ use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::{GroupLog, Journal};
 use holdfast_store::past_file::{Acknowledged, LINES_MAX, Lines, PastFile};
 use holdfast_store::state_file::StateIdentity;
+use holdfast_store::volume::Checkpoint;
 use holdfast_store::{ReplicaIdentity, StoreError};
 use holdfast_types::{GroupId, LogIndex, ReplicaId, StoreId, Term};
 use holdfast_wire::rpc::{Responder, Rpc};
@@ -45,6 +46,9 @@ use verdict::{forgotten, is_enough};
 const CALL_DEADLINE: Duration = Duration::from_secs(1);
 /// How long everybody is waited for, before a majority is enough. About as long as a restarted voter is silent anyway.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The first wait between two rounds of questions, and the longest.
+const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Between two rounds of telling followers, and of looking at what is to be written.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// Between two writes of one file, unless a vote has changed.
@@ -174,7 +178,8 @@ fn witnessed(group: &Group) -> Lines {
         let committed = matched.min(report.committed);
         Acknowledged { term: report.term, leader: own, matched, committed }
     };
-    for (id, matched) in report.matched.iter().filter(|(id, matched)| *id != own && *matched > LogIndex::ZERO) {
+    for (id, matched) in report.matched.iter().filter(|(id, matched)| *id != own && *matched > LogIndex::ZERO)
+    {
         lines.entry(*id).or_default().learn(&line(*matched));
     }
     if report.is_leader {
@@ -240,7 +245,8 @@ pub(crate) fn own(log: &GroupLog, checkpoint: LogIndex, has_dropped: bool) -> Ow
 }
 
 fn rolled_back(by: ReplicaId, own_id: ReplicaId, why: &str) -> String {
-    let who = if by == own_id { "was found out earlier".to_owned() } else { format!("replica {by} knows it") };
+    let who =
+        if by == own_id { "was found out earlier".to_owned() } else { format!("replica {by} knows it") };
     format!(
         "rolled back: {why} ({who}). An older copy of its store was put back, or its disk has lost what it had \
          confirmed. Replace the replica; the others hold the data"
@@ -250,6 +256,31 @@ fn rolled_back(by: ReplicaId, own_id: ReplicaId, why: &str) -> String {
 /// Whether there is anybody to be asked.
 pub(crate) fn is_alone(id: ReplicaIdentity, members: &Members) -> bool {
     members.peers.keys().all(|peer| *peer == id.replica)
+}
+
+/// Ends when a replica may run that is no volume's, with why not if it must not. `said` is told why it waits.
+/// Asks for as long as the host is there.
+pub async fn may_run(
+    host: Weak<Host>,
+    log: GroupLog,
+    checkpoint: Checkpoint,
+    said: impl Fn(String),
+) -> Result<(), String> {
+    let (asking, mut pause, id) = (Asking::default(), PAUSE, log.id());
+    let own = own(&log, checkpoint.id.index, false);
+    let members = codec::members_of(&checkpoint.membership, &log);
+    let members = members.map_err(|error| format!("its memberships are not understood: {error}"))?;
+    loop {
+        let host = host.upgrade().ok_or("the shard is stopping")?;
+        match look(&host, id, &asking, &members, &own).await {
+            Look::Clear => return Ok(()),
+            Look::RolledBack(why) => return Err(why),
+            Look::Wait(why) => said(why),
+        }
+        drop(host);
+        holdfast_env::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
 }
 
 /// Asks everybody who has not answered yet, once.

@@ -71,7 +71,10 @@ mod tests {
     fn a_vote_that_goes_back_is_forgotten() {
         let said = known(5, 2, 0, 0);
         assert!(forgotten(&own(4, 3, 100), &said).is_some());
-        assert!(forgotten(&own(5, 1, 100), &said).is_some(), "votes of one term are in order of their leaders");
+        assert!(
+            forgotten(&own(5, 1, 100), &said).is_some(),
+            "votes of one term are in order of their leaders"
+        );
         assert_eq!(forgotten(&own(5, 2, 0), &said), None);
         assert_eq!(forgotten(&own(6, 1, 0), &said), None);
     }

@@ -126,7 +126,7 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
             Step::GiveUp(why) => (why, false),
         };
         if why != said {
-            tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, %why, "a replica does not run yet");
+            tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, %why, "a replica is not started yet");
             said.clone_from(&why);
         }
         note(&host, &repair, &manifest, &why, repairing);
