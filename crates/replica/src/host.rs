@@ -183,6 +183,11 @@ impl Host {
         let identity = StateIdentity { cluster: self.identity.cluster, store: self.identity.store, id };
         self.pasts.open(&self.directory, name, identity).await
     }
+    pub(crate) fn wake_starting(&self, group: GroupId) {
+        if let Some(starting) = self.repairs.borrow().get(&group) {
+            starting.asking.wake();
+        }
+    }
     pub(crate) fn pasts(&self) -> &Pasts {
         &self.pasts
     }

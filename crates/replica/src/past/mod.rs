@@ -33,6 +33,7 @@ use holdfast_store::volume::Checkpoint;
 use holdfast_store::{ReplicaIdentity, StoreError};
 use holdfast_types::{GroupId, LogIndex, ReplicaId, StoreId, Term};
 use holdfast_wire::rpc::{Responder, Rpc};
+use tokio::sync::Notify;
 
 use crate::codec;
 use crate::group::Group;
@@ -48,7 +49,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The first wait between two rounds of questions, and the longest.
 const PAUSE: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Between two rounds of telling followers, and of looking at what is to be written.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// Between two writes of one file, unless a vote has changed.
@@ -216,14 +217,26 @@ pub(crate) struct Asking {
     leader_answered: Cell<bool>,
     /// Leaders that called it meanwhile: it may not know them.
     callers: RefCell<BTreeMap<ReplicaId, StoreId>>,
+    woken: Notify,
 }
 
 impl Asking {
     pub(crate) fn called_by(&self, replica: ReplicaId, store: StoreId) {
         let mut callers = self.callers.borrow_mut();
-        if callers.len() < LINES_MAX {
-            callers.insert(replica, store);
+        if callers.len() < LINES_MAX && callers.insert(replica, store).is_none() {
+            self.wake();
         }
+    }
+
+    /// Somebody of the group asks, too: it may answer now.
+    pub(crate) fn wake(&self) {
+        self.woken.notify_one();
+    }
+
+    /// Ends when the next round is worth it.
+    pub(crate) async fn pause(&self, longest: Duration) {
+        // Either way it is time.
+        let _ = holdfast_env::timeout(longest, self.woken.notified()).await;
     }
 }
 
@@ -373,6 +386,7 @@ pub(crate) fn serve(host: &Host, request: &Frame, responder: Responder) {
     match message {
         Message::Ask { group, replica } => match host.pasts().get(group) {
             Some(past) => {
+                host.wake_starting(group);
                 let known = gather(host, &past, group).get(&replica).copied();
                 let report = host.group(group).map(|running| running.report());
                 let leads = report.is_some_and(|report| report.is_leader && report.has_quorum);

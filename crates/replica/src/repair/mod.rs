@@ -131,7 +131,11 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
         }
         note(&host, &repair, &manifest, &why, repairing);
         drop(host);
-        holdfast_env::sleep(backoff).await;
+        if repair.log.faulty().is_empty() {
+            repair.asking.pause(backoff).await;
+        } else {
+            holdfast_env::sleep(backoff).await;
+        }
         rounds += 1;
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }

@@ -153,7 +153,7 @@ pub async fn start_on(
 const ASKING_MAX: Duration = Duration::from_secs(3);
 
 /// The replica runs, or does not and says why, unless its peers do not answer what they know of it.
-async fn asked(host: &Host) {
+pub async fn asked(host: &Host) {
     let asking = async {
         while host.faulty().iter().any(|faulty| faulty.repairing && faulty.why.starts_with("it asks")) {
             holdfast_env::sleep(Duration::from_millis(5)).await;
