@@ -9,7 +9,7 @@
 //! id. It is replaced, as one that lost its vote is.
 //!
 //! How it could be broken: by a line that tells of what was not durable, or that a later leader may cut. So a line
-//! names the vote that it was acknowledged under, and is compared by [`verdict`] only.
+//! names the vote that it was acknowledged under, and is compared by `verdict` only.
 //!
 //! What it does not find: a copy that is older only by what nobody who answers has heard of yet (docs/decisions/0091).
 
