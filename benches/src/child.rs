@@ -66,6 +66,11 @@ impl Worker {
         self.answer()
     }
 
+    /// Waits for an answer that it was not asked for.
+    pub fn hear<A: DeserializeOwned>(&mut self) -> Outcome<A> {
+        self.answer()
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()

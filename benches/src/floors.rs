@@ -174,5 +174,6 @@ fn figures(side: &Value) -> Option<Figures> {
         seconds: side["runtime"].as_f64()? / 1e3,
         p50_us: at("50.000000")?,
         p99_us: at("99.000000")?,
+        p999_us: at("99.900000")?,
     })
 }

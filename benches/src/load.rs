@@ -62,13 +62,15 @@ pub struct Figures {
     pub p50_us: f64,
     /// 99 of 100 took no longer.
     pub p99_us: f64,
+    /// 999 of 1000 took no longer.
+    pub p999_us: f64,
 }
 
 impl Figures {
     /// Of times in nanoseconds.
     pub fn of(times: &Histogram<u64>, seconds: f64) -> Self {
         let at = |quantile| times.value_at_quantile(quantile) as f64 / 1e3;
-        Self { count: times.len(), seconds, p50_us: at(0.5), p99_us: at(0.99) }
+        Self { count: times.len(), seconds, p50_us: at(0.5), p99_us: at(0.99), p999_us: at(0.999) }
     }
     /// Requests per second.
     pub fn rate(&self) -> f64 {

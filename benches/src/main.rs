@@ -1,6 +1,7 @@
-//! Measures the data path beside the floors of the machine that it runs on: `cargo xtask bench first`.
+//! Measures the data path beside the floors of the machine that it runs on: `cargo xtask bench first`; and one store
+//! alone: `cargo xtask bench store`.
 //!
-//! Everything that is measured is a child process that is told what to do line by line; floor and subject take turns
+//! In the first table everything that is measured is a child process that is told what to do line by line; floor and subject take turns
 //! in every round, so that what disturbs the machine disturbs both. Nothing here passes or fails on time.
 
 mod child;
@@ -12,6 +13,7 @@ mod floors;
 mod load;
 mod member;
 mod report;
+mod store;
 mod trio;
 mod usage;
 
@@ -33,6 +35,16 @@ struct Arguments {
 enum Command {
     /// The first table: durable writes and reads of a replicated volume, in-process and over NBD.
     First(first::Plan),
+    /// The store's table: one store alone, without Raft and network.
+    Store(store::Plan),
+    /// What a store needs of memory (a part of `store`).
+    #[command(hide = true)]
+    StoreMemory {
+        #[arg(long)]
+        question: store::memory::Question,
+        #[arg(long)]
+        directory: PathBuf,
+    },
     /// One process of three that hold a volume (a part of `first`).
     #[command(hide = true)]
     Member {
@@ -66,6 +78,8 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::First(plan) => first::run(&plan),
+        Command::Store(plan) => store::run(&plan),
+        Command::StoreMemory { question, directory } => store::memory::answer(question, &directory),
         Command::Member { directory, number } => member::run(&directory, number),
         Command::Client { socket, export } => client::run(&socket, &export),
         Command::Echo { address } => echo::answer(&address),

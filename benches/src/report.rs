@@ -45,6 +45,14 @@ impl Machine {
             nice: after_name.split(' ').nth(16).unwrap_or("unknown").to_owned(),
         }
     }
+
+    /// As a sentence.
+    pub fn sentence(&self) -> String {
+        format!(
+            "{} cores, Linux {}, {}, default congestion control {}; load {} when it began, nice {}.",
+            self.cores, self.kernel, self.file_system, self.congestion, self.load, self.nice
+        )
+    }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -100,18 +108,7 @@ fn head(out: &mut String, plan: &Plan, machine: &Machine, took: Duration) {
         out,
         format_args!("`cargo xtask bench first --rounds {}`, {:.0} s.", plan.rounds, took.as_secs_f64()),
     );
-    line(
-        out,
-        format_args!(
-            "{} cores, Linux {}, {}, default congestion control {}; load {} when it began, nice {}.",
-            machine.cores,
-            machine.kernel,
-            machine.file_system,
-            machine.congestion,
-            machine.load,
-            machine.nice
-        ),
-    );
+    line(out, format_args!("{}", machine.sentence()));
     line(
         out,
         format_args!(

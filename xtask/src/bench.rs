@@ -1,11 +1,22 @@
-//! `cargo xtask bench first`: builds the programs and measures the data path beside the machine's floors.
+//! `cargo xtask bench first`: builds the programs and measures the data path beside the machine's floors. `cargo xtask
+//! bench store`: one store alone.
 
 use std::process::Command;
 
 use crate::cluster::programs;
 
 /// How it is called.
-pub const USAGE: &str = "cargo xtask bench first [--rounds N] [--size-mib N] [--directory DIR]";
+pub const USAGE: &str = "cargo xtask bench first [--rounds N] [--size-mib N] [--directory DIR]
+       cargo xtask bench store [--rounds N] [--journal-mib N] [--quick] [--only SECTION]… [--directory DIR]";
+
+/// A table that can be measured.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Table {
+    /// The data path of a cluster.
+    First,
+    /// One store.
+    Store,
+}
 
 /// The commit, with a mark if the tree differs from it.
 fn commit() -> String {
@@ -20,8 +31,11 @@ fn commit() -> String {
     if changed.is_none_or(|changed| changed.is_empty()) { head } else { format!("{head}-changed") }
 }
 
-fn try_run(given: &[&str]) -> Result<bool, String> {
-    let build = ["build", "--locked", "--release", "-p", "holdfast", "-p", "holdfast-bench"];
+fn try_run(table: Table, given: &[&str]) -> Result<bool, String> {
+    let mut build = vec!["build", "--locked", "--release", "-p", "holdfast-bench"];
+    if table == Table::First {
+        build.extend(["-p", "holdfast"]);
+    }
     if !crate::cargo(&build, &[]) {
         return Ok(false);
     }
@@ -37,14 +51,18 @@ fn try_run(given: &[&str]) -> Result<bool, String> {
         }
         _ => Command::new(bench),
     };
-    command.args(["first", "--commit", &commit(), "--program"]).arg(programs.join("holdfast")).args(given);
+    match table {
+        Table::First => command.arg("first").arg("--program").arg(programs.join("holdfast")),
+        Table::Store => command.arg("store"),
+    };
+    command.args(["--commit", &commit()]).args(given);
     let status = command.status().map_err(|error| error.to_string())?;
     Ok(status.success())
 }
 
 /// Runs it; false if it failed.
-pub fn run(given: &[&str]) -> bool {
-    try_run(given).unwrap_or_else(|why| {
+pub fn run(table: Table, given: &[&str]) -> bool {
+    try_run(table, given).unwrap_or_else(|why| {
         println!("{why}");
         false
     })

@@ -2,7 +2,7 @@
 //! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask sim` is the
 //! deterministic simulation, and `cargo xtask mutants sim` proves that it finds planted faults, `cargo xtask mutants
 //! store` that the tests of the store do; `cargo xtask bench
-//! first` measures.
+//! first` and `bench store` measure.
 
 mod bench;
 mod cluster;
@@ -204,7 +204,8 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => test(None),
         ["test", "--suite", name] => test(Some(name)),
-        ["bench", "first", ref rest @ ..] => success(bench::run(rest)),
+        ["bench", "first", ref rest @ ..] => success(bench::run(bench::Table::First, rest)),
+        ["bench", "store", ref rest @ ..] => success(bench::run(bench::Table::Store, rest)),
         ["cluster", ref rest @ ..] => success(cluster::run(rest)),
         ["interop", ref rest @ ..] => success(interop::run(rest)),
         ["sim", ref rest @ ..] => success(sim::run(rest)),
