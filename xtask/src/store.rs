@@ -105,6 +105,13 @@ const MUTANTS: &[Mutant] = &[
     ("trim-falls-through", "INV-LAYER", "volume", "layers::what_was_given_back_hides_an_older_layer"),
     ("merge-before-manifest", "INV-LAYER", "volume", CUT_MERGE),
     ("empty-before-merged", "INV-LAYER", "volume", CUT_MERGE),
+    ("owners-not-told", "INV-LAYER", "volume", "owners::what_was_found_out_is_told_of_every_change"),
+    (
+        "owners-kept-late",
+        "INV-LAYER",
+        "volume",
+        "owners::what_is_found_out_while_blocks_come_home_is_not_kept",
+    ),
     ("manifest-in-place", "INV-ACK", "rebuild", CUT_REBUILD),
     ("state-in-place", "INV-ACK", "holdfast_store", "state_file::tests::the_newest_whole_generation_counts"),
     ("page-in-place", "INV-ACK", "volume", CUT_CLEANING),

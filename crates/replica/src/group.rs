@@ -36,7 +36,6 @@ use crate::log::Log;
 use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
-use crate::past::Grants;
 use crate::stall::{Stall, Stalled};
 use crate::usage::{Counters, GroupUsage};
 
@@ -132,7 +131,6 @@ impl Group {
             counters: counters.clone(),
             mute: Mute::default(),
             acks: Acks::default(),
-            grants: Grants::default(),
         };
         let machine = Machine {
             inner: machine,

@@ -11,7 +11,7 @@ const VARIABLE: &str = "HOLDFAST_PLANTED";
 const ADDRESS: &str = "address-not-in-checksum";
 
 /// Faults that can be planted, and what each does.
-pub const KNOWN: [(&str, &str); 46] = [
+pub const KNOWN: [(&str, &str); 48] = [
     // The journal's writer.
     ("skip-journal-flush", "a batch is acknowledged before it is on stable storage"),
     ("acknowledge-out-of-order", "a batch is acknowledged before those in front of it"),
@@ -46,6 +46,8 @@ pub const KNOWN: [(&str, &str); 46] = [
     ("trim-falls-through", "what was given back shows what an older layer holds"),
     ("merge-before-manifest", "a layer is merged while a durable checkpoint has the snapshot at its end"),
     ("empty-before-merged", "a layer is emptied before the older one has its blocks"),
+    ("owners-not-told", "of whom a block is stays known though a table has changed"),
+    ("owners-kept-late", "of whom blocks are is kept though a table changed while it was asked for"),
     // Manifest, table and home.
     ("manifest-in-place", "a torn manifest leaves no older one"),
     ("state-in-place", "a torn checkpoint of the catalog leaves no older one"),

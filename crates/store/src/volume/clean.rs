@@ -84,7 +84,7 @@ impl VolumeData {
         self.write_manifest(change).await?;
         self.0.aimed.replace(None);
         self.count(|usage| usage.checkpoints += 1);
-        self.0.chain.all().iter().for_each(|piece| piece.map.borrow_mut().drop_up_to(target.id.index));
+        self.0.chain.drop_up_to(target.id.index);
         self.changed();
         for Work { files, lines, .. } in &mut work {
             files.table.write_other_copies().await?;

@@ -26,7 +26,7 @@ pub(super) struct Extent {
 
 impl Extent {
     /// The part from block `skip` on, `count` blocks long.
-    fn part(&self, skip: u64, count: u64) -> Self {
+    pub(super) fn part(&self, skip: u64, count: u64) -> Self {
         let what = match &self.what {
             What::Data { offset, checksums } => {
                 What::Data { offset: offset + skip as u32, checksums: checksums.clone() }

@@ -18,10 +18,11 @@ use holdfast_env::disk::{Directory, File, OpenMode};
 use holdfast_types::{LogIndex, Reader, Writer};
 
 use super::extent::ExtentMap;
+use super::owners::Owners;
 use super::read::ReadError;
-use super::table::Table;
+use super::table::{PageOwner, Table};
 use super::{Clear, VolumeData};
-use crate::{ReplicaIdentity, StoreError};
+use crate::StoreError;
 
 /// Names a layer: the index where it began, zero for the base.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -174,21 +175,52 @@ pub(super) struct Chain {
     retired: RefCell<Vec<Rc<Piece>>>,
     /// The last command that changed the chain.
     changed_at: Cell<LogIndex>,
+    /// Whether the map of any piece but the newest holds something. Only the newest one's grows.
+    maps_below: Cell<bool>,
 }
 
 impl Chain {
     pub(super) fn new(pieces: Vec<(LayerMark, Rc<PieceFiles>)>) -> Self {
         let live = pieces.into_iter().map(|(mark, files)| Piece::new(mark.id, Some(files), mark.frozen));
-        Self { live: RefCell::new(live.collect()), retired: RefCell::default(), changed_at: Cell::default() }
+        Self {
+            live: RefCell::new(live.collect()),
+            retired: RefCell::default(),
+            changed_at: Cell::default(),
+            maps_below: Cell::new(false),
+        }
     }
 
     fn set(&self, live: Vec<Rc<Piece>>) {
         *self.live.borrow_mut() = live.into();
+        self.look_at_maps();
+    }
+
+    fn look_at_maps(&self) {
+        let live = self.live.borrow();
+        let below = live.split_last().map_or(&live[..], |(_, below)| below);
+        self.maps_below.set(below.iter().any(|piece| !piece.map.borrow().is_empty()));
+    }
+
+    /// What a durable checkpoint has brought home leaves the maps.
+    pub(super) fn drop_up_to(&self, index: LogIndex) {
+        self.all().iter().for_each(|piece| piece.map.borrow_mut().drop_up_to(index));
+        self.look_at_maps();
     }
 
     pub(super) fn live(&self) -> Pieces {
         let chain = self.live.borrow().clone();
         Pieces { from: 0, to: chain.len(), chain }
+    }
+
+    /// Whether pieces are a view of what is read now, from the oldest piece on.
+    pub(super) fn shows(&self, pieces: &Pieces) -> bool {
+        pieces.from == 0 && Rc::ptr_eq(&pieces.chain, &self.live.borrow())
+    }
+
+    /// Those of a view of now whose maps may hold something, the newest first, each with its number.
+    pub(super) fn with_maps<'p>(&self, pieces: &'p Pieces) -> impl Iterator<Item = (usize, &'p Rc<Piece>)> {
+        let count = if self.maps_below.get() { pieces.len() } else { 1 };
+        pieces.iter().enumerate().rev().take(count)
     }
 
     pub(super) fn top(&self) -> Rc<Piece> {
@@ -334,9 +366,9 @@ pub(super) fn name_of(prefix: &str, id: LayerId, file: &str) -> String {
 pub(super) async fn open_files(
     directory: &Rc<dyn Directory>,
     prefix: &str,
-    id: LayerId,
-    who: ReplicaIdentity,
+    (who, id): PageOwner,
     mode: OpenMode,
+    owners: &Rc<Owners>,
 ) -> Result<Rc<PieceFiles>, StoreError> {
     let (home, table) = (name_of(prefix, id, "home"), name_of(prefix, id, "table"));
     let mut files = Vec::with_capacity(2);
@@ -349,7 +381,7 @@ pub(super) async fn open_files(
         files.push(directory.open(name, mode).await.map_err(wrap)?);
     }
     let (table_file, home) = (files.remove(1), files.remove(0));
-    Ok(Rc::new(PieceFiles { home, table: Table::new(table_file, table, who, id) }))
+    Ok(Rc::new(PieceFiles { home, table: Table::new(table_file, table, (who, id), owners.clone()) }))
 }
 
 impl VolumeData {
@@ -374,6 +406,7 @@ impl VolumeData {
     /// If there is none at `snapshot`, or it is not the newest: the replicated state says which there are.
     pub fn apply_restore(&self, index: LogIndex, snapshot: LogIndex) {
         self.0.chain.restore(index, snapshot);
+        self.0.owners.clear();
         self.chain_changed();
     }
 
@@ -434,9 +467,9 @@ impl VolumeData {
     pub(super) async fn create_files(&self, pieces: &[Rc<Piece>]) -> Result<(), StoreError> {
         let mut made = false;
         for piece in pieces.iter().filter(|piece| piece.files.borrow().is_none()) {
-            let who = self.0.identity.id;
-            let files =
-                open_files(&self.0.directory, &self.0.prefix, piece.id, who, OpenMode::CreateNew).await?;
+            let who = (self.0.identity.id, piece.id);
+            let (directory, prefix, owners) = (&self.0.directory, &self.0.prefix, &self.0.owners);
+            let files = open_files(directory, prefix, who, OpenMode::CreateNew, owners).await?;
             *piece.files.borrow_mut() = Some(files);
             made = true;
         }
@@ -455,9 +488,10 @@ impl VolumeData {
             let named = &self.0.manifest.borrow().pieces;
             let all = self.0.chain.all();
             let unnamed = all.iter().filter(|piece| !named.iter().any(|mark| mark.id == piece.id));
-            for piece in unnamed {
+            for piece in unnamed.filter(|piece| piece.files().is_some()) {
                 self.forget_table(piece);
                 piece.files.replace(None);
+                self.0.owners.clear();
             }
         }
         let wrap = |error: std::io::Error| StoreError::io(&self.0.prefix, &error);

@@ -189,6 +189,7 @@ impl VolumeData {
         // From here on without a wait: nobody sees one without the other.
         self.forget_table(younger);
         self.0.chain.merged(older, younger);
+        self.0.owners.clear();
         self.changed();
         self.share_memory();
         self.remove_left_overs().await

@@ -21,7 +21,9 @@ mod layers;
 pub(crate) mod manifest;
 mod marks;
 mod merge;
+mod owners;
 mod read;
+mod sources;
 pub(crate) mod stage;
 pub(crate) mod table;
 
@@ -190,6 +192,8 @@ struct Inner {
     identity: ReplicaFileIdentity,
     prefix: String,
     chain: Chain,
+    /// Which piece holds each block.
+    owners: Rc<owners::Owners>,
     manifest_file: ManifestFile,
     manifest: RefCell<Manifest>,
     payloads: Rc<dyn PayloadSource>,
@@ -231,7 +235,7 @@ impl VolumeData {
     ) -> Result<Self, StoreError> {
         let prefix = prefix_of(identity.id);
         let who = identity.id;
-        open_files(&directory, &prefix, LayerId::BASE, who, OpenMode::CreateNew).await?;
+        open_files(&directory, &prefix, (who, LayerId::BASE), OpenMode::CreateNew, &Rc::default()).await?;
         let file = ManifestFile::create(&directory, format!("{prefix}/manifest")).await?;
         let manifest = Manifest {
             identity: identity.clone(),
@@ -264,9 +268,11 @@ impl VolumeData {
                 found: format!("{:?}", manifest.identity),
             });
         }
+        let owners = Rc::default();
         let mut pieces = Vec::with_capacity(manifest.pieces.len());
         for mark in &manifest.pieces {
-            let files = open_files(&directory, &prefix, mark.id, expected.id, OpenMode::Existing).await?;
+            let who = (expected.id, mark.id);
+            let files = open_files(&directory, &prefix, who, OpenMode::Existing, &owners).await?;
             pieces.push((*mark, files));
         }
         let data = Self(Rc::new(Inner {
@@ -274,6 +280,7 @@ impl VolumeData {
             identity: expected.clone(),
             prefix,
             chain: Chain::new(pieces),
+            owners,
             manifest_file,
             manifest: RefCell::new(manifest),
             payloads,

@@ -53,7 +53,7 @@ pub struct CheckedBlocks {
 const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// What a read fills.
-struct Filled<'o> {
+pub(super) struct Filled<'o> {
     data: &'o mut [u8],
     /// Of data; what is absent or zero has none.
     sums: Vec<Option<u32>>,
@@ -67,7 +67,7 @@ enum Part {
 }
 
 /// Runs of blocks of which nothing was found yet.
-type Gaps = Vec<(BlockIndex, u32)>;
+pub(super) type Gaps = Vec<(BlockIndex, u32)>;
 
 impl VolumeData {
     /// The blocks of a range; what is absent or zero reads as zeros. Every block is checked. What does not match is
@@ -148,16 +148,42 @@ impl VolumeData {
         parts
     }
 
-    /// Fills `out`, newest piece first. Of each block the map is looked at before the table, and a younger piece before
-    /// an older: what is moved meanwhile moves in this direction.
+    /// Fills `out`. In a volume of many layers it is known which of them holds what, or found out first.
     async fn read_into(
         &self,
-        pieces: &[Rc<Piece>],
+        pieces: &Pieces,
         range: BlockRange,
         out: &mut Filled<'_>,
     ) -> Result<(), StoreError> {
-        let mut gaps: Gaps = vec![(range.start, range.count)];
+        let mut unknown: Gaps = vec![(range.start, range.count)];
+        if pieces.len() > 1 && range.count > 0 {
+            for chunk in (range.start.chunk().0..=BlockIndex(range.end().0 - 1).chunk().0).map(ChunkIndex) {
+                match self.find_owners(pieces, chunk).await {
+                    // The long way tells which blocks a lost page makes bad.
+                    Ok(()) | Err(StoreError::Damaged { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            // INV-LAYER: maps and owners are looked at without a wait between.
+            let sources = self.sources(pieces, range);
+            unknown = self.read_sources(pieces, range, &sources, out).await?;
+        }
+        self.read_layers(pieces, unknown, range, out).await
+    }
+
+    /// Fills the gaps, newest piece first. Of each block the map is looked at before the table, and a younger piece
+    /// before an older: what is moved meanwhile moves in this direction.
+    pub(super) async fn read_layers(
+        &self,
+        pieces: &[Rc<Piece>],
+        mut gaps: Gaps,
+        range: BlockRange,
+        out: &mut Filled<'_>,
+    ) -> Result<(), StoreError> {
         for piece in pieces.iter().rev() {
+            if gaps.is_empty() {
+                break;
+            }
             let mut below = Gaps::new();
             for part in Self::parts(piece, &gaps) {
                 match part {
@@ -174,14 +200,11 @@ impl VolumeData {
                 }
             }
             gaps = below;
-            if gaps.is_empty() {
-                break;
-            }
         }
         Ok(())
     }
 
-    async fn read_run(
+    pub(super) async fn read_run(
         &self,
         range: BlockRange,
         start: BlockIndex,
@@ -204,7 +227,7 @@ impl VolumeData {
     }
 
     /// Reads what a piece has at home of a range; what is absent there goes to `below`.
-    async fn read_home(
+    pub(super) async fn read_home(
         &self,
         files: &PieceFiles,
         range: BlockRange,
@@ -333,7 +356,7 @@ impl VolumeData {
     }
 }
 
-fn is_planted_hole(piece: &Piece, run: &Extent) -> bool {
+pub(super) fn is_planted_hole(piece: &Piece, run: &Extent) -> bool {
     let is_trim = matches!(run.what, What::Absent);
     is_trim && !piece.is_base() && crate::journal::planted("trim-falls-through")
 }

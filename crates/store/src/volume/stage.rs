@@ -366,6 +366,7 @@ impl StagingLayer {
         if !planted("keep-map-at-switch") {
             data.0.chain.replace(coming);
         }
+        data.0.owners.clear();
         data.share_memory();
         data.changed();
         data.finish_staging().await

@@ -21,6 +21,7 @@ use holdfast_types::{
 };
 
 use super::layers::LayerId;
+use super::owners::Owners;
 use crate::journal::planted;
 use crate::{ReplicaIdentity, StoreError};
 
@@ -113,11 +114,18 @@ impl Chunk {
     pub(super) fn mark(&self) -> (LogIndex, u64) {
         (self.last_index, self.incarnation)
     }
+    /// Blocks of which it holds something, a bit per block.
+    pub(super) fn held(&self) -> u64 {
+        self.data | self.zero
+    }
+    pub(super) fn holds(&self, within: usize) -> bool {
+        self.held() >> within & 1 == 1
+    }
     pub(super) fn has_data(&self) -> bool {
         self.data != 0
     }
     pub(super) fn is_present(&self) -> bool {
-        self.data != 0 || self.zero != 0
+        self.held() != 0
     }
 }
 
@@ -143,7 +151,7 @@ impl Default for Page {
 }
 
 impl Page {
-    fn encode(&self, number: u64, (who, layer): Owner) -> AlignedBuffer {
+    fn encode(&self, number: u64, (who, layer): PageOwner) -> AlignedBuffer {
         let mut body = Writer::with_capacity(BLOCK_BYTES);
         for chunk in &self.chunks {
             body.u64(chunk.data);
@@ -171,7 +179,7 @@ impl Page {
     }
 
     /// `Ok(None)` for a copy that was never written.
-    fn decode(bytes: &[u8], number: u64, who: Owner) -> Result<Option<Self>, DecodeError> {
+    fn decode(bytes: &[u8], number: u64, who: PageOwner) -> Result<Option<Self>, DecodeError> {
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
@@ -212,7 +220,7 @@ impl Page {
 }
 
 /// Whose a page is.
-type Owner = (ReplicaIdentity, LayerId);
+pub(super) type PageOwner = (ReplicaIdentity, LayerId);
 
 /// For fuzzing: reads `body` as if page 3 of a table held it; what is read is written as it was.
 #[cfg(any(test, feature = "testing"))]
@@ -234,7 +242,7 @@ pub(crate) fn fuzz(body: &[u8]) {
 pub(super) struct Table {
     file: Rc<dyn File>,
     name: String,
-    who: Owner,
+    who: PageOwner,
     pages: RefCell<BTreeMap<u64, Rc<Page>>>,
     /// Pages of which only a copy older than the checkpoint is left.
     stale: RefCell<BTreeSet<u64>>,
@@ -247,6 +255,8 @@ pub(super) struct Table {
     writes: Cell<u64>,
     /// Pages of which one copy was written, and the other is not yet.
     owed: RefCell<Vec<Written>>,
+    /// Is told whenever memory shows another page.
+    owners: Rc<Owners>,
 }
 
 /// How a page stands on the medium.
@@ -281,11 +291,12 @@ fn place_of(chunk: ChunkIndex) -> (u64, usize) {
 }
 
 impl Table {
-    pub(super) fn new(file: Rc<dyn File>, name: String, who: ReplicaIdentity, layer: LayerId) -> Self {
+    pub(super) fn new(file: Rc<dyn File>, name: String, who: PageOwner, owners: Rc<Owners>) -> Self {
         Self {
             file,
             name,
-            who: (who, layer),
+            who,
+            owners,
             pages: RefCell::default(),
             stale: RefCell::default(),
             pages_max: Cell::new(PAGES_MAX),
@@ -391,14 +402,22 @@ impl Table {
         }
     }
 
-    pub(super) async fn chunk(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
+    /// Something of a chunk's line.
+    pub(super) async fn line<T>(
+        &self,
+        chunk: ChunkIndex,
+        of: impl FnOnce(&Chunk) -> T,
+    ) -> Result<T, StoreError> {
         let (page, within) = place_of(chunk);
-        Ok(self.page(page).await?.chunks[within].clone())
+        Ok(of(&self.page(page).await?.chunks[within]))
+    }
+
+    pub(super) async fn chunk(&self, chunk: ChunkIndex) -> Result<Chunk, StoreError> {
+        self.line(chunk, Chunk::clone).await
     }
 
     pub(super) async fn block(&self, block: BlockIndex) -> Result<BlockSum, StoreError> {
-        let (page, within) = place_of(block.chunk());
-        Ok(self.page(page).await?.chunks[within].get(block.within_chunk()))
+        self.line(block.chunk(), |line| line.get(block.within_chunk())).await
     }
 
     /// Writes one copy of each page of the changed chunks, then flushes. In memory the change shows at once; the block
@@ -417,6 +436,7 @@ impl Table {
         let pages = self.writing.take();
         if written.is_err() {
             self.pages.borrow_mut().retain(|number, _| !pages.contains_key(number));
+            self.owners.clear();
         }
         self.writes.set(self.writes.get() + 1);
         let written = written?;
@@ -450,6 +470,7 @@ impl Table {
         let page = Rc::new(page);
         self.writing.borrow_mut().insert(number, page.clone());
         self.keep(number, page.clone());
+        self.owners.told(self.who.1, number, &page.chunks);
         self.write_copy(number, spare, bytes.clone()).await?;
         if planted("page-in-place") {
             self.write_copy(number, 1 - spare, bytes).await?;
@@ -603,6 +624,7 @@ impl Table {
         if written.is_err() {
             self.pages.borrow_mut().remove(&number);
             self.stale.borrow_mut().insert(number);
+            self.owners.clear();
         }
         let written = written?;
         let mark = PageMark { number, generation: written.page.generation };
@@ -652,133 +674,4 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io;
-
-    use futures_util::FutureExt;
-    use futures_util::future::LocalBoxFuture;
-    use holdfast_env::disk::FileSize;
-    use tokio::sync::Semaphore;
-
-    use super::*;
-
-    /// A file in memory whose writes wait for permits, one each, and fail when it is full.
-    struct Gated {
-        bytes: Rc<RefCell<Vec<u8>>>,
-        gate: Rc<Semaphore>,
-        full: Rc<Cell<bool>>,
-    }
-
-    impl File for Gated {
-        fn write_at(
-            &self,
-            offset: u64,
-            buffer: AlignedBuffer,
-            _: Durability,
-        ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
-            let (bytes, gate, full) = (self.bytes.clone(), self.gate.clone(), self.full.get());
-            async move {
-                gate.acquire().await.expect("the gate is never closed").forget();
-                if full {
-                    return Err(io::ErrorKind::StorageFull.into());
-                }
-                let at = offset as usize;
-                bytes.borrow_mut()[at..at + buffer.len()].copy_from_slice(buffer.as_slice());
-                Ok(buffer)
-            }
-            .boxed_local()
-        }
-        fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
-            let found = AlignedBuffer::copy_of(&self.bytes.borrow()[offset as usize..][..length]);
-            async move { Ok(found) }.boxed_local()
-        }
-        fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
-            async { Ok(()) }.boxed_local()
-        }
-        fn allocate(&self, _: u64, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-            async { Ok(()) }.boxed_local()
-        }
-        fn punch(&self, _: u64, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-            async { Ok(()) }.boxed_local()
-        }
-        fn set_length(&self, _: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-            async { Ok(()) }.boxed_local()
-        }
-        fn size(&self) -> LocalBoxFuture<'static, io::Result<FileSize>> {
-            async { Ok(FileSize::default()) }.boxed_local()
-        }
-    }
-
-    struct Place {
-        table: Table,
-        bytes: Rc<RefCell<Vec<u8>>>,
-        gate: Rc<Semaphore>,
-        full: Rc<Cell<bool>>,
-    }
-
-    fn place() -> Place {
-        let who = ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) };
-        let bytes = Rc::new(RefCell::new(vec![0; 64 * BLOCK_BYTES]));
-        let (gate, full) = (Rc::new(Semaphore::new(0)), Rc::new(Cell::new(false)));
-        let file = Gated { bytes: bytes.clone(), gate: gate.clone(), full: full.clone() };
-        let table = Table {
-            pages_max: Cell::new(1),
-            ..Table::new(Rc::new(file), "table".into(), who, LayerId::BASE)
-        };
-        Place { table, bytes, gate, full }
-    }
-
-    fn line(chunk: u64, index: u64) -> BTreeMap<ChunkIndex, Chunk> {
-        let mut line = Chunk { last_index: LogIndex(index), ..Chunk::default() };
-        line.set(0, BlockSum::Data(index as u32));
-        BTreeMap::from([(ChunkIndex(chunk), line)])
-    }
-
-    async fn index_of(table: &Table, chunk: u64) -> u64 {
-        table.chunk(ChunkIndex(chunk)).await.expect("is read").last_index.0
-    }
-
-    #[test]
-    fn a_page_that_is_read_while_it_is_written_is_not_older_afterwards() {
-        holdfast_env::real::run(async {
-            let Place { table, gate, .. } = place();
-            let (other_page, same_page) = (5 * PAGE_CHUNKS, 1);
-            {
-                let mut writing = std::pin::pin!(table.write(line(0, 7)));
-                assert!(futures_util::poll!(&mut writing).is_pending(), "the write is under way");
-                // Memory has room for one page: this one drives out the page that is being written.
-                assert_eq!(index_of(&table, other_page).await, 0);
-                assert_eq!(index_of(&table, 0).await, 7, "the disk still shows the page as it was");
-                gate.add_permits(1);
-                writing.await.expect("is written");
-            }
-            // One for the first write's second copy.
-            gate.add_permits(2);
-            table.write(line(same_page, 8)).await.expect("is written");
-            assert_eq!(index_of(&table, other_page).await, 0);
-            assert_eq!(index_of(&table, 0).await, 7, "the newer line was written over by an older one");
-            assert_eq!(index_of(&table, same_page).await, 8);
-        });
-    }
-
-    #[test]
-    fn a_write_that_failed_is_tried_again_over_the_same_copy() {
-        holdfast_env::real::run(async {
-            let Place { table, bytes, gate, full } = place();
-            gate.add_permits(4);
-            table.write(line(0, 1)).await.expect("is written");
-            let whole = bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES].to_vec();
-            full.set(true);
-            table.write(line(0, 2)).await.expect_err("the medium is full");
-            assert_eq!(index_of(&table, 0).await, 1, "memory shows what was not written");
-            assert_eq!(
-                bytes.borrow()[BLOCK_BYTES..2 * BLOCK_BYTES],
-                whole,
-                "the only whole copy was written over"
-            );
-            full.set(false);
-            table.write(line(0, 3)).await.expect("is written");
-            assert_eq!(index_of(&table, 0).await, 3);
-        });
-    }
-}
+mod tests;

@@ -184,6 +184,15 @@ async fn compare(receiver: &VolumeData, source: &VolumeData) {
     }
 }
 
+/// So that whatever is remembered of reads is there.
+async fn read_views(data: &VolumeData) {
+    for layer in data.layers() {
+        let view = layer.frozen.map_or(View::Head, View::Snapshot);
+        let range = BlockRange::new(BlockIndex(0), 128);
+        data.read_view(view, range).await.expect("is read");
+    }
+}
+
 async fn settle(data: &VolumeData, index: u64) {
     data.clean(&At(index)).await.expect("is cleaned");
     while data.merge_step().await.expect("merges") {}
@@ -229,6 +238,7 @@ async fn run(case: &Case, disk: &MemoryDisk) {
     source.clean(&At(last)).await.expect("is cleaned");
     let layers = source.layers();
     live(&source, &log, last + 1, &with_fuzzy[entries.len()..], &[]).await;
+    read_views(&receiver).await;
     // Its own log goes on while it is rebuilt.
     pull(&receiver, &source, &layers, last).await;
     live(&receiver, &log, last + 1, &with_fuzzy[entries.len()..], &[]).await;
@@ -290,6 +300,7 @@ fn marks_of_a_source_that_was_rebuilt_stand_for_nothing_that_was_thrown_away() {
         live(&receiver, &log, 1, &entries[..3], &cleans).await;
         let source = replica_in(MemoryDisk::new(2).directory(), &log).await;
         pull(&source, &receiver, &receiver.layers(), 3).await;
+        read_views(&source).await;
         live(&source, &log, 4, &entries[3..], &cleans).await;
         settle(&source, 5).await;
         pull(&receiver, &source, &source.layers(), 5).await;

@@ -13,7 +13,7 @@ use crate::crashes::{formatted, live};
 use crate::replica::{BLOCKS, Command, Reference, Replica, What, check_blocks};
 
 /// What the steps touch: two chunks on each side of the border between two pages of the table.
-const FIRST: u64 = 12 * 64;
+pub const FIRST: u64 = 12 * 64;
 const COUNT: u64 = 4 * 64;
 
 fn view_of(index: u64) -> View {
@@ -21,7 +21,7 @@ fn view_of(index: u64) -> View {
 }
 
 /// Reads every view, and compares content and status with what it must be, and the views with each other.
-async fn check_views(replica: &Replica, whole: bool) -> Result<(), String> {
+pub async fn check_views(replica: &Replica, whole: bool) -> Result<(), String> {
     let views = replica.reference.views(replica.applied().0);
     for (index, expected) in &views {
         let (first, end) = if whole { (0, BLOCKS) } else { (FIRST, FIRST + COUNT) };

@@ -6,5 +6,6 @@ mod golden;
 mod heal;
 mod layers;
 mod lost;
+mod owners;
 mod replica;
 mod rot;
