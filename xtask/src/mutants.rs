@@ -48,6 +48,20 @@ const MUTANTS: &[Mutant] = &[
             "with_leader",
         ]),
     },
+    Mutant {
+        name: "run-rolled-back",
+        breaks: "INV-ROLLBACK: a replica that was put back to an older state runs",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "rolled_back",
+            "--",
+            "without_the_question",
+        ]),
+    },
 ];
 
 /// What the last line that says so says of the failure.

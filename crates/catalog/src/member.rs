@@ -17,7 +17,7 @@ use holdfast_replica::{Group, GroupError, Host, StateMachine};
 use holdfast_store::ReplicaIdentity;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::state_file::{StateFile, StateIdentity};
-use holdfast_store::volume::CheckpointSource;
+use holdfast_store::volume::{Checkpoint, CheckpointSource};
 use holdfast_types::{
     ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, SnapshotId, UserError, VolumeId, VolumeSpec, limits,
 };
@@ -67,6 +67,16 @@ fn failed(error: impl std::fmt::Display) -> UserError {
     UserError::new(ErrorCode::Internal, format!("the catalog does not run here: {error}"))
 }
 
+async fn open_state(host: &Host, id: ReplicaIdentity) -> Result<StateFile, UserError> {
+    let identity = StateIdentity { cluster: host.identity().cluster, store: host.identity().store, id };
+    StateFile::open(host.directory(), "catalog-state", identity).await.map_err(failed)
+}
+
+/// The last checkpoint of a member that does not run yet.
+pub(crate) async fn checkpoint_of(host: &Host, id: ReplicaIdentity) -> Result<Checkpoint, UserError> {
+    Ok(open_state(host, id).await?.newest().unwrap_or_default())
+}
+
 impl Member {
     /// Runs the member of this id on a log. `fresh`: made just now. Its seat serves its calls.
     pub(crate) async fn run(
@@ -76,8 +86,7 @@ impl Member {
         fresh: bool,
         options: MemberOptions,
     ) -> Result<Rc<Self>, UserError> {
-        let identity = StateIdentity { cluster: host.identity().cluster, store: host.identity().store, id };
-        let file = StateFile::open(host.directory(), "catalog-state", identity).await.map_err(failed)?;
+        let file = open_state(host, id).await?;
         let checkpoint = file.newest();
         if fresh && checkpoint.is_some() {
             return Err(failed("its checkpoint is there, but its log is not"));

@@ -1,6 +1,7 @@
 //! The place of the catalog's member on a store. A member whose log is lost or cannot be trusted does not run: it may
 //! have voted for somebody it does not remember. Its seat stays, says why it is empty, and takes a new member under a
-//! new id when the catalog's leader asks for that (INV-TERM: a voter never comes back without its memory).
+//! new id when the catalog's leader asks for that (INV-TERM: a voter never comes back without its memory). One that has
+//! its log asks the others first what they know of it, and is refused likewise if it was put back (INV-ROLLBACK).
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -12,22 +13,28 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_replica::administration::user_error;
 use holdfast_replica::host::usable;
 use holdfast_replica::messages::CATALOG;
-use holdfast_replica::{Faulty, Host};
+use holdfast_replica::{Faulty, Host, past};
 use holdfast_store::ReplicaIdentity;
+use holdfast_store::journal::GroupLog;
+use holdfast_store::volume::Checkpoint;
 use holdfast_types::{ErrorCode, GroupId, ReplicaId, StoreId, UserError, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder};
 use tokio::sync::Mutex;
 
-use crate::member::{AnswerError, Member, MemberOptions};
+use crate::member::{AnswerError, Member, MemberOptions, checkpoint_of};
 use crate::messages::{CatalogAnswer, CatalogRequest, from_frame, to_frame};
 
 /// How long a seat may take to tell who sits there, and to take a new member.
 const SEAT_DEADLINE: Duration = Duration::from_secs(3);
+/// What the member knows of the others' past.
+const PAST_FILE: &str = "catalog-past";
 /// Entries that a new member may be behind when it becomes a voter.
 const CAUGHT_UP_WITHIN: u64 = 64;
 
 enum Sitting {
     Member(Rc<Member>),
+    /// A member that asks the others what they know of it, and why that takes so long.
+    Asking(ReplicaIdentity, String),
     /// Nobody; whose log is to be forgotten first, and why nobody runs.
     Nobody(Option<ReplicaIdentity>, String),
 }
@@ -62,11 +69,14 @@ impl Seat {
         let Some(first) = members.iter().find(|(_, at)| **at == store).map(|(id, _)| *id) else {
             return Ok(None);
         };
-        let sitting = Self::recover(host, first, options, stood).await?;
+        let (sitting, asking) = Self::recover(host, first, options, stood).await?;
         let seat =
             Self { host: host.clone(), options, sitting: RefCell::new(sitting), changing: Mutex::new(()) };
         let seat = Rc::new(seat);
         seat.tell();
+        if let Some((log, checkpoint)) = asking {
+            holdfast_env::spawn("catalog-seat", Self::ask_of_past(Rc::downgrade(&seat), log, checkpoint));
+        }
         host.environment().rpc.serve(CATALOG, Rc::new(Service(Rc::downgrade(&seat))));
         if let Some(member) = seat.member().filter(|member| member.is_empty() && !stood)
             && members.keys().next() == Some(&first)
@@ -81,46 +91,86 @@ impl Seat {
         first: ReplicaId,
         options: MemberOptions,
         stood: bool,
-    ) -> Result<Sitting, UserError> {
+    ) -> Result<(Sitting, Option<(GroupLog, Checkpoint)>), UserError> {
+        let nobody = |id, why| Ok((Sitting::Nobody(id, why), None));
         let (id, log, fresh) = match host.claim_group(GroupId::CATALOG) {
             Some(recovered) => match usable(&recovered) {
                 Ok(()) => (recovered.id, recovered.log, false),
-                Err(why) => return Ok(Sitting::Nobody(Some(recovered.id), why)),
+                Err(why) => return nobody(Some(recovered.id), why),
             },
             None if stood => {
-                return Ok(Sitting::Nobody(None, "its log is gone: the store was emptied".into()));
+                return nobody(None, "its log is gone: the store was emptied".into());
             }
             None if host.journal().doubt() => {
                 let why = "part of the journal is unreadable and may have held its vote";
-                return Ok(Sitting::Nobody(None, why.into()));
+                return nobody(None, why.into());
             }
             None => {
                 let id = identity(first);
                 (id, host.journal().create_group(id).await.map_err(failed)?, true)
             }
         };
-        match Member::run(host, id, log, fresh, options).await {
-            Ok(member) => Ok(Sitting::Member(member)),
-            Err(error) => Ok(Sitting::Nobody(Some(id), error.message)),
+        host.remember_in(id, PAST_FILE.into()).await.map_err(failed)?;
+        if !fresh && !log.is_unused() {
+            let checkpoint = match checkpoint_of(host, id).await {
+                Ok(checkpoint) => checkpoint,
+                Err(error) => return nobody(Some(id), error.message),
+            };
+            return Ok((Sitting::Asking(id, String::new()), Some((log, checkpoint))));
         }
+        match Member::run(host, id, log, fresh, options).await {
+            Ok(member) => Ok((Sitting::Member(member), None)),
+            Err(error) => nobody(Some(id), error.message),
+        }
+    }
+
+    /// Runs the member once the others have said what they know of it.
+    async fn ask_of_past(seat: Weak<Self>, log: GroupLog, checkpoint: Checkpoint) {
+        let id = log.id();
+        let (host, options) = match seat.upgrade() {
+            Some(seat) => (Rc::downgrade(&seat.host), seat.options),
+            None => return,
+        };
+        let said = |why: String| {
+            if let Some(seat) = seat.upgrade() {
+                *seat.sitting.borrow_mut() = Sitting::Asking(id, why);
+                seat.tell();
+            }
+        };
+        let may_run = past::may_run(host, log.clone(), checkpoint, said).await;
+        let Some(seat) = seat.upgrade() else { return };
+        let sitting = match may_run {
+            Ok(()) => match Member::run(&seat.host, id, log, false, options).await {
+                Ok(member) => Sitting::Member(member),
+                Err(error) => Sitting::Nobody(Some(id), error.message),
+            },
+            Err(why) => Sitting::Nobody(Some(id), why),
+        };
+        *seat.sitting.borrow_mut() = sitting;
+        seat.tell();
     }
 
     fn member(&self) -> Option<Rc<Member>> {
         match &*self.sitting.borrow() {
             Sitting::Member(member) => Some(member.clone()),
-            Sitting::Nobody(..) => None,
+            Sitting::Asking(..) | Sitting::Nobody(..) => None,
         }
     }
 
-    /// Whether a member runs here.
+    /// Whether a member stands here, running or about to.
     pub fn is_taken(&self) -> bool {
-        self.member().is_some()
+        !matches!(&*self.sitting.borrow(), Sitting::Nobody(..))
     }
 
     /// Lets the store's report say what is wrong.
     fn tell(&self) {
         let fault = match &*self.sitting.borrow() {
             Sitting::Member(_) => None,
+            // Nothing to speak of while the answers are on their way.
+            Sitting::Asking(_, why) if why.is_empty() => None,
+            Sitting::Asking(id, why) => {
+                Some(Faulty { id: *id, volume: VolumeId::NIL, why: why.clone(), repairing: true })
+            }
             Sitting::Nobody(id, why) => {
                 tracing::error!(%why, "the catalog's member does not run");
                 let id = id.unwrap_or(identity(ReplicaId(0)));
@@ -135,6 +185,7 @@ impl Seat {
             Sitting::Member(member) => {
                 CatalogAnswer::Seat { replica: Some(member.group.id().replica), why: String::new() }
             }
+            Sitting::Asking(id, why) => CatalogAnswer::Seat { replica: Some(id.replica), why: why.clone() },
             Sitting::Nobody(_, why) => CatalogAnswer::Seat { replica: None, why: why.clone() },
         }
     }
@@ -142,19 +193,21 @@ impl Seat {
     async fn sit(&self, replica: ReplicaId) -> Result<CatalogAnswer, UserError> {
         let _one_at_a_time = self.changing.lock().await;
         let before = match &*self.sitting.borrow() {
-            Sitting::Member(_) => return Ok(self.answer_for_seat()),
+            Sitting::Member(_) | Sitting::Asking(..) => return Ok(self.answer_for_seat()),
             Sitting::Nobody(before, _) => *before,
         };
         if let Some(before) = before {
             self.host.journal().drop_group(before).await.map_err(failed)?;
         }
-        let files = self.host.directory().list("catalog-state").await.map_err(failed)?;
-        for name in files {
-            self.host.directory().remove(&name).await.map_err(failed)?;
+        for files in ["catalog-state", PAST_FILE] {
+            for name in self.host.directory().list(files).await.map_err(failed)? {
+                self.host.directory().remove(&name).await.map_err(failed)?;
+            }
         }
         self.host.directory().sync().await.map_err(failed)?;
         let id = identity(replica);
         let log = self.host.journal().create_group(id).await.map_err(failed)?;
+        self.host.remember_in(id, PAST_FILE.into()).await.map_err(failed)?;
         let member = Member::run(&self.host, id, log, true, self.options).await;
         *self.sitting.borrow_mut() = match member {
             Ok(member) => Sitting::Member(member),

@@ -18,7 +18,7 @@ use holdfast_store::journal::{Journal, StoreOptions};
 use holdfast_store::{StoreError, StoreIdentity};
 use holdfast_types::{DaemonStart, ErrorCode, StoreId, UserError};
 use holdfast_wire::rpc::Rpc;
-use holdfast_wire::tcp::{Faults, Peer, TcpNetwork};
+use holdfast_wire::tcp::{Faults, Peer, TcpNetwork, answers_as};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
@@ -109,6 +109,21 @@ async fn open_store(
     Ok((directory, identity, fresh))
 }
 
+/// Refuses to be a second node of one identity: nobody may answer at this node's address before it listens there.
+async fn refuse_second(config: &NodeConfig, tls: &Tls) -> Result<(), UserError> {
+    let node = &config.location.node;
+    let own = config.peers.iter().find(|peer| peer.store == config.store);
+    let address = own.map_or(&config.listen, |peer| &peer.address);
+    if !answers_as(tls, node, address).await {
+        return Ok(());
+    }
+    Err(UserError::new(ErrorCode::Refused, format!("another daemon of node {node} answers at {address}"))
+        .hint(
+            "a copy of a data directory is the same node, not a second one: stop the other daemon first, \
+         or make a data directory of its own for a new node",
+        ))
+}
+
 impl Shard {
     /// Opens the store, starts its replicas, and listens.
     pub(crate) async fn start(layout: Layout) -> Result<Rc<Self>, UserError> {
@@ -122,6 +137,7 @@ impl Shard {
                     "pki/ and node.json of a data directory belong together: restore both from one node",
                 )
             })?;
+        refuse_second(&config, &tls).await?;
         let network = TcpNetwork::listen(config.store, &config.listen, tls).await.map_err(|error| {
             failed(&format!("cannot listen on {}", config.listen), error)
                 .hint("is another daemon running there?")

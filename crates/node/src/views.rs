@@ -226,7 +226,8 @@ pub(crate) fn status(
             if let Some(record) = state.volumes.get(volume) {
                 let what = format!("replica {} on node {name} does not run: {why}", id.replica);
                 let repairing = report.repairing.contains(id);
-                let doing = if repairing { "its log is repaired from the others" } else { "it is replaced" };
+                let doing =
+                    if repairing { "it runs once the others have answered" } else { "it is replaced" };
                 problem(format!("volume {}", record.spec.name), what, doing);
             }
         }

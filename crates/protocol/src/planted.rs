@@ -2,7 +2,7 @@
 //! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
 /// Every fault that can be planted, and the invariant that it breaks.
-pub const KNOWN: [(&str, &str); 14] = [
+pub const KNOWN: [(&str, &str); 15] = [
     ("damaged-in-flight", "INV-CHECKED"),
     ("skip-epoch-check", "INV-FENCE"),
     ("attach-without-compare", "INV-FENCE"),
@@ -17,6 +17,7 @@ pub const KNOWN: [(&str, &str); 14] = [
     ("lead-on-a-hung-disk", "INV-GRAY"),
     ("give-to-who-cannot-write", "INV-GRAY"),
     ("leader-restore", "INV-TERM"),
+    ("run-rolled-back", "INV-ROLLBACK"),
 ];
 
 #[cfg(any(test, feature = "planted-bugs"))]

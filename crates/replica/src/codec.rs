@@ -119,6 +119,11 @@ pub(crate) fn vote_term(bytes: &[u8]) -> Option<Term> {
     vote_from(bytes).ok().map(|vote| Term(vote.leader_id.term))
 }
 
+/// The leader or candidate of a vote, with its term; `None` if it is none.
+pub(crate) fn vote_leader(bytes: &[u8]) -> Option<(Term, ReplicaId)> {
+    vote_from(bytes).ok().map(|vote| (Term(vote.leader_id.term), ReplicaId(vote.leader_id.node_id)))
+}
+
 /// Who belongs to a group by a checkpoint and by the memberships in the log behind it, committed or not.
 pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog) -> Result<Members, DecodeError> {
     let mut all = vec![(LogIndex::ZERO, membership_from(checkpoint)?.membership().clone())];

@@ -36,6 +36,7 @@ use crate::log::Log;
 use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
+use crate::past::Grants;
 use crate::stall::{Stall, Stalled};
 use crate::usage::{Counters, GroupUsage};
 
@@ -131,6 +132,7 @@ impl Group {
             counters: counters.clone(),
             mute: Mute::default(),
             acks: Acks::default(),
+            grants: Grants::default(),
         };
         let machine = Machine {
             inner: machine,

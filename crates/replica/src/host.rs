@@ -10,6 +10,8 @@ use holdfast_env::disk::Directory;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::volume::VolumeState;
 use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, Recovery, StoreOptions};
+use holdfast_store::past_file;
+use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
 use holdfast_store::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
@@ -19,6 +21,7 @@ use crate::codec;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
+use crate::past::{self, Pasts};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
@@ -47,7 +50,7 @@ pub struct Faulty {
     pub volume: VolumeId,
     /// Why it does not run and what to do.
     pub why: String,
-    /// Its log is being repaired from its peers; it is not to be replaced for now.
+    /// Its peers are asked what they know of it, or its log is repaired from them; it is not to be replaced for now.
     pub repairing: bool,
 }
 
@@ -66,9 +69,10 @@ pub struct Host {
     volumes: RefCell<BTreeMap<GroupId, HostedVolume>>,
     groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
     faulty: RefCell<BTreeMap<GroupId, Faulty>>,
-    /// Replicas that do not run before their log is repaired; they are in `faulty` too.
+    /// Replicas that do not run before their peers have answered; they are in `faulty` too.
     repairs: RefCell<BTreeMap<GroupId, Rc<Repair>>>,
     repaired: Cell<RepairUsage>,
+    pasts: Pasts,
     receivers: Rc<Receivers>,
     scrub: Rc<Scrub>,
     /// Logs that no manifest claims: the catalog's, until it is started.
@@ -94,21 +98,25 @@ impl Host {
             faulty: RefCell::default(),
             repairs: RefCell::default(),
             repaired: Cell::default(),
+            pasts: Pasts::default(),
             receivers: Rc::default(),
             scrub: Rc::default(),
             unclaimed: RefCell::new(recovered),
             loaded: Cell::new(false),
             environment,
         });
-        for service in [messages::RAFT, messages::DATA, messages::REBUILD, messages::HEAL, messages::REPAIR] {
+        use messages::{DATA, HEAL, PAST, RAFT, REBUILD, REPAIR};
+        for service in [RAFT, DATA, REBUILD, HEAL, REPAIR, PAST] {
             let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
             host.environment.rpc.serve(service, handler);
         }
         holdfast_env::spawn("leaderships", gray::watch(Rc::downgrade(&host)));
+        holdfast_env::spawn("past", past::keep(Rc::downgrade(&host)));
         Ok(host)
     }
 
-    /// Starts every replica that the disk holds.
+    /// Starts every replica that the disk holds. One that has others to ask what they know of it, or whose log is
+    /// damaged, runs when they have answered ([`Self::faulty`] shows it until then).
     pub async fn load(self: &Rc<Self>) -> Result<(), StoreError> {
         for manifest in VolumeData::list(self.directory.clone()).await? {
             let id = manifest.identity.id;
@@ -142,12 +150,18 @@ impl Host {
     }
 
     async fn load_one(self: &Rc<Self>, manifest: &Manifest, recovered: RecoveredGroup) -> Result<(), String> {
-        if !recovered.vote_lost && matches!(recovered.state, Recovery::Faulty(_)) {
-            repair::begin(self, manifest.clone(), recovered.log);
-            return Ok(());
+        self.remember(manifest.identity.id).await.map_err(|error| error.to_string())?;
+        let is_damaged = matches!(recovered.state, Recovery::Faulty(_));
+        if recovered.vote_lost || !is_damaged {
+            usable(&recovered)?;
         }
-        usable(&recovered)?;
-        self.open_and_run(manifest, recovered.log).await.map(drop)
+        let members = codec::members_of(&manifest.checkpoint.membership, &recovered.log);
+        let members = members.map_err(|error| format!("its memberships are not understood: {error}"))?;
+        if !is_damaged && past::is_alone(manifest.identity.id, &members) {
+            return self.open_and_run(manifest, recovered.log).await.map(drop);
+        }
+        repair::begin(self, manifest.clone(), recovered.log);
+        Ok(())
     }
 
     async fn open_and_run(self: &Rc<Self>, manifest: &Manifest, log: GroupLog) -> Result<Rc<Volume>, String> {
@@ -159,6 +173,23 @@ impl Host {
         self.run(manifest.identity.volume, manifest.identity.id, log, data, false)
             .await
             .map_err(|error| error.to_string())
+    }
+
+    async fn remember(&self, id: ReplicaIdentity) -> Result<(), StoreError> {
+        self.remember_in(id, past_file::name_of(id)).await
+    }
+    /// Reads what a replica knew of the others of its group, from a file of this name.
+    pub async fn remember_in(&self, id: ReplicaIdentity, name: String) -> Result<(), StoreError> {
+        let identity = StateIdentity { cluster: self.identity.cluster, store: self.identity.store, id };
+        self.pasts.open(&self.directory, name, identity).await
+    }
+    pub(crate) fn wake_starting(&self, group: GroupId) {
+        if let Some(starting) = self.repairs.borrow().get(&group) {
+            starting.asking.wake();
+        }
+    }
+    pub(crate) fn pasts(&self) -> &Pasts {
+        &self.pasts
     }
 
     pub(crate) fn repair_begins(&self, repair: &Rc<Repair>) {
@@ -186,7 +217,7 @@ impl Host {
         self.repaired.get()
     }
 
-    /// Runs a replica whose log was repaired with so many bytes.
+    /// Runs a replica that may run now, and whose log was repaired with so many bytes.
     pub(crate) async fn start_repaired(
         self: &Rc<Self>,
         manifest: &Manifest,
@@ -194,7 +225,9 @@ impl Host {
         bytes: u64,
     ) -> Result<(), String> {
         let volume = self.open_and_run(manifest, log).await?;
-        *volume.healed.borrow_mut() = ("entries".into(), bytes);
+        if bytes > 0 {
+            *volume.healed.borrow_mut() = ("entries".into(), bytes);
+        }
         Ok(())
     }
 
@@ -250,6 +283,11 @@ impl Host {
     pub fn volumes(&self) -> Vec<(VolumeId, Rc<Volume>)> {
         self.volumes.borrow().values().map(|hosted| (hosted.of, hosted.volume.clone())).collect()
     }
+    /// The group of a replica that runs, the catalog's included.
+    pub(crate) fn group(&self, group: GroupId) -> Option<Rc<Group>> {
+        let hosted = self.volumes.borrow().get(&group).map(|hosted| hosted.volume.group().clone());
+        hosted.or_else(|| self.groups.borrow().get(&group).cloned())
+    }
     /// The groups of everything that runs, the catalog's included.
     pub(crate) fn all_groups(&self) -> Vec<Rc<Group>> {
         let volumes = self.volumes.borrow();
@@ -294,7 +332,7 @@ impl Host {
         }
         let log = match self.claim(new.id) {
             // A crash came between the two steps of an earlier creation.
-            Some(recovered) if is_empty(&recovered.log) => recovered.log,
+            Some(recovered) if recovered.log.is_unused() => recovered.log,
             Some(used) => {
                 self.unclaimed.borrow_mut().push(used);
                 return Err(GroupError::Refused(
@@ -305,7 +343,7 @@ impl Host {
             None => self.journal.create_group(new.id).await?,
         };
         let made = self.make_files(new, log.clone()).await;
-        if made.is_err() && is_empty(&log) {
+        if made.is_err() && log.is_unused() {
             // No room, perhaps: the next try finds the log as after a crash.
             let (state, vote_lost) = (Recovery::Clean, false);
             self.unclaimed.borrow_mut().push(RecoveredGroup { id: new.id, log, state, vote_lost });
@@ -322,6 +360,7 @@ impl Host {
         };
         let payloads = Rc::new(log.clone());
         let identity = self.file_identity(new);
+        self.remember(new.id).await?;
         let data =
             VolumeData::create(self.directory.clone(), identity, new.spec_json.clone(), initial, payloads)
                 .await?;
@@ -375,6 +414,7 @@ impl Host {
             self.faulty.borrow_mut().remove(&id.group);
         }
         VolumeData::destroy(self.directory.clone(), id).await?;
+        self.pasts.forget(id);
         drop(self.claim(id));
         self.journal.drop_group(id).await?;
         Ok(())
@@ -413,11 +453,10 @@ impl Host {
         };
         let rest = request.head.slice(request.head.len() - input.remaining()..);
         let hosted = self.volumes.borrow().get(&head.group).map(|hosted| hosted.volume.clone());
-        let group = hosted
-            .as_ref()
-            .map(|volume| volume.group().clone())
-            .or_else(|| self.groups.borrow().get(&head.group).cloned());
-        let Some(group) = group else {
+        let Some(group) = self.group(head.group) else {
+            if let Some(starting) = self.repairs.borrow().get(&head.group) {
+                starting.asking.called_by(head.from, from);
+            }
             let why = if self.loaded.get() {
                 "no replica of the group stands here"
             } else {
@@ -548,11 +587,6 @@ impl Host {
     }
 }
 
-/// Whether a log was never written to since it was made.
-fn is_empty(log: &GroupLog) -> bool {
-    log.last().is_none() && log.purged().is_none() && log.vote().is_none()
-}
-
 /// Whether a recovered log may be run. INV-TERM, FAULTS §8: what may have been acknowledged and cannot be read is
 /// never cut; such a replica does not vote.
 pub fn usable(recovered: &RecoveredGroup) -> Result<(), String> {
@@ -626,6 +660,7 @@ impl Handler for Service {
             service if service == messages::DATA.0 => host.on_data(request, responder),
             service if service == messages::HEAL.0 => host.on_heal(request, responder),
             service if service == messages::REPAIR.0 => host.on_repair(&request, responder),
+            service if service == messages::PAST.0 => past::serve(&host, &request, responder),
             _ => host.on_rebuild(request, responder),
         }
     }

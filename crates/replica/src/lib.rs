@@ -22,6 +22,7 @@ mod log;
 pub mod machine;
 pub mod messages;
 mod network;
+pub mod past;
 pub mod rebuild;
 pub mod repair;
 pub mod scrub;

@@ -24,6 +24,8 @@ pub const REBUILD: Service = Service(5);
 pub const HEAL: Service = Service(8);
 /// Repair: payloads of log entries that cannot be read, from whoever has them.
 pub const REPAIR: Service = Service(10);
+/// What replicas know of each other's past.
+pub const PAST: Service = Service(11);
 
 /// Which of Raft's calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,7 +12,7 @@ use futures_util::stream::LocalBoxStream;
 use futures_util::{Stream, StreamExt};
 use holdfast_env::net::{Frame, Lane};
 use holdfast_env::{Instant, Sleep};
-use holdfast_types::{GroupId, ReplicaId, StoreId, Writer};
+use holdfast_types::{GroupId, ReplicaId, StoreId, Term, Writer};
 use holdfast_wire::rpc::{CallError, Pending, Rpc};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -27,6 +27,7 @@ use crate::config::{Peer, Snapshot, Types, Vote};
 use crate::gray::{Acks, Mute};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
+use crate::past::Grants;
 use crate::usage::Counters;
 
 /// Appends of one stream that are under way at once. Two keep the link and the disk busy; more only queue.
@@ -48,6 +49,7 @@ pub(crate) struct Networks {
     pub(crate) counters: Counters,
     pub(crate) mute: Mute,
     pub(crate) acks: Acks,
+    pub(crate) grants: Grants,
 }
 
 /// A client of one peer.
@@ -61,6 +63,7 @@ pub(crate) struct Client {
     counters: Counters,
     mute: Mute,
     acks: Acks,
+    grants: Grants,
 }
 
 /// Nothing is sent while the disk below hangs (see [`crate::gray`]).
@@ -84,6 +87,7 @@ impl Networks {
             counters: self.counters.clone(),
             mute: self.mute.clone(),
             acks: self.acks.clone(),
+            grants: self.grants.clone(),
         }
     }
 }
@@ -224,7 +228,12 @@ impl RaftNetworkV2<Types> for Client {
         let mut head = self.head(Method::Vote);
         codec::vote_request(&request, &mut head);
         let answer = self.call(Lane::Control, head, Vec::new(), option.hard_ttl()).await?;
-        codec::vote_response_from(&answer).map_err(malformed)
+        let response = codec::vote_response_from(&answer).map_err(malformed)?;
+        if response.vote_granted {
+            let of = request.vote.leader_id;
+            self.grants.record(self.target, Term(of.term), ReplicaId(of.node_id));
+        }
+        Ok(response)
     }
 
     async fn pre_vote(

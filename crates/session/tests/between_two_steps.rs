@@ -6,7 +6,7 @@ mod harness;
 use std::rc::Rc;
 use std::time::Duration;
 
-use harness::{GROUP, Switch, attach, block, members, open, replica, start_silent};
+use harness::{GROUP, Switch, asked, attach, block, members, open, replica, start_silent};
 use holdfast_env::net::{Frame, Lane};
 use holdfast_replica::GroupError;
 use holdfast_replica::messages::{SESSION, SessionRequest};
@@ -38,6 +38,7 @@ fn a_replica_is_not_made_anew_while_its_store_loads() {
         let removed = host.destroy(replica(3).id).await;
         assert!(matches!(removed, Err(GroupError::Refused(_))), "{removed:?}");
         host.load().await.expect("loads");
+        asked(&host).await;
         let volume = host.create(&replica(3)).await.expect("is there");
         let last = group[0].host.volume(GROUP).expect("runs").group().position().applied_index();
         let caught_up = volume.group().position().reached(last);

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use group::{GROUP, Member, Switch, attach, block, members, start};
+use group::{GROUP, Member, Switch, asked, attach, block, members, start};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_replica::messages::{DataReply, DataRequest};
@@ -141,6 +141,9 @@ fn a_follower_that_was_away_is_healed_with_every_layer() {
         group.clear();
         for number in 1..=3 {
             group.push(start(place.path(), &switch, number, false).await);
+        }
+        for member in &group {
+            asked(&member.host).await;
         }
         attach(&group[0], false).await.expect("attaches again");
         healed(&group).await;

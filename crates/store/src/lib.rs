@@ -4,6 +4,7 @@
 mod entry;
 mod error;
 pub mod journal;
+pub mod past_file;
 mod recent;
 pub mod scrub_file;
 pub mod state_file;

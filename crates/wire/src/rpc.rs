@@ -130,7 +130,8 @@ impl Rpc {
     pub fn new(network: Rc<dyn Network>) -> Self {
         let inner = Rc::new(Inner {
             network: network.clone(),
-            next: Cell::new(1),
+            // An answer to a call of the process before this one, under the same number, would be taken for another's.
+            next: Cell::new(holdfast_env::random_u64() >> 1),
             waiting: RefCell::default(),
             per_peer: RefCell::default(),
             services: RefCell::default(),

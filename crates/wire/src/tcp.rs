@@ -53,6 +53,20 @@ pub struct Peer {
     pub address: String,
 }
 
+/// How long somebody may take to show who answers at an address.
+const PROBE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Whether somebody at an address shows a certificate of this node of this cluster.
+pub async fn answers_as(tls: &Tls, node: &NodeName, address: &str) -> bool {
+    let shown = async {
+        let stream = TcpStream::connect(address).await.ok()?;
+        let stream = tls.connector.connect(Tls::server_name(), stream).await.ok()?;
+        tls.node_of(stream.get_ref().1.peer_certificates()).ok()
+    };
+    let shown = holdfast_env::timeout(PROBE_DEADLINE, shown).await;
+    shown.ok().flatten().is_some_and(|name| name == node.to_string())
+}
+
 /// What passed a shard's network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {

@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -222,12 +222,33 @@ impl World {
                 match world.start_daemon(number, network).await {
                     Ok(daemon) => {
                         world.trace.add(number, format_args!("started"));
+                        let host = daemon.host.as_ref().map(Rc::downgrade);
                         *world.node(number).daemon.borrow_mut() = Some(Rc::new(daemon));
+                        if let Some(host) = host {
+                            world.watch_replica(number, host).await;
+                        }
                     }
                     Err(error) => world.trace.violation(format_args!("n{number} does not start: {error}")),
                 }
             }),
         );
+    }
+
+    /// A replica runs in the end, whatever happened to its disk: nobody is taken for one that was put back to an older
+    /// state (INV-ROLLBACK).
+    async fn watch_replica(&self, number: u64, host: Weak<Host>) {
+        loop {
+            let Some(fault) = host.upgrade().map(|host| host.faulty().into_iter().next()) else { return };
+            match fault {
+                None => return,
+                Some(fault) if fault.repairing => holdfast_env::sleep(Duration::from_millis(50)).await,
+                Some(fault) => {
+                    return self
+                        .trace
+                        .violation(format_args!("n{number} has a replica that does not run: {}", fault.why));
+                }
+            }
+        }
     }
 
     /// What a daemon does when it starts, in its order.
@@ -254,9 +275,6 @@ impl World {
             GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
         let host = Host::open(environment, directory, identity, &options).await?;
         host.load().await?;
-        if let Some(faulty) = host.faulty().first() {
-            return Err(StoreError::Failed(format!("a replica does not run: {}", faulty.why)));
-        }
         if fresh {
             let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
             let size = ByteSize(self.plan.volume_bytes);

@@ -26,6 +26,7 @@ use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use crate::codec;
 use crate::host::{Faulty, Host};
 use crate::messages::REPAIR;
+use crate::past::{self, Asking, Look};
 use messages::{Answer, Has, WANTED_MAX, Wanted};
 pub(crate) use verdict::Members;
 use verdict::{Damaged, Heard, Verdict, verdict};
@@ -49,7 +50,7 @@ pub struct RepairUsage {
     pub dropped: u64,
 }
 
-/// A replica that is being repaired.
+/// A replica that is being repaired, or asks what the others know of it, before it runs.
 pub(crate) struct Repair {
     pub(crate) id: ReplicaIdentity,
     pub(crate) log: GroupLog,
@@ -57,6 +58,8 @@ pub(crate) struct Repair {
     pub(crate) is_starting: Cell<bool>,
     /// Peers that did not answer last time.
     silent: RefCell<BTreeSet<ReplicaId>>,
+    /// What it asks of its past, once its log is whole.
+    pub(crate) asking: Asking,
 }
 
 /// Why a peer has not helped.
@@ -74,21 +77,20 @@ enum AskError {
     NoRoom,
 }
 
-/// Begins to repair a replica that cannot run yet.
+/// Begins to repair a replica whose log is damaged, and then, as with any other, to ask the others what they know of it.
 pub(crate) fn begin(host: &Rc<Host>, manifest: Manifest, log: GroupLog) {
-    let (is_starting, silent) = (Cell::new(false), RefCell::default());
-    let repair = Rc::new(Repair { id: manifest.identity.id, log, is_starting, silent });
+    let (is_starting, silent, asking) = (Cell::new(false), RefCell::default(), Asking::default());
+    let repair = Rc::new(Repair { id: manifest.identity.id, log, is_starting, silent, asking });
     let count = repair.log.faulty().len();
     host.repair_begins(&repair);
-    note(
-        host,
-        &repair,
-        &manifest,
-        &format!("damaged: {count} log entries cannot be read; repairing them"),
-        true,
-    );
-    tracing::error!(group = %repair.id.group, replica = %repair.id.replica, entries = count,
-        "log entries are damaged; the replica does not run before they are repaired from its peers");
+    if count == 0 {
+        note(host, &repair, &manifest, "it asks the others what they know of it before it runs", true);
+    } else {
+        let why = format!("damaged: {count} log entries cannot be read; repairing them");
+        note(host, &repair, &manifest, &why, true);
+        tracing::error!(group = %repair.id.group, replica = %repair.id.replica, entries = count,
+            "log entries are damaged; the replica does not run before they are repaired from its peers");
+    }
     holdfast_env::spawn("repair", run(Rc::downgrade(host), repair, manifest));
 }
 
@@ -106,14 +108,16 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
         if host.journal().failed().is_some() {
             return;
         }
-        if repair.log.faulty().is_empty() {
-            return start(&host, &repair, &manifest, received).await;
-        }
-        let step = round(&host, &repair, &manifest, rounds, &mut received).await;
+        let step = if repair.log.faulty().is_empty() {
+            ask_of_past(&host, &repair, &manifest, received.dropped > 0).await
+        } else {
+            round(&host, &repair, &manifest, rounds, &mut received).await
+        };
         if !host.is_repairing(&repair) {
             return;
         }
         let (why, repairing) = match step {
+            Step::Run => return start(&host, &repair, &manifest, received).await,
             Step::Progress => {
                 (rounds, backoff) = (0, BACKOFF);
                 continue;
@@ -122,20 +126,26 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
             Step::GiveUp(why) => (why, false),
         };
         if why != said {
-            tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, %why, "a log is not repaired yet");
+            tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, %why, "a replica is not started yet");
             said.clone_from(&why);
         }
         note(&host, &repair, &manifest, &why, repairing);
         drop(host);
-        holdfast_env::sleep(backoff).await;
+        if repair.log.faulty().is_empty() {
+            repair.asking.pause(backoff).await;
+        } else {
+            holdfast_env::sleep(backoff).await;
+        }
         rounds += 1;
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }
 }
 
 async fn start(host: &Rc<Host>, repair: &Rc<Repair>, manifest: &Manifest, received: RepairUsage) {
-    tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, entries = received.entries,
-        bytes = received.bytes, dropped = received.dropped, "the log is whole again; the replica starts");
+    if received != RepairUsage::default() {
+        tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, entries = received.entries,
+            bytes = received.bytes, dropped = received.dropped, "the log is whole again; the replica starts");
+    }
     repair.is_starting.set(true);
     let started = host.start_repaired(manifest, repair.log.clone(), received.bytes).await;
     host.repair_ends(repair);
@@ -149,9 +159,26 @@ async fn start(host: &Rc<Host>, repair: &Rc<Repair>, manifest: &Manifest, receiv
 }
 
 enum Step {
+    Run,
     Progress,
     Wait(String),
     GiveUp(String),
+}
+
+/// Asks the others what they know of the replica, whose log is whole.
+async fn ask_of_past(host: &Rc<Host>, repair: &Repair, manifest: &Manifest, has_dropped: bool) -> Step {
+    let members = match codec::members_of(&manifest.checkpoint.membership, &repair.log) {
+        Ok(members) => members,
+        Err(error) => {
+            return Step::GiveUp(format!("its memberships are not understood: {error}. Replace the replica"));
+        }
+    };
+    let own = past::own(&repair.log, manifest.checkpoint.id.index, has_dropped);
+    match past::look(host, repair.id, &repair.asking, &members, &own).await {
+        Look::Clear => Step::Run,
+        Look::Wait(why) => Step::Wait(why),
+        Look::RolledBack(why) => Step::GiveUp(why),
+    }
 }
 
 /// Asks everybody once.

@@ -144,8 +144,23 @@ pub async fn start_on(
         let new = NewReplica { volume: VolumeId(9), id, size: ByteSize(64 << 20), spec_json: Bytes::new() };
         host.create(&new).await.expect("creates");
     }
+    asked(&host).await;
     let sessions = Sessions::serve(&rpc);
     Member { host, sessions, rpc, name, muted }
+}
+
+/// How long a member that starts is waited for, whose peers do not answer.
+const ASKING_MAX: Duration = Duration::from_secs(3);
+
+/// The replica runs, or does not and says why, unless its peers do not answer what they know of it.
+pub async fn asked(host: &Host) {
+    let asking = async {
+        while host.faulty().iter().any(|faulty| faulty.repairing && faulty.why.starts_with("it asks")) {
+            holdfast_env::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // Whether it has answers is for each test to look at.
+    let _ = holdfast_env::timeout(ASKING_MAX, asking).await;
 }
 
 fn target() -> VolumeTarget {

@@ -92,8 +92,23 @@ pub async fn start_silent(
     if fresh {
         host.create(&replica(number)).await.expect("creates");
     }
+    asked(&host).await;
     let sessions = Sessions::serve(&rpc);
     Member { host, sessions, rpc, name }
+}
+
+/// How long a member that starts is waited for, whose peers do not answer.
+const ASKING_MAX: Duration = Duration::from_secs(3);
+
+/// The replica runs, or does not and says why, unless its peers do not answer what they know of it.
+pub async fn asked(host: &Host) {
+    let asking = async {
+        while host.faulty().iter().any(|faulty| faulty.repairing && faulty.why.starts_with("it asks")) {
+            holdfast_env::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // Whether it has answers is for each test to look at.
+    let _ = holdfast_env::timeout(ASKING_MAX, asking).await;
 }
 
 /// What every store is told to hold.

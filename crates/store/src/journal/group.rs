@@ -346,6 +346,10 @@ impl GroupLog {
         Ok(true)
     }
 
+    /// Whether nothing was ever written to it since it was made.
+    pub fn is_unused(&self) -> bool {
+        self.last().is_none() && self.vote().is_none()
+    }
     /// The last purged entry.
     pub fn purged(&self) -> Option<EntryId> {
         self.group.borrow().state.purged

@@ -16,13 +16,14 @@ use crate::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub type Target = fn(&[u8]);
 
 /// What can be fuzzed, by name.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("list", crate::journal::format::fuzz),
     ("journal", journal),
     ("manifest", crate::volume::manifest::fuzz),
     ("table", crate::volume::table::fuzz),
     ("staging", crate::volume::stage::fuzz),
     ("state", crate::state_file::fuzz),
+    ("past", crate::past_file::fuzz),
 ];
 
 const SEGMENTS: u32 = 4;

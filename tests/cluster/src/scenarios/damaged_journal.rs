@@ -72,12 +72,12 @@ async fn problems(dev: &Dev) -> Outcome<String> {
     Ok(status["problems"].to_string())
 }
 
-async fn whole(dev: &Dev) -> Outcome<()> {
+pub async fn whole(dev: &Dev, volume: &str) -> Outcome<()> {
     let healthy = |shown: &Value| {
         shown["health"] == "healthy"
             && shown["replicas"].as_array().is_some_and(|replicas| replicas.len() == 3)
     };
-    dev.until(VOLUME, 2 * RECOVERY, "three healthy replicas", healthy).await.map(drop)
+    dev.until(volume, 2 * RECOVERY, "three healthy replicas", healthy).await.map(drop)
 }
 
 async fn check(dev: &Dev, guest: &str, history: &Arc<History>) -> Outcome<u64> {
@@ -89,7 +89,7 @@ async fn check(dev: &Dev, guest: &str, history: &Arc<History>) -> Outcome<u64> {
 }
 
 /// The catalog has a quorum without `other`, so `victim` counts again.
-async fn catalog_counts(dev: &Dev, other: &str, name: &str) -> Outcome<()> {
+pub async fn catalog_counts(dev: &Dev, other: &str, name: &str) -> Outcome<()> {
     let quiet = Instant::now();
     while problems(dev).await? != "[]" {
         if quiet.elapsed() > RECOVERY {
@@ -125,7 +125,7 @@ impl Damage<'_> {
         let began = Instant::now();
         dev.ctl(&["start", victim]).await?;
         let said = until_said(dev, victim, said_before).await?;
-        whole(dev).await.map_err(|why| format!("{done}: {why}; it said: {said}"))?;
+        whole(dev, VOLUME).await.map_err(|why| format!("{done}: {why}; it said: {said}"))?;
         let healed = began.elapsed();
         let blocks = check(dev, self.guest, &self.history).await?;
         catalog_counts(dev, self.other, what).await?;
@@ -161,7 +161,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
 }
 
 /// The daemon's own words about the damage.
-async fn until_said(dev: &Dev, victim: &str, before: usize) -> Outcome<String> {
+pub async fn until_said(dev: &Dev, victim: &str, before: usize) -> Outcome<String> {
     let began = Instant::now();
     loop {
         let logged = dev.log(victim);

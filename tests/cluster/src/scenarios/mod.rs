@@ -12,6 +12,7 @@ mod lost_quorum;
 mod moved_replicas;
 mod new_holder;
 mod power_cut;
+mod restored_copy;
 mod rotten_entry;
 mod snapshots;
 mod wrong_directory;
@@ -44,7 +45,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 19] = [
+pub const ALL: [(&str, &str); 20] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -59,6 +60,7 @@ pub const ALL: [(&str, &str); 19] = [
     ("foreign-peer", "a peer without a certificate, and one with another cluster's"),
     ("damaged-journal", "a journal with flipped bits, and one that was cut short"),
     ("rotten-entry", "a few log entries rot on one node and are repaired in place from its peers"),
+    ("restored-copy", "an older copy of a node's directory is put back; a copy is started beside the node"),
     ("left-behind", "a replica that was away is healed by log, and by chunks once the log is purged"),
     ("moved-replicas", "a replica is moved, added and removed under load"),
     ("lost-node", "a node that stays away is replaced"),
@@ -83,6 +85,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "foreign-peer" => foreign_peer::run(place).await,
         "damaged-journal" => damaged_journal::run(place).await,
         "rotten-entry" => rotten_entry::run(place).await,
+        "restored-copy" => restored_copy::run(place).await,
         "left-behind" => left_behind::run(place).await,
         "moved-replicas" => moved_replicas::run(place).await,
         "lost-node" => lost_node::run(place).await,

@@ -1,0 +1,321 @@
+//! INV-ROLLBACK: an older copy of a store is put back (docs/FAULTS.md, row 36). Its replica has forgotten votes and
+//! entries that it had acknowledged, and knows nothing of that; the others do. It must not run, and nothing is lost.
+//! Where nothing was put back, everybody comes back unaided.
+
+mod group;
+
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use group::{GROUP, Member, Switch, attach, block, first_leads, members, start};
+use holdfast_env::net::Frame;
+use holdfast_protocol::planted;
+use holdfast_replica::messages;
+use holdfast_session::Session;
+use holdfast_types::{BlockIndex, BlockRange, ReplicaId, StoreId};
+use holdfast_wire::rpc::CallHead;
+
+type Outcome<T> = Result<T, String>;
+
+async fn within<T>(seconds: u64, what: &str, work: impl Future<Output = T>) -> Outcome<T> {
+    let done = holdfast_env::timeout(Duration::from_secs(seconds), work).await;
+    done.map_err(|_| format!("{what}: not within {seconds} s"))
+}
+
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Outcome<()> {
+    let waiting = async {
+        while !is_so() {
+            holdfast_env::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within(40, what, waiting).await
+}
+
+async fn write(session: &Session, number: u64, value: u8) -> Outcome<()> {
+    let at = BlockRange::new(BlockIndex(number), 1);
+    let written = within(20, "a write", session.write(at, block(value, 1))).await?;
+    written.map_err(|error| error.to_string())
+}
+
+async fn expect(session: &Session, number: u64, value: u8) -> Outcome<()> {
+    let at = BlockRange::new(BlockIndex(number), 1);
+    let read = within(20, "a read", session.read(at)).await?.map_err(|error| error.to_string())?;
+    if read == block(value, 1) {
+        return Ok(());
+    }
+    Err(format!("an acknowledged write was lost: block {number} holds {} and not {value}", read[0]))
+}
+
+async fn attached(member: &Member) -> Outcome<Rc<Session>> {
+    within(30, "an attachment", attach(member, true)).await?.map_err(|error| error.to_string())
+}
+
+fn runs(member: &Member) -> bool {
+    member.host.volume(GROUP).is_some()
+}
+
+fn leads(member: &Member) -> bool {
+    member.host.volume(GROUP).is_some_and(|volume| volume.group().is_leader())
+}
+
+/// Why its replica does not run, and whether it is to be replaced.
+fn fault(member: &Member) -> Option<(String, bool)> {
+    member.host.faulty().into_iter().next().map(|faulty| (faulty.why, !faulty.repairing))
+}
+
+fn is_refused(member: &Member) -> bool {
+    fault(member).is_some_and(|(why, is_given_up)| is_given_up && why.contains("rolled back"))
+}
+
+/// Everything that the first has is durable on the other.
+async fn has_everything(first: &Member, other: &Member) -> Outcome<()> {
+    let log = |member: &Member| member.host.volume(GROUP).expect("runs").log().clone();
+    until("a follower has everything", || log(other).flushed() >= log(first).last().expect("entries").index)
+        .await
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("makes a directory");
+    for entry in std::fs::read_dir(from).expect("lists") {
+        let entry = entry.expect("an entry");
+        let there = to.join(entry.file_name());
+        if entry.file_type().expect("a type").is_dir() {
+            copy(&entry.path(), &there);
+        } else {
+            std::fs::copy(entry.path(), there).expect("copies");
+        }
+    }
+}
+
+/// Keeps a copy of a stopped member's directory.
+fn keep(place: &Path, number: u64) {
+    copy(&place.join(format!("n{number}")), &place.join("copy"));
+}
+
+/// Puts the copy back in place of what the member's directory holds.
+fn put_back(place: &Path, number: u64) {
+    let own = place.join(format!("n{number}"));
+    std::fs::remove_dir_all(&own).expect("removes what is there");
+    std::fs::rename(place.join("copy"), &own).expect("moves the copy");
+}
+
+async fn stop(member: Member) {
+    member.host.stop().await;
+}
+
+/// Stops a member, copies what it has, and starts it again.
+async fn copied(place: &Path, switch: &Rc<Switch>, group: &mut Vec<Member>, number: u64) -> Outcome<()> {
+    let at = number as usize - 1;
+    let member = group.remove(at);
+    member.host.stop().await;
+    until("the closing mark", || member.host.journal().is_marked()).await?;
+    drop(member);
+    keep(place, number);
+    group.insert(at, start(place, switch, number, false).await);
+    Ok(())
+}
+
+fn test(work: impl AsyncFnOnce(&Path) -> Outcome<()>) {
+    let place = tempfile::tempdir().expect("a place");
+    let result = holdfast_env::real::run(async { work(place.path()).await });
+    assert_eq!(result, Ok(()));
+}
+
+#[test]
+fn a_replica_that_was_put_back_is_refused_for_good_and_the_volume_stays_up() {
+    test(async |place| {
+        let switch = Rc::new(Switch::default());
+        let mut group = members(place, &switch).await;
+        within(20, "the first member leads", first_leads(&group)).await?;
+        let session = attached(&group[0]).await?;
+        for number in 1..=5 {
+            write(&session, number, number as u8 + 100).await?;
+        }
+        has_everything(&group[0], &group[2]).await?;
+        copied(place, &switch, &mut group, 3).await?;
+        assert!(runs(&group[2]), "nothing was put back yet: {:?}", fault(&group[2]));
+        for number in 6..=10 {
+            write(&session, number, number as u8 + 100).await?;
+        }
+        has_everything(&group[0], &group[2]).await?;
+        stop(group.remove(2)).await;
+        put_back(place, 3);
+        let third = start(place, &switch, 3, false).await;
+        until("it is refused", || is_refused(&third)).await?;
+        let (why, _) = fault(&third).expect("it says why");
+        println!("{why}");
+        assert!(!runs(&third) && why.contains("it had acknowledged entries up to"), "{why}");
+        write(&session, 11, 111).await?;
+        for number in 1..=11 {
+            expect(&session, number, number as u8 + 100).await?;
+        }
+        // Whoever knew it is away: it was noted.
+        stop(third).await;
+        session.abort();
+        let first = group.remove(0);
+        stop(first).await;
+        let third = start(place, &switch, 3, false).await;
+        until("it is refused again", || is_refused(&third)).await?;
+        assert!(!runs(&third) && !leads(&group[0]));
+        Ok(())
+    });
+}
+
+/// Drops Raft's calls of the first member on their way, and nothing else.
+fn silence_raft_of_first(switch: &Switch) {
+    let damage = |from: StoreId, _to: StoreId, frame: &mut Frame| {
+        let is_raft = CallHead::read(&frame.head).is_some_and(|head| head.service == messages::RAFT);
+        if from == StoreId(1) && is_raft {
+            frame.head.truncate(1);
+        }
+    };
+    *switch.damage.borrow_mut() = Some(Box::new(damage));
+}
+
+/// The first and the second acknowledge a write that the third has not; then the second is put back to before it, and
+/// the third and it could elect a leader without the first.
+async fn acknowledged_by_two(place: &Path) -> Outcome<()> {
+    let switch = Rc::new(Switch::default());
+    let mut group = members(place, &switch).await;
+    within(20, "the first member leads", first_leads(&group)).await?;
+    let session = attached(&group[0]).await?;
+    write(&session, 1, 101).await?;
+    has_everything(&group[0], &group[1]).await?;
+    has_everything(&group[0], &group[2]).await?;
+    copied(place, &switch, &mut group, 2).await?;
+    for (from, to) in [(1u64, 3u64), (3, 1), (2, 3), (3, 2)] {
+        switch.cut.borrow_mut().insert((StoreId(from.into()), StoreId(to.into())));
+    }
+    write(&session, 1, 102).await?;
+    session.abort();
+    silence_raft_of_first(&switch);
+    stop(group.remove(1)).await;
+    put_back(place, 2);
+    switch.cut.borrow_mut().clear();
+    let second = start(place, &switch, 2, false).await;
+    until("it is refused, or runs", || runs(&second) || is_refused(&second)).await?;
+    let third = group.remove(1);
+    let first = group.remove(0);
+    if runs(&second) {
+        // It should not: show what comes of it.
+        stop(first).await;
+        let session = attached(&third).await?;
+        expect(&session, 1, 102).await?;
+        return Err("a replica runs that was put back".into());
+    }
+    *switch.damage.borrow_mut() = None;
+    let session = attached(&third).await?;
+    expect(&session, 1, 102).await?;
+    write(&session, 2, 103).await?;
+    drop(first);
+    Ok(())
+}
+
+#[test]
+fn what_was_acknowledged_by_a_replica_that_was_put_back_is_not_lost() {
+    test(acknowledged_by_two);
+}
+
+#[test]
+fn without_the_question_an_acknowledged_write_is_lost_and_it_is_noticed() {
+    planted::plant(&["run-rolled-back"]);
+    let place = tempfile::tempdir().expect("a place");
+    let result = holdfast_env::real::run(async { acknowledged_by_two(place.path()).await });
+    planted::plant(&[]);
+    let why = result.expect_err("INV-ROLLBACK is broken, and nothing was noticed");
+    println!("without the question: {why}");
+    assert!(why.contains("an acknowledged write was lost"), "it fails for another reason: {why}");
+}
+
+#[test]
+fn what_the_leader_told_its_followers_counts_when_it_is_gone_and_they_have_restarted() {
+    test(async |place| {
+        let switch = Rc::new(Switch::default());
+        let mut group = members(place, &switch).await;
+        within(20, "the first member leads", first_leads(&group)).await?;
+        let session = attached(&group[0]).await?;
+        write(&session, 1, 101).await?;
+        has_everything(&group[0], &group[1]).await?;
+        copied(place, &switch, &mut group, 2).await?;
+        write(&session, 1, 102).await?;
+        session.abort();
+        has_everything(&group[0], &group[1]).await?;
+        has_everything(&group[0], &group[2]).await?;
+        // The third is told, and writes it down, in the rounds that come.
+        holdfast_env::sleep(Duration::from_secs(12)).await;
+        stop(group.remove(0)).await;
+        stop(group.remove(0)).await;
+        stop(group.remove(0)).await;
+        put_back(place, 2);
+        let third = start(place, &switch, 3, false).await;
+        let second = start(place, &switch, 2, false).await;
+        until("it is refused", || is_refused(&second)).await?;
+        let (why, _) = fault(&second).expect("it says why");
+        assert!(why.contains("replica 3 knows it"), "{why}");
+        assert!(!runs(&second));
+        let first = start(place, &switch, 1, false).await;
+        let session = attached(&first).await?;
+        expect(&session, 1, 102).await?;
+        drop(third);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_whole_group_that_restarts_comes_back_unaided() {
+    test(async |place| {
+        let switch = Rc::new(Switch::default());
+        let group = members(place, &switch).await;
+        within(20, "the first member leads", first_leads(&group)).await?;
+        let session = attached(&group[0]).await?;
+        for number in 1..=5 {
+            write(&session, number, number as u8 + 100).await?;
+        }
+        session.abort();
+        for member in group {
+            stop(member).await;
+        }
+        let link = |from: u64, to: u64| (StoreId(from.into()), StoreId(to.into()));
+        let links = [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)];
+        switch.cut.borrow_mut().extend(links.map(|(from, to)| link(from, to)));
+        let mut group = Vec::new();
+        for number in 1..=3 {
+            let member = start(place, &switch, number, false).await;
+            let (why, is_given_up) = fault(&member).expect("it asks");
+            assert!(!runs(&member) && !is_given_up && why.contains("do not answer"), "{why}");
+            group.push(member);
+        }
+        switch.cut.borrow_mut().clear();
+        until("all run", || group.iter().all(runs)).await?;
+        let session = attached(&group[0]).await?;
+        for number in 1..=5 {
+            expect(&session, number, number as u8 + 100).await?;
+        }
+        write(&session, 6, 106).await
+    });
+}
+
+#[test]
+fn two_of_three_come_back_without_the_third() {
+    test(async |place| {
+        let switch = Rc::new(Switch::default());
+        let group = members(place, &switch).await;
+        within(20, "the first member leads", first_leads(&group)).await?;
+        let session = attached(&group[0]).await?;
+        write(&session, 1, 101).await?;
+        session.abort();
+        for member in group {
+            stop(member).await;
+        }
+        let first = start(place, &switch, 1, false).await;
+        assert!(!runs(&first), "it runs without a majority");
+        let third = start(place, &switch, 3, false).await;
+        until("both run", || runs(&first) && runs(&third)).await?;
+        let session = attached(&first).await?;
+        expect(&session, 1, 101).await?;
+        write(&session, 2, 102).await?;
+        assert_eq!(third.host.volume(GROUP).expect("runs").group().id().replica, ReplicaId(3));
+        Ok(())
+    });
+}
