@@ -34,6 +34,12 @@ const MUTANTS: &[Mutant] = &[
     ),
     ("vote-not-flushed", "INV-TERM", "journal", ANY_HISTORY),
     (
+        "failed-write-goes-on",
+        "INV-ACK",
+        "rebuild",
+        "fail_stop::whatever_fails_to_be_written_stops_the_store_and_nothing_is_written_after_it",
+    ),
+    (
         "failed-write-counts",
         "INV-ACK",
         "journal",

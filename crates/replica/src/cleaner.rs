@@ -93,7 +93,6 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
 }
 
 /// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
-/// Any other error of the medium stops the store: what a failed write or flush left behind is unknown.
 async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let group = volume.group().id().group;
     let began = Instant::now();
@@ -118,9 +117,6 @@ async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
                 }
             }
             Err(error) => {
-                if matches!(error, StoreError::Io { .. }) {
-                    journal.stop(&error);
-                }
                 tracing::error!(%group, %error, "the cleaner has stopped: the replica must be replaced");
                 volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
                 return false;
@@ -154,9 +150,6 @@ async fn merge(volume: &Rc<Volume>, journal: &Journal) -> Merged {
             Merged::Nothing
         }
         Err(error) => {
-            if matches!(error, StoreError::Io { .. }) {
-                journal.stop(&error);
-            }
             tracing::error!(%group, %error, "layers are not merged any more: the replica must be replaced");
             volume.cleaner_failed(format!("a dropped snapshot's layer cannot be merged: {error}"));
             Merged::Failed

@@ -244,11 +244,6 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
         match heal(&this, chunk).await {
             Ok(true) => _ = retries.remove(&chunk),
             Ok(false) => put_off(&mut retries, chunk),
-            Err(error @ StoreError::Io { full: false, .. }) => {
-                // What a failed write or flush left behind is unknown.
-                journal.stop(&error);
-                return;
-            }
             Err(error) => {
                 tracing::warn!(group = %this.group().id().group, chunk = chunk.0, %error, "a chunk is not healed");
                 put_off(&mut retries, chunk);

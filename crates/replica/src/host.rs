@@ -13,7 +13,7 @@ use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, Recovery, Store
 use holdfast_store::past_file;
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
-use holdfast_store::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
+use holdfast_store::{EntryId, FailStop, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder};
 
@@ -91,7 +91,7 @@ impl Host {
         let (journal, recovered) = Journal::open(directory.clone(), &identity, options).await?;
         let host = Rc::new(Self {
             identity,
-            directory,
+            directory: Rc::new(FailStop::new(directory, journal.clone())),
             journal,
             volumes: RefCell::default(),
             groups: RefCell::default(),
@@ -271,7 +271,7 @@ impl Host {
     pub fn journal(&self) -> &Journal {
         &self.journal
     }
-    /// The store's directory.
+    /// The store's directory; a write or flush of its files that fails stops the store.
     pub fn directory(&self) -> &Rc<dyn Directory> {
         &self.directory
     }

@@ -471,6 +471,14 @@ pub(crate) struct Received {
     pub(crate) bytes: u64,
 }
 
+/// Runs to its end what the disk must not see half of, even if the rebuild is given up meanwhile.
+async fn undivided<T: 'static>(
+    work: impl Future<Output = Result<T, StoreError>> + 'static,
+) -> Result<T, StoreError> {
+    let ended = holdfast_env::spawn("rebuild-step", work).await;
+    ended.unwrap_or_else(|_| Err(StoreError::Failed("a step of the rebuild was broken off".into())))
+}
+
 /// Compares this replica's content with the source's and stages what differs.
 pub(crate) async fn pull(
     volume: &Volume,
@@ -494,8 +502,10 @@ pub(crate) async fn pull(
     // gets meanwhile is of a log that is about to go. So as much as can be is brought home before.
     let reached = volume.group().position().reached(LogIndex::ZERO);
     let marks_hold = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
-    volume.data().clean(volume.group().machine()).await?;
-    let staging = volume.data().begin_staging(layers.clone()).await?;
+    let (data, group) = (volume.data().clone(), volume.group().clone());
+    undivided(async move { data.clean(group.machine()).await }).await?;
+    let (data, marks) = (volume.data().clone(), layers.clone());
+    let staging = undivided(async move { data.begin_staging(marks).await }).await?;
     for layer in layers {
         pull_layer(volume, &source, &staging, layer, state.size(), marks_hold).await?;
     }

@@ -3,6 +3,7 @@
 
 mod entry;
 mod error;
+mod fail_stop;
 pub mod journal;
 pub mod past_file;
 mod recent;
@@ -14,4 +15,5 @@ pub mod volume;
 
 pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;
+pub use fail_stop::FailStop;
 pub use recent::RecentLatency;

@@ -639,7 +639,10 @@ impl File for Handle {
     }
 
     fn set_length(&self, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
-        let (ticket, _) = self.disk.begin();
+        let (ticket, fault) = self.disk.begin();
+        if let Some(Fault::Fail(kind)) = fault {
+            return async move { Err(kind.into()) }.boxed_local();
+        }
         self.with(|file| {
             let end = length.div_ceil(BLOCK);
             let beyond: Vec<u64> = file.allocated.range(end..).copied().collect();
@@ -666,12 +669,13 @@ impl File for Handle {
 
 impl Directory for MemoryDisk {
     fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>> {
-        if mode == OpenMode::CreateNew {
-            self.begin();
-        }
+        let created = (mode == OpenMode::CreateNew).then(|| self.begin());
         let (this, name) = (self.clone(), name.to_owned());
         async move {
             this.turn().await;
+            if let Some((_, Some(Fault::Fail(kind)))) = created {
+                return Err(kind.into());
+            }
             let id = {
                 let mut disk = this.disk.borrow_mut();
                 let state = &mut disk.state;
@@ -700,10 +704,13 @@ impl Directory for MemoryDisk {
     }
 
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.begin();
+        let (_, fault) = self.begin();
         let (this, name) = (self.clone(), name.to_owned());
         async move {
             this.turn().await;
+            if let Some(Fault::Fail(kind)) = fault {
+                return Err(kind.into());
+            }
             this.disk.borrow_mut().state.names.remove(&name);
             Ok(())
         }
@@ -711,10 +718,13 @@ impl Directory for MemoryDisk {
     }
 
     fn rename(&self, from: &str, to: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.begin();
+        let (_, fault) = self.begin();
         let (this, from, to) = (self.clone(), from.to_owned(), to.to_owned());
         async move {
             this.turn().await;
+            if let Some(Fault::Fail(kind)) = fault {
+                return Err(kind.into());
+            }
             let mut disk = this.disk.borrow_mut();
             let id = disk.state.names.remove(&from).ok_or(io::ErrorKind::NotFound)?;
             disk.state.names.insert(to, id);

@@ -11,12 +11,13 @@ const VARIABLE: &str = "HOLDFAST_PLANTED";
 const ADDRESS: &str = "address-not-in-checksum";
 
 /// Faults that can be planted, and what each does.
-pub const KNOWN: [(&str, &str); 48] = [
+pub const KNOWN: &[(&str, &str)] = &[
     // The journal's writer.
     ("skip-journal-flush", "a batch is acknowledged before it is on stable storage"),
     ("acknowledge-out-of-order", "a batch is acknowledged before those in front of it"),
     ("vote-not-flushed", "a vote is acknowledged before it is on stable storage"),
     ("failed-write-counts", "a batch that could not be written is acknowledged"),
+    ("failed-write-goes-on", "a file of the store that could not be written does not stop it"),
     ("reuse-at-once", "a segment is overwritten before anything durable says that it is not needed"),
     ("release-at-once", "a segment is free before the cut that empties it is durable"),
     ("small-records-left", "votes and heads of entries are not copied out of a segment that is reused"),

@@ -2,6 +2,7 @@
 
 mod change_marks;
 mod crashes;
+mod fail_stop;
 mod failed_pass;
 mod layers;
 mod meets_apply;
