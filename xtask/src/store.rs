@@ -33,6 +33,8 @@ const MUTANTS: &[Mutant] = &[
         "directed::what_is_behind_a_batch_that_hangs_is_not_acknowledged",
     ),
     ("vote-not-flushed", "INV-TERM", "journal", ANY_HISTORY),
+    ("parked-logs-pin", "INV-ROOM", "journal", "parked::a_log_that_nobody_purges_holds_up_nobody"),
+    ("copy-undoes-repair", "INV-TERM", "journal", "parked::a_repair_is_not_undone_by_a_copy"),
     (
         "failed-write-goes-on",
         "INV-ACK",

@@ -128,8 +128,11 @@ impl Host {
             if let Err(why) = outcome {
                 tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
                 let faulty = Faulty { id, volume: manifest.identity.volume, why, repairing: false };
-                self.faulty.borrow_mut().insert(id.group, faulty);
+                self.set_faulty(id.group, Some(faulty));
             }
+        }
+        for nobodys in self.unclaimed.borrow().iter() {
+            nobodys.log.set_parked(true);
         }
         self.loaded.set(true);
         Ok(())
@@ -146,7 +149,9 @@ impl Host {
     pub fn claim_group(&self, group: GroupId) -> Option<RecoveredGroup> {
         let mut unclaimed = self.unclaimed.borrow_mut();
         let at = unclaimed.iter().position(|recovered| recovered.id.group == group)?;
-        Some(unclaimed.remove(at))
+        let claimed = unclaimed.remove(at);
+        claimed.log.set_parked(false);
+        Some(claimed)
     }
 
     async fn load_one(self: &Rc<Self>, manifest: &Manifest, recovered: RecoveredGroup) -> Result<(), String> {
@@ -239,6 +244,7 @@ impl Host {
         data: VolumeData,
         fresh: bool,
     ) -> Result<Rc<Volume>, GroupError> {
+        log.set_parked(false);
         let checkpoint = data.checkpoint();
         let state = VolumeState::decode(&checkpoint.state)
             .map_err(|error| GroupError::Stopped(format!("the checkpoint's state is damaged: {error}")))?;
@@ -302,7 +308,13 @@ impl Host {
     /// Notes that the replica of a group that is no volume does not run here, or that it does.
     pub fn set_faulty(&self, group: GroupId, fault: Option<Faulty>) {
         match fault {
-            Some(fault) => self.faulty.borrow_mut().insert(group, fault),
+            Some(fault) => {
+                // Nobody purges its log for now.
+                if let Some(log) = self.journal.group(fault.id) {
+                    log.set_parked(true);
+                }
+                self.faulty.borrow_mut().insert(group, fault)
+            }
             None => self.faulty.borrow_mut().remove(&group),
         };
     }

@@ -65,6 +65,8 @@ pub(super) struct Group {
     pub(super) first: u64,
     pub(super) flushed: LogIndex,
     pub(super) cached_bytes: usize,
+    /// Nobody purges it: its replica does not run.
+    pub(super) parked: bool,
     /// Entries before this index have no payload in memory.
     pub(super) evicted_below: u64,
 }

@@ -12,6 +12,7 @@ pub(crate) mod format;
 mod group;
 mod recover;
 mod repair;
+mod vacate;
 mod writer;
 
 use std::cell::{Cell, RefCell};

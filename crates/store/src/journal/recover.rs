@@ -419,7 +419,7 @@ fn index(journal: &Journal, found: Replayed) -> (Group, Vec<EntryId>, Option<Str
             faulty.push(record.id);
         }
         if record.payload_bytes > 0 {
-            journal.0.state.borrow_mut().add_live(place.segment);
+            journal.0.state.borrow_mut().add_live(place.segment, record.payload_bytes);
         }
         let payload = (record.payload_bytes == 0).then(Bytes::new);
         let meta = Meta {

@@ -1,6 +1,6 @@
 //! Writing batches, and reusing segments.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +27,10 @@ const RESERVE_FOR_STATE: usize = 4;
 /// Blocks of a batch without records. The last segment keeps two of them: one for saying that others are free, one for
 /// a closing mark.
 const DECLARATION_BLOCKS: u32 = 2;
+/// What leaves a segment must leave one of so many parts of it free, or of one behind it.
+const VACATED_PARTS: u64 = 4;
+/// Blocks that are left for other urgent records when a segment is vacated.
+const KEPT_BLOCKS: u64 = 32;
 /// After so much idleness a closing mark says that the last batch was flushed.
 const CLOSING_MARK_AFTER: Duration = Duration::from_millis(100);
 
@@ -34,6 +38,8 @@ pub(super) struct Queued {
     record: Record,
     payload: Bytes,
     done: Option<Done>,
+    /// The segment that the entry leaves with this copy (`vacate.rs`).
+    leaves: Option<usize>,
 }
 
 struct InFlight {
@@ -41,8 +47,8 @@ struct InFlight {
     since: Instant,
     ended: bool,
     entries: Vec<(ReplicaIdentity, EntryId)>,
-    /// Segments with the damaged payloads of entries that this batch writes again.
-    superseded: Vec<usize>,
+    /// Segments with payloads that this batch writes again, and their bytes.
+    superseded: Vec<(usize, u32)>,
     done: Vec<Done>,
 }
 
@@ -59,6 +65,8 @@ struct Segment {
     first_seq: u64,
     /// Entries with payload that are still needed.
     live: u64,
+    /// Bytes of their payload.
+    live_bytes: u64,
     /// Entries without payload that were removed, while the record that removes them is not durable: a recovery
     /// before that still needs them.
     leaving: u64,
@@ -155,8 +163,13 @@ impl State {
     pub(super) fn line_waits(&self) -> bool {
         self.blocked && !self.queue.is_empty()
     }
-    pub(super) fn add_live(&mut self, segment: usize) {
+    pub(super) fn add_live(&mut self, segment: usize, bytes: u32) {
         self.segments[segment].live += 1;
+        self.segments[segment].live_bytes += u64::from(bytes);
+    }
+    fn remove_live(&mut self, segment: usize, bytes: u32) {
+        self.segments[segment].live -= 1;
+        self.segments[segment].live_bytes -= u64::from(bytes);
     }
     /// Entries were removed in memory.
     pub(super) fn leave(&mut self, removed: &[Meta]) {
@@ -168,10 +181,30 @@ impl State {
     pub(super) fn release(&mut self, removed: &[Meta]) {
         for meta in removed {
             let Some(place) = meta.place else { continue };
-            let segment = &mut self.segments[place.segment];
-            let count = if meta.payload_bytes > 0 { &mut segment.live } else { &mut segment.leaving };
-            *count -= 1;
+            if meta.payload_bytes > 0 {
+                self.remove_live(place.segment, meta.payload_bytes);
+            } else {
+                self.segments[place.segment].leaving -= 1;
+            }
         }
+    }
+
+    /// Whether to copy so many bytes of payload and of records, all that is left in the oldest segment, gains room:
+    /// there or in a segment behind it is something that nobody needs; and they fit into what may be written now.
+    pub(super) fn gains_by_vacating(&self, tail: usize, payload: u64, records: u64) -> bool {
+        let whole = u64::from(self.segment_blocks) * ALIGNMENT as u64;
+        let is_sparse = |number: &usize| {
+            let most = whole / VACATED_PARTS * (VACATED_PARTS - 1);
+            *number != self.head && self.segments[*number].live_bytes <= most
+        };
+        let batches = payload / BATCH_BYTES_MAX as u64 + 2;
+        let lists = 2 * (records + batches * ALIGNMENT as u64);
+        let needed = payload + lists + KEPT_BLOCKS * ALIGNMENT as u64;
+        let room = self.usable() as u64 * whole;
+        tail != self.head && needed <= room && self.used.iter().any(is_sparse)
+    }
+    pub(super) fn set_copying(&mut self, copying: bool) {
+        self.copying = copying;
     }
 
     fn oldest(&self) -> u64 {
@@ -303,7 +336,7 @@ impl Journal {
     }
 
     pub(super) fn enqueue(&self, record: Record, payload: Bytes, done: Option<Done>) {
-        let queued = Queued { record, payload, done };
+        let queued = Queued { record, payload, done, leaves: None };
         let mut state = self.0.state.borrow_mut();
         state.count(&queued, true);
         state.queue.push_back(queued);
@@ -330,7 +363,18 @@ impl Journal {
 
     /// For records that make room: they may take the reserve, and overtake what waits for room.
     pub(super) fn enqueue_urgent(&self, record: Record, done: Option<Done>) {
-        self.0.state.borrow_mut().urgent.push_back(Queued { record, payload: Bytes::new(), done });
+        self.enqueue_copy(record, Bytes::new(), None, done);
+    }
+
+    /// The same for an entry that leaves a segment with its payload.
+    pub(super) fn enqueue_copy(
+        &self,
+        record: Record,
+        payload: Bytes,
+        leaves: Option<usize>,
+        done: Option<Done>,
+    ) {
+        self.0.state.borrow_mut().urgent.push_back(Queued { record, payload, done, leaves });
     }
 
     /// Starts as many batches as may be under way.
@@ -409,9 +453,13 @@ impl Journal {
         }
         let mut payloads = Vec::new();
         let mut done = Vec::new();
+        let mut moved = BTreeSet::new();
         for queued in taken {
             done.extend(queued.done);
-            let Some(record) = self.as_of_now(queued.record) else { continue };
+            let Some(record) = self.as_of_now(queued.record, queued.leaves) else { continue };
+            if let (Record::Entry(who, entry), Some(_)) = (&record, queued.leaves) {
+                moved.insert((*who, entry.id));
+            }
             records.push(record);
             if !queued.payload.is_empty() {
                 payloads.push(queued.payload);
@@ -434,7 +482,7 @@ impl Journal {
         };
         let (list, buffer, offsets) = format::make_batch(list, &payloads, self.0.salt);
         let start = u64::from(state.head_block) * ALIGNMENT as u64;
-        let (entries, superseded) = self.place(state, &list, start, &offsets);
+        let (entries, superseded) = self.place(state, &list, start, &offsets, &moved);
         state.last = (seq, list.crc);
         state.head_block += list.total_blocks;
         let segment = state.head;
@@ -447,7 +495,7 @@ impl Journal {
     /// A group's state as it is now: what makes room overtakes what stands in line, and an older state that was
     /// written after a newer one would bring back a purged position or an earlier vote. A copy of an entry that was
     /// removed since is not written: behind the truncation it would bring the entry back.
-    fn as_of_now(&self, record: Record) -> Option<Record> {
+    fn as_of_now(&self, record: Record, leaves: Option<usize>) -> Option<Record> {
         let groups = self.0.groups.borrow();
         match record {
             Record::State(who, queued) => {
@@ -456,7 +504,13 @@ impl Journal {
             }
             Record::Entry(who, entry) => {
                 let group = groups.get(&who)?.borrow();
-                let is_there = group.get(entry.id.index).is_some_and(|meta| meta.id == entry.id);
+                let meta = group.get(entry.id.index).filter(|meta| meta.id == entry.id);
+                // What stands elsewhere by now was repaired there: an older copy behind it would undo that.
+                let at = meta.and_then(|meta| meta.place).map(|place| place.segment);
+                if leaves.is_some() && at != leaves && !planted("copy-undoes-repair") {
+                    return None;
+                }
+                let is_there = meta.is_some();
                 // Behind the word that the group was dropped it would outlive that word.
                 let still = is_there || !entry.copy || planted("copy-what-was-cut");
                 let counts = !group.state.dropped && still;
@@ -474,7 +528,8 @@ impl Journal {
         list: &List,
         start: u64,
         offsets: &[u64],
-    ) -> (Vec<(ReplicaIdentity, EntryId)>, Vec<usize>) {
+        moved: &BTreeSet<(ReplicaIdentity, EntryId)>,
+    ) -> (Vec<(ReplicaIdentity, EntryId)>, Vec<(usize, u32)>) {
         let segment = state.head;
         let groups = self.0.groups.borrow();
         let mut offsets = offsets.iter();
@@ -498,11 +553,13 @@ impl Journal {
                     if let Some(meta) = meta {
                         let before = meta.place.replace(place);
                         if entry.payload_bytes > 0 {
-                            state.segments[segment].live += 1;
-                            superseded.extend(before.map(|place| place.segment));
+                            state.add_live(segment, entry.payload_bytes);
+                            superseded.extend(before.map(|place| (place.segment, entry.payload_bytes)));
                         }
                     }
-                    if !entry.copy || entry.payload_bytes > 0 {
+                    // What only moves is as durable, and as damaged, as it was.
+                    let moves = moved.contains(&(*who, entry.id));
+                    if (!entry.copy || entry.payload_bytes > 0) && !moves {
                         entries.push((*who, entry.id));
                         let mut usage = self.0.usage.get();
                         usage.entries_written += 1;
@@ -540,7 +597,7 @@ impl Journal {
             {
                 let mut state = self.0.state.borrow_mut();
                 gives_back |= !batch.superseded.is_empty();
-                batch.superseded.iter().for_each(|segment| state.segments[*segment].live -= 1);
+                batch.superseded.iter().for_each(|(segment, bytes)| state.remove_live(*segment, *bytes));
             }
             {
                 let groups = self.0.groups.borrow();
@@ -645,8 +702,12 @@ impl Journal {
                 let enough = state.free.len() * 2 > state.segments.len();
                 let Some(tail) = state.used.front().copied() else { return };
                 let needed = state.segments[tail].live + state.segments[tail].leaving > 0;
-                if enough || tail == state.head || needed || state.copying {
+                if enough || tail == state.head || state.copying {
                     return;
+                }
+                if needed {
+                    drop(state);
+                    return self.vacate(tail);
                 }
                 tail
             };
@@ -676,7 +737,7 @@ impl Journal {
                         }
                     })
                 });
-                state.urgent.push_back(Queued { record, payload: Bytes::new(), done });
+                state.urgent.push_back(Queued { record, payload: Bytes::new(), done, leaves: None });
             }
             return;
         }

@@ -22,6 +22,8 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("release-at-once", "a segment is free before the cut that empties it is durable"),
     ("small-records-left", "votes and heads of entries are not copied out of a segment that is reused"),
     ("copy-what-was-cut", "a copy of an entry is written behind the word that cut it"),
+    ("parked-logs-pin", "the log of a replica that does not run keeps its segments"),
+    ("copy-undoes-repair", "an entry that leaves its segment is written behind its repair"),
     ("forget-cut", "what a recovery found void is void only once"),
     ("no-closing-mark", "nothing says that the last batch was flushed"),
     ("no-reserve", "entries fill the journal to its last segment"),

@@ -5,4 +5,5 @@ mod directed;
 mod histories;
 mod life;
 mod model;
+mod parked;
 mod repair;
