@@ -51,14 +51,14 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let dirty = this.data().dirty();
         let wanted = this.machine().take_checkpoint_wanted();
         let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted) && dirty.any);
-        if due && !clean(&this, &journal).await {
+        if due && !clean(&this).await {
             return;
         }
         if pressed && !purge(&this, &journal, &hold).await {
             return;
         }
         if dirty.merges {
-            match merge(&this, &journal).await {
+            match merge(&this).await {
                 Merged::More => continue,
                 Merged::Nothing => {}
                 Merged::Failed => return,
@@ -67,7 +67,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let before = this.group().position().applied_index();
         let idle = wait(&this, &journal, pressure_changed).await;
         let quiet = idle && this.group().position().applied_index() == before;
-        if quiet && this.data().dirty().any && !clean(&this, &journal).await {
+        if quiet && this.data().dirty().any && !clean(&this).await {
             return;
         }
     }
@@ -93,7 +93,7 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
 }
 
 /// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
-async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
+async fn clean(volume: &Rc<Volume>) -> bool {
     let group = volume.group().id().group;
     let began = Instant::now();
     loop {
@@ -135,7 +135,7 @@ enum Merged {
 }
 
 /// One step of merging layers. It takes at most half of the time: others want the disk, too.
-async fn merge(volume: &Rc<Volume>, journal: &Journal) -> Merged {
+async fn merge(volume: &Rc<Volume>) -> Merged {
     let group = volume.group().id().group;
     let began = Instant::now();
     match volume.data().merge_step().await {

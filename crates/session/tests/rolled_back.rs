@@ -8,8 +8,10 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use group::{GROUP, Member, Switch, attach, block, first_leads, members, start};
+use group::{GROUP, Member, Switch, attach, block, first_leads, members, start, start_on};
+use holdfast_env::disk::Directory;
 use holdfast_env::net::Frame;
+use holdfast_env::real::powercut::{Mode, PowerCutDirectory};
 use holdfast_protocol::planted;
 use holdfast_replica::messages;
 use holdfast_session::Session;
@@ -210,6 +212,36 @@ async fn acknowledged_by_two(place: &Path) -> Outcome<()> {
     write(&session, 2, 103).await?;
     drop(first);
     Ok(())
+}
+
+/// FAULTS row 15: a disk confirms flushes that it does not make, and then its power goes.
+#[test]
+fn a_disk_that_lied_about_its_flushes_costs_its_replica_and_no_write() {
+    test(async |place| {
+        let switch = Rc::new(Switch::default());
+        let mut group = members(place, &switch).await;
+        within(20, "the first member leads", first_leads(&group)).await?;
+        let session = attached(&group[0]).await?;
+        write(&session, 1, 101).await?;
+        has_everything(&group[0], &group[2]).await?;
+        stop(group.remove(2)).await;
+        let lies = |inner| PowerCutDirectory::new(inner, Mode::Lie) as Rc<dyn Directory>;
+        let third = start_on(&place.join("n3"), &switch, 3, false, lies).await;
+        until("it runs", || runs(&third)).await?;
+        for number in 2..=6 {
+            write(&session, number, number as u8 + 100).await?;
+        }
+        has_everything(&group[0], &third).await?;
+        stop(third).await;
+        // Everything that it confirmed is gone; what was there before stands.
+        let third = start(place, &switch, 3, false).await;
+        until("it is refused", || is_refused(&third)).await?;
+        write(&session, 7, 107).await?;
+        for number in 1..=7 {
+            expect(&session, number, number as u8 + 100).await?;
+        }
+        Ok(())
+    });
 }
 
 #[test]
