@@ -42,13 +42,16 @@ pub(super) struct Queued {
     leaves: Option<usize>,
 }
 
+/// Segments and bytes of payload there.
+type Superseded = Vec<(usize, u32)>;
+
 struct InFlight {
     seq: u64,
     since: Instant,
     ended: bool,
     entries: Vec<(ReplicaIdentity, EntryId)>,
     /// Segments with payloads that this batch writes again, and their bytes.
-    superseded: Vec<(usize, u32)>,
+    superseded: Superseded,
     done: Vec<Done>,
 }
 
@@ -529,7 +532,7 @@ impl Journal {
         start: u64,
         offsets: &[u64],
         moved: &BTreeSet<(ReplicaIdentity, EntryId)>,
-    ) -> (Vec<(ReplicaIdentity, EntryId)>, Vec<(usize, u32)>) {
+    ) -> (Vec<(ReplicaIdentity, EntryId)>, Superseded) {
         let segment = state.head;
         let groups = self.0.groups.borrow();
         let mut offsets = offsets.iter();
