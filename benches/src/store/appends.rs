@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use holdfast_store::journal::{GroupLog, StoreOptions};
 
-use super::Plan;
 use super::place::{Store, append, plain_entry};
 use super::raw::{Access, Raw};
 use super::text::{Table, median, micros, ratio};
+use super::{Engine, Plan};
 use crate::Outcome;
 use crate::load::{Figures, Operation, Pattern, times};
 
@@ -20,12 +20,45 @@ const RAW_BYTES: u64 = 256 << 20;
 const PURGE_EVERY: u64 = 256;
 const GROUPS: [usize; 3] = [1, 8, 64];
 
-/// One round of one number of groups.
+/// One round of one number of groups, on one engine.
 struct Sample {
     raw: Figures,
     ours: Figures,
     flushes: f64,
     bytes: f64,
+}
+
+/// A store on an engine, and its groups.
+struct Subject {
+    engine: Engine,
+    store: Store,
+    logs: Vec<GroupLog>,
+    /// By the number of groups.
+    samples: [Vec<Sample>; GROUPS.len()],
+}
+
+impl Subject {
+    async fn new(place: &Path, engine: Engine) -> Outcome<Self> {
+        let path = place.join(format!("appends-{}", engine.name()));
+        let store = Store::format(&path, &StoreOptions::default(), engine.into()).await?;
+        let most = GROUPS.into_iter().max().unwrap_or(1);
+        let mut logs = Vec::new();
+        for number in 1..=most {
+            logs.push(store.log(number as u64).await?);
+        }
+        Ok(Self { engine, store, logs, samples: Default::default() })
+    }
+
+    async fn sample(&mut self, n: usize, raw: Figures, milliseconds: u64) -> Outcome<()> {
+        let before = self.store.journal.usage();
+        let ours = ours(&self.logs[..GROUPS[n]], milliseconds).await?;
+        let after = self.store.journal.usage();
+        let per = |value: u64| value as f64 / ours.count as f64;
+        let flushes = per(after.flushes - before.flushes);
+        let bytes = per(after.bytes_written - before.bytes_written) / BLOCK as f64;
+        self.samples[n].push(Sample { raw, ours, flushes, bytes });
+        Ok(())
+    }
 }
 
 async fn appender(log: GroupLog, payload: Bytes, until: Instant) -> Outcome<hdrhistogram::Histogram<u64>> {
@@ -39,6 +72,10 @@ async fn appender(log: GroupLog, payload: Bytes, until: Instant) -> Outcome<hdrh
         if let Some(last) = log.last().filter(|_| count.is_multiple_of(PURGE_EVERY)) {
             log.purge_soon(last).map_err(|error| error.to_string())?;
         }
+    }
+    // What it leaves would hold the segments while others write.
+    if let Some(last) = log.last() {
+        log.purge(last).await.map_err(|error| error.to_string())?;
     }
     Ok(times)
 }
@@ -62,41 +99,40 @@ async fn ours(logs: &[GroupLog], milliseconds: u64) -> Outcome<Figures> {
 /// Measures; the table.
 pub async fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
     let raw = Raw::new(&place.join("raw-appends"), plan.bytes(RAW_BYTES))?;
-    let store = Store::format(&place.join("appends"), &StoreOptions::default()).await?;
-    let most = GROUPS.into_iter().max().unwrap_or(1);
-    let mut logs = Vec::new();
-    for number in 1..=most {
-        logs.push(store.log(number as u64).await?);
-    }
+    let mut subjects = vec![Subject::new(place, Engine::Threads).await?];
+    let without = match Subject::new(place, Engine::Uring).await {
+        Ok(subject) => {
+            subjects.push(subject);
+            None
+        }
+        Err(why) => Some(why),
+    };
     let milliseconds = plan.milliseconds(1000);
-    let mut samples: Vec<Vec<Sample>> = GROUPS.iter().map(|_| Vec::new()).collect();
     for round in 1..=plan.rounds {
-        for (groups, samples) in GROUPS.into_iter().zip(&mut samples) {
-            let access = Access {
-                operation: Operation::Write,
-                pattern: Pattern::Random,
-                bytes: BLOCK,
-                depth: groups as u64,
-            };
-            let raw = raw.run(access, milliseconds, round * 7 + groups as u64)?;
-            let before = store.journal.usage();
-            let ours = ours(&logs[..groups], milliseconds).await?;
-            let after = store.journal.usage();
-            let per = |value: u64| value as f64 / ours.count as f64;
-            let flushes = per(after.flushes - before.flushes);
-            let bytes = per(after.bytes_written - before.bytes_written) / BLOCK as f64;
-            samples.push(Sample { raw, ours, flushes, bytes });
+        for (n, groups) in GROUPS.into_iter().enumerate() {
+            let depth = groups as u64;
+            let (operation, pattern) = (Operation::Write, Pattern::Random);
+            let access = Access { operation, pattern, bytes: BLOCK, depth };
+            let raw = raw.run(access, milliseconds, round * 7 + depth)?;
+            for subject in &mut subjects {
+                subject.sample(n, raw, milliseconds).await?;
+            }
         }
     }
-    Ok(table(&samples))
+    let mut table = table(&subjects);
+    if let Some(why) = without {
+        table.note(format!("The other engine was not measured: {why}."));
+    }
+    Ok(table)
 }
 
-fn table(samples: &[Vec<Sample>]) -> Table {
+fn table(subjects: &[Subject]) -> Table {
     let mut table = Table::new(
         "Append and flush, 4 KiB, each group with one append under way; the floor: as many threads that overwrite 4 KiB \
          with O_DSYNC",
         &[
             "groups",
+            "engine",
             "floor p50 / p99 / p99.9 µs",
             "floor per second",
             "ours p50 / p99 / p99.9 µs",
@@ -107,10 +143,13 @@ fn table(samples: &[Vec<Sample>]) -> Table {
             "journal bytes per byte",
         ],
     );
-    for (groups, samples) in GROUPS.into_iter().zip(samples) {
+    let each = (0..GROUPS.len()).flat_map(|n| subjects.iter().map(move |subject| (n, subject)));
+    for (n, subject) in each {
+        let samples = &subject.samples[n];
         let of = |value: &dyn Fn(&Sample) -> f64| median(samples.iter().map(value).collect());
         table.row(vec![
-            groups.to_string(),
+            GROUPS[n].to_string(),
+            subject.engine.name().into(),
             micros(samples.iter().map(|sample| &sample.raw)),
             format!("{:.0}", of(&|sample| sample.raw.rate())),
             micros(samples.iter().map(|sample| &sample.ours)),

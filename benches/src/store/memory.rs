@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use clap::ValueEnum;
+use holdfast_env::real::disk::IoEngine;
 use serde::{Deserialize, Serialize};
 
 use super::Plan;
@@ -65,14 +66,14 @@ async fn write_blocks(volume: &Rc<Volume>, offsets: impl Iterator<Item = u64>) -
 
 async fn idle(place: &Path) -> Outcome<Found> {
     {
-        let store = Store::format(place, &journal_of(64)).await?;
+        let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
         for number in 1..=IDLE + 1 {
             let volume = store.create(number, 64 * GIB).await?;
             write_blocks(&volume, std::iter::once(0)).await?;
             volume.settle().await?;
         }
     }
-    let store = Store::open(place).await?;
+    let store = Store::open(place, IoEngine::Threads).await?;
     let mut open = vec![store.reopen(1, 64 * GIB).await?];
     let before = resident()?;
     for number in 2..=IDLE + 1 {
@@ -83,14 +84,14 @@ async fn idle(place: &Path) -> Outcome<Found> {
 
 async fn pages(place: &Path) -> Outcome<Found> {
     {
-        let store = Store::format(place, &journal_of(64)).await?;
+        let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
         let volume = store.create(1, SPARSE_BYTES).await?;
         volume.start_cleaner();
         write_blocks(&volume, (0..SPARSE_BYTES / CHUNK).map(|chunk| chunk * CHUNK)).await?;
         volume.settle().await?;
         volume.close().await?;
     }
-    let store = Store::open(place).await?;
+    let store = Store::open(place, IoEngine::Threads).await?;
     let volume = store.reopen(1, SPARSE_BYTES).await?;
     let before = resident()?;
     for chunk in 0..SPARSE_BYTES / CHUNK {
@@ -100,7 +101,7 @@ async fn pages(place: &Path) -> Outcome<Found> {
 }
 
 async fn runs(place: &Path) -> Outcome<Found> {
-    let store = Store::format(place, &journal_of(JOURNAL_MIB)).await?;
+    let store = Store::format(place, &journal_of(JOURNAL_MIB), IoEngine::Threads).await?;
     let volume = store.create(1, GIB).await?;
     // What is kept of payload in memory is full before it is measured.
     write_blocks(&volume, (0..RUNS / 2).map(|n| n * 2 * BLOCK)).await?;

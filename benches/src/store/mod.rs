@@ -16,6 +16,8 @@ mod writes;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use holdfast_env::real::disk::IoEngine;
+
 use crate::Outcome;
 use crate::report::Machine;
 
@@ -34,6 +36,9 @@ pub struct Plan {
     /// Size of the journal that is written over many times, in MiB.
     #[arg(long, default_value_t = 64)]
     pub journal_mib: u64,
+    /// What carries reads and writes of files, but for the appends, which show both.
+    #[arg(long, default_value = "threads")]
+    pub io_engine: Engine,
     /// Less of everything: shows that it works, and says little.
     #[arg(long)]
     pub quick: bool,
@@ -43,6 +48,33 @@ pub struct Plan {
     /// Where the data is put while it runs: the file system that is measured. Default: beside the program.
     #[arg(long)]
     pub directory: Option<PathBuf>,
+}
+
+/// What carries reads and writes of files.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Engine {
+    /// Blocking calls on a few threads.
+    Threads,
+    /// io_uring.
+    Uring,
+}
+
+impl Engine {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Threads => "threads",
+            Self::Uring => "uring",
+        }
+    }
+}
+
+impl From<Engine> for IoEngine {
+    fn from(engine: Engine) -> Self {
+        match engine {
+            Engine::Threads => Self::Threads,
+            Engine::Uring => Self::Uring,
+        }
+    }
 }
 
 impl Plan {
@@ -62,7 +94,8 @@ const SECTIONS: [&str; 6] = ["appends", "writes", "map", "layers", "recovery", "
 fn head(plan: &Plan, machine: &Machine, seconds: f64) -> String {
     let quick = if plan.quick { " --quick" } else { "" };
     let only: String = plan.only.iter().map(|section| format!(" --only {section}")).collect();
-    let rounds = format!("--rounds {} --journal-mib {}", plan.rounds, plan.journal_mib);
+    let engine = plan.io_engine.name();
+    let rounds = format!("--rounds {} --journal-mib {} --io-engine {engine}", plan.rounds, plan.journal_mib);
     let warning = match plan.quick {
         true => "A short form, which shows that it works: its figures say little.\n",
         false => "",

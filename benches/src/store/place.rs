@@ -8,7 +8,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use holdfast_env::JoinHandle;
 use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::RealDirectory;
+use holdfast_env::real::disk::{IoEngine, RealDirectory};
 use holdfast_store::journal::{GroupLog, Journal, StoreOptions};
 use holdfast_store::volume::{Checkpoint, CheckpointSource, ReplicaFileIdentity, VolumeData};
 use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreError, StoreIdentity};
@@ -69,8 +69,8 @@ pub struct Store {
 
 impl Store {
     /// Makes one in a directory that has none.
-    pub async fn format(path: &Path, options: &StoreOptions) -> Outcome<Self> {
-        let directory: Rc<dyn Directory> = RealDirectory::open(path).map_err(wrong)?;
+    pub async fn format(path: &Path, options: &StoreOptions, engine: IoEngine) -> Outcome<Self> {
+        let directory: Rc<dyn Directory> = RealDirectory::open_with(path, engine).map_err(wrong)?;
         Journal::format(directory.clone(), &store_identity(), options).await.map_err(wrong)?;
         let (journal, _) =
             Journal::open(directory.clone(), &store_identity(), options).await.map_err(wrong)?;
@@ -78,8 +78,8 @@ impl Store {
     }
 
     /// Opens it again, as after a kill; without its volumes.
-    pub async fn open(path: &Path) -> Outcome<Self> {
-        let directory: Rc<dyn Directory> = RealDirectory::open(path).map_err(wrong)?;
+    pub async fn open(path: &Path, engine: IoEngine) -> Outcome<Self> {
+        let directory: Rc<dyn Directory> = RealDirectory::open_with(path, engine).map_err(wrong)?;
         // The journal's own layout counts.
         let options = StoreOptions::default();
         let (journal, _) =

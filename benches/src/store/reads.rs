@@ -163,7 +163,7 @@ pub async fn layers(plan: &Plan, place: &Path) -> Outcome<Table> {
     let mut bench = Bench { plan, raw, floor: Vec::new(), span, seed: 1 };
     let path = place.join("layers");
     {
-        let store = Store::format(&path, &journal_of(plan.journal_mib)).await?;
+        let store = Store::format(&path, &journal_of(plan.journal_mib), plan.io_engine.into()).await?;
         for (number, snapshots) in (1..).zip(SNAPSHOTS) {
             make(&store, number, span, snapshots).await?;
         }
@@ -171,7 +171,7 @@ pub async fn layers(plan: &Plan, place: &Path) -> Outcome<Table> {
     let mut samples: Vec<Vec<Samples>> = Vec::new();
     samples.resize_with(SNAPSHOTS.len(), || PARTS.iter().map(|_| Samples::default()).collect());
     for round in 1..=plan.rounds {
-        let store = Store::open(&path).await?;
+        let store = Store::open(&path, plan.io_engine.into()).await?;
         let mut volumes = Vec::new();
         for number in 1..=SNAPSHOTS.len() as u64 {
             volumes.push(store.reopen(number, span).await?);
@@ -247,7 +247,8 @@ fn layers_table(bench: &Bench<'_>, samples: &[Vec<Samples>]) -> Table {
 /// Reads of what is not home yet.
 pub async fn from_the_map(plan: &Plan, place: &Path) -> Outcome<Table> {
     let span = MAP_BYTES;
-    let store = Store::format(&place.join("map"), &journal_of(MAP_JOURNAL_MIB)).await?;
+    let store =
+        Store::format(&place.join("map"), &journal_of(MAP_JOURNAL_MIB), plan.io_engine.into()).await?;
     let volume = store.create(1, span).await?;
     // No cleaner: everything stays in the journal; the newest of it in memory, too.
     let whole = Rc::new(Shown { volume: volume.clone(), from: 0, bytes: span });

@@ -54,9 +54,9 @@ async fn fill(store: &Store, path: &Path) -> Outcome<(u64, u64)> {
     Ok((writes, bytes))
 }
 
-async fn open(path: &Path) -> Outcome<Sample> {
+async fn open(plan: &Plan, path: &Path) -> Outcome<Sample> {
     let began = Instant::now();
-    let store = Store::open(path).await?;
+    let store = Store::open(path, plan.io_engine.into()).await?;
     let journal = began.elapsed();
     let mut volumes = Vec::new();
     for number in 1..=VOLUMES {
@@ -83,7 +83,7 @@ pub async fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
     for mib in if plan.quick { vec![64] } else { vec![64, 256, 1024] } {
         let path = place.join(format!("recovery-{mib}"));
         let (writes, bytes) = {
-            let store = Store::format(&path, &journal_of(mib)).await?;
+            let store = Store::format(&path, &journal_of(mib), plan.io_engine.into()).await?;
             fill(&store, &path).await?
         };
         let raw = Raw::new(&place.join(format!("raw-recovery-{mib}")), mib * MIB)?;
@@ -92,7 +92,7 @@ pub async fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
             let access =
                 Access { operation: Operation::Read, pattern: Pattern::Sequential, bytes: MIB, depth: 4 };
             floors.push((mib as f64) / raw.run(access, plan.milliseconds(500), round + 1)?.rate());
-            samples.push(open(&path).await?);
+            samples.push(open(plan, &path).await?);
         }
         let of = |value: &dyn Fn(&Sample) -> Duration| {
             median(samples.iter().map(|sample| value(sample).as_secs_f64()).collect())

@@ -90,7 +90,8 @@ impl Bench<'_> {
 pub async fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
     let span = JOURNALS * plan.journal_mib * MIB;
     let raw = Raw::new(&place.join("raw-writes"), span)?;
-    let store = Store::format(&place.join("writes"), &journal_of(plan.journal_mib)).await?;
+    let store =
+        Store::format(&place.join("writes"), &journal_of(plan.journal_mib), plan.io_engine.into()).await?;
     let volume = store.create(1, span).await?;
     volume.start_cleaner();
     let mut bench = Bench { plan, raw, volume, span, seed: 1 };

@@ -37,6 +37,9 @@ pub enum Command {
         /// Begin a pass of the scrub every so many seconds instead of the configured time (a week).
         #[arg(long, value_name = "SECONDS")]
         scrub_period: Option<u64>,
+        /// How the store's files are read and written, instead of the configured way (threads).
+        #[arg(long, value_name = "ENGINE")]
+        io_engine: Option<holdfast_node::config::IoEngine>,
         /// End when the process that started this one ends.
         #[arg(long, hide = true)]
         follow_parent: bool,
@@ -111,6 +114,9 @@ pub struct DevOptions {
     /// What happens to a daemon's unflushed writes when it is killed: for trying power cuts.
     #[arg(long, default_value = "plain", value_name = "MODE")]
     pub disk: holdfast_node::config::DiskMode,
+    /// How the nodes read and write their stores' files.
+    #[arg(long, default_value = "threads", value_name = "ENGINE")]
+    pub io_engine: holdfast_node::config::IoEngine,
     /// Play a demonstration, print what it showed, and exit; 0 only if every check held.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["regions", "zones", "nodes_per_zone"])]
     pub demo: Option<Demo>,
@@ -136,6 +142,7 @@ impl DevOptions {
             // A demonstration wants to see the log purged soon.
             journal_bytes: self.journal.map_or(if demo { 64 << 20 } else { 256 << 20 }, |size| size.0),
             disk: self.disk,
+            io_engine: self.io_engine,
         }
     }
 }

@@ -53,12 +53,20 @@ fn log(default: &str) {
 
 fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
     match cli.command {
-        Command::Node { data_dir: Some(directory), metrics, scrub_period, follow_parent, command: None } => {
+        Command::Node {
+            data_dir: Some(directory),
+            metrics,
+            scrub_period,
+            io_engine,
+            follow_parent,
+            command: None,
+        } => {
             log("info,openraft=warn");
             if follow_parent {
                 dev::follow_parent()?;
             }
-            let overrides = holdfast_node::daemon::Overrides { metrics, scrub_period_seconds: scrub_period };
+            let overrides =
+                holdfast_node::daemon::Overrides { metrics, scrub_period_seconds: scrub_period, io_engine };
             holdfast_node::daemon::run(&directory, overrides).map(|()| ExitCode::SUCCESS)
         }
         Command::Node { command: Some(command), .. } => commands::node::run(command, cli.admin, output),

@@ -25,7 +25,8 @@ impl Dev {
     fn start(place: &Path) -> Self {
         let directory = place.join("c");
         let child = Command::new(env!("CARGO_BIN_EXE_holdfast"))
-            .args(["dev", "--journal", "64MiB", "--dir"])
+            // The ring where the kernel gives one; other tests run on threads.
+            .args(["dev", "--journal", "64MiB", "--io-engine", "auto", "--dir"])
             .arg(&directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

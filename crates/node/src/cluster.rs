@@ -7,7 +7,7 @@ use holdfast_env::Driver;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Authority;
 
-use crate::config::{DiskMode, Layout, NodeConfig, PeerConfig, ScrubConfig};
+use crate::config::{DiskMode, IoEngine, Layout, NodeConfig, PeerConfig, ScrubConfig};
 
 /// Members of a catalog.
 const CATALOG_MEMBERS: usize = 3;
@@ -31,6 +31,8 @@ pub struct LoopbackPlan {
     pub journal_bytes: u64,
     /// What happens to unflushed writes when a daemon is killed.
     pub disk: DiskMode,
+    /// How the stores' files are read and written.
+    pub io_engine: IoEngine,
 }
 
 /// Where each node of a cluster stands and what it is.
@@ -122,6 +124,7 @@ pub fn create_loopback(
             scrub: ScrubConfig::default(),
             allow_faults: true,
             disk: plan.disk,
+            io_engine: plan.io_engine,
         };
         let path = directory.join(location.node.as_str());
         std::fs::create_dir_all(&path).map_err(|error| failed(&error))?;
@@ -145,6 +148,7 @@ mod tests {
             lost_after_seconds: 600,
             journal_bytes: 64 << 20,
             disk: DiskMode::Plain,
+            io_engine: IoEngine::default(),
         };
         let nodes: Vec<_> =
             locations(&plan).into_iter().enumerate().map(|(n, at)| (at, StoreId(n as u128 + 1))).collect();

@@ -54,6 +54,32 @@ pub struct NodeConfig {
     /// What happens to unflushed writes when the daemon is killed; anything but `plain` needs `allow_faults`.
     #[serde(default)]
     pub disk: DiskMode,
+    /// How the store's files are read and written.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+}
+
+/// How files are read, written and flushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoEngine {
+    /// io_uring where the kernel allows it, else threads.
+    Auto,
+    /// io_uring; the daemon refuses to start without it.
+    Uring,
+    /// Blocking calls on a few threads.
+    #[default]
+    Threads,
+}
+
+impl From<IoEngine> for holdfast_env::real::disk::IoEngine {
+    fn from(engine: IoEngine) -> Self {
+        match engine {
+            IoEngine::Auto => Self::Auto,
+            IoEngine::Uring => Self::Uring,
+            IoEngine::Threads => Self::Threads,
+        }
+    }
 }
 
 /// How a node scrubs its store.

@@ -10,7 +10,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::admin::pb::admin_server::AdminServer;
 use crate::admin::service::AdminService;
-use crate::config::Layout;
+use crate::config::{IoEngine, Layout};
 use crate::handle::{self, ShardHandle};
 use crate::metrics;
 use crate::shard::Shard;
@@ -31,16 +31,18 @@ pub struct Overrides {
     pub metrics: Option<String>,
     /// Seconds between the beginnings of two passes of the scrub.
     pub scrub_period_seconds: Option<u64>,
+    /// How the store's files are read and written.
+    pub io_engine: Option<IoEngine>,
 }
 
 /// Runs the node of a data directory until SIGTERM or SIGINT. What `overrides` leaves out its configuration tells.
 pub fn run(directory: &Path, overrides: Overrides) -> Result<(), UserError> {
-    let Overrides { metrics, scrub_period_seconds } = overrides;
+    let Overrides { metrics, scrub_period_seconds, io_engine } = overrides;
     crate::planted::plant()?;
     let layout = Layout::new(directory);
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {
-        let shard = Shard::start(layout.clone()).await?;
+        let shard = Shard::start(layout.clone(), io_engine).await?;
         let mut scrub = shard.config.scrub;
         scrub.period_seconds = scrub_period_seconds.unwrap_or(scrub.period_seconds);
         shard.host.start_scrub(scrub.options());

@@ -7,7 +7,7 @@ use std::time::Duration;
 use holdfast_catalog::{CatalogClient, MemberOptions, Seat};
 use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::RealDirectory;
+use holdfast_env::real::disk::{OpenError, RealDirectory};
 use holdfast_env::real::powercut::{self, PowerCutDirectory};
 use holdfast_frontend::kernel;
 use holdfast_frontend::nbd::NbdServer;
@@ -22,7 +22,7 @@ use holdfast_wire::tcp::{Faults, Peer, TcpNetwork, answers_as};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
-use crate::config::{DiskMode, Layout, NodeConfig, load_credentials};
+use crate::config::{DiskMode, IoEngine, Layout, NodeConfig, load_credentials};
 use crate::filling::{self, Fillings};
 use crate::forward;
 
@@ -91,10 +91,15 @@ async fn open_store(
     config: &NodeConfig,
     layout: &Layout,
 ) -> Result<(Rc<dyn Directory>, StoreIdentity, bool), UserError> {
-    let real = RealDirectory::open(&layout.store()).map_err(|error| {
-        UserError::new(ErrorCode::Refused, error.to_string())
-            .hint("stop the other daemon, or give this one its own data directory")
+    let real = RealDirectory::open_with(&layout.store(), config.io_engine.into()).map_err(|error| {
+        let hint = match &error {
+            OpenError::NoRing(_) => "start it with --io-engine threads, or set `io_engine` in node.json",
+            OpenError::InUse(_) => "stop the other daemon, or give this one its own data directory",
+            OpenError::Io { .. } => "look whether the data directory can be written",
+        };
+        UserError::new(ErrorCode::Refused, error.to_string()).hint(hint)
     })?;
+    tracing::info!(engine = ?real.engine(), "the store's files are open");
     let directory = with_disk_mode(config, real)?;
     let identity =
         StoreIdentity { cluster: config.cluster, node: config.location.node.clone(), store: config.store };
@@ -126,8 +131,9 @@ async fn refuse_second(config: &NodeConfig, tls: &Tls) -> Result<(), UserError> 
 
 impl Shard {
     /// Opens the store, starts its replicas, and listens.
-    pub(crate) async fn start(layout: Layout) -> Result<Rc<Self>, UserError> {
-        let config = NodeConfig::load(&layout)?;
+    pub(crate) async fn start(layout: Layout, io_engine: Option<IoEngine>) -> Result<Rc<Self>, UserError> {
+        let mut config = NodeConfig::load(&layout)?;
+        config.io_engine = io_engine.unwrap_or(config.io_engine);
         let (directory, identity, fresh) = open_store(&config, &layout).await?;
         let credentials = load_credentials(&layout)?;
         let tls = Tls::new(config.cluster, &credentials)

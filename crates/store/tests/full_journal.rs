@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::{OpenError, RealDirectory};
+use holdfast_env::real::disk::{IoEngine, OpenError, RealDirectory};
 use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, StoreOptions};
 use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 use holdfast_types::{ClusterId, GroupId, LogIndex, NodeName, ReplicaId, StoreId, Term};
+
+/// The ring where the kernel gives one.
+const ENGINES: [IoEngine; 2] = [IoEngine::Threads, IoEngine::Auto];
 
 const WHO: ReplicaIdentity = ReplicaIdentity { group: GroupId(7), replica: ReplicaId(1) };
 
@@ -23,10 +26,10 @@ fn options() -> StoreOptions {
     StoreOptions { segment_bytes: 4 << 20, segments: 16 }
 }
 
-async fn directory(path: &Path) -> Rc<dyn Directory> {
+async fn directory(path: &Path, engine: IoEngine) -> Rc<dyn Directory> {
     // The tasks of the journal before end one by one; its lock goes with the last of them.
     loop {
-        match RealDirectory::open(path) {
+        match RealDirectory::open_with(path, engine) {
             Ok(directory) => return directory,
             Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
             Err(error) => panic!("{error}"),
@@ -34,8 +37,8 @@ async fn directory(path: &Path) -> Rc<dyn Directory> {
     }
 }
 
-async fn open(path: &Path) -> (Journal, Option<RecoveredGroup>) {
-    let directory = directory(path).await;
+async fn open(path: &Path, engine: IoEngine) -> (Journal, Option<RecoveredGroup>) {
+    let directory = directory(path, engine).await;
     if Journal::identity_of(&directory).await.is_err() {
         Journal::format(directory.clone(), &identity(), &options()).await.expect("formats");
     }
@@ -89,9 +92,13 @@ async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
 
 #[test]
 fn a_full_journal_takes_a_vote_and_a_purge() {
+    ENGINES.into_iter().for_each(a_full_journal_takes_a_vote_and_a_purge_on);
+}
+
+fn a_full_journal_takes_a_vote_and_a_purge_on(engine: IoEngine) {
     let place = tempfile::tempdir().expect("a place");
     holdfast_env::real::run(async {
-        let (journal, _) = open(place.path()).await;
+        let (journal, _) = open(place.path(), engine).await;
         let log = begin(&journal).await;
         let mut next = 1;
         for round in 0..4u8 {
@@ -116,11 +123,15 @@ fn a_full_journal_takes_a_vote_and_a_purge() {
 
 #[test]
 fn a_restart_with_a_full_journal_goes_on() {
+    ENGINES.into_iter().for_each(a_restart_with_a_full_journal_goes_on_on);
+}
+
+fn a_restart_with_a_full_journal_goes_on_on(engine: IoEngine) {
     let place = tempfile::tempdir().expect("a place");
     let mut last_vote = None;
     for round in 0..6u8 {
         holdfast_env::real::run(async {
-            let (journal, recovered) = open(place.path()).await;
+            let (journal, recovered) = open(place.path(), engine).await;
             let log = match recovered {
                 Some(recovered) => {
                     assert_eq!(recovered.state, holdfast_store::journal::Recovery::Clean, "round {round}");
@@ -147,9 +158,13 @@ fn a_restart_with_a_full_journal_goes_on() {
 
 #[test]
 fn nothing_is_admitted_while_a_long_line_stands() {
+    ENGINES.into_iter().for_each(nothing_is_admitted_while_a_long_line_stands_on);
+}
+
+fn nothing_is_admitted_while_a_long_line_stands_on(engine: IoEngine) {
     let place = tempfile::tempdir().expect("a place");
     holdfast_env::real::run(async {
-        let (journal, _) = open(place.path()).await;
+        let (journal, _) = open(place.path(), engine).await;
         let log = begin(&journal).await;
         // As on a leader whose followers commit without it: proposals are over, their entries stand in line. More than
         // the journal holds, so that the line stays.
@@ -167,9 +182,13 @@ fn nothing_is_admitted_while_a_long_line_stands() {
 
 #[test]
 fn a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next() {
+    ENGINES.into_iter().for_each(a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next_on);
+}
+
+fn a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next_on(engine: IoEngine) {
     let place = tempfile::tempdir().expect("a place");
     holdfast_env::real::run(async {
-        let (journal, _) = open(place.path()).await;
+        let (journal, _) = open(place.path(), engine).await;
         let log = begin(&journal).await;
         // As the cleaner does: it asks for news, looks, and is busy while the journal fills up to the last segment.
         let changed = journal.pressure_changed();

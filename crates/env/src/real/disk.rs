@@ -1,4 +1,6 @@
-//! Files of a real directory: direct I/O where the file system allows it, blocking calls on a few threads.
+//! Files of a real directory: direct I/O where the file system allows it. Reads, writes and flushes are blocking calls on
+//! a few threads, or go over a ring of the kernel (`uring/`), as the [`IoEngine`] says; everything else is rare and goes
+//! to the threads.
 //!
 //! A failed write or flush is reported as it is and never repeated here: what it covered is unknown.
 
@@ -17,6 +19,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 
+use super::uring::Uring;
 use crate::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, FileSize, OpenMode, Space};
 
 /// Threads that carry blocking calls of one directory.
@@ -91,10 +94,51 @@ impl Pool {
     }
 }
 
+/// How files are read, written and flushed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum IoEngine {
+    /// By the kernel's ring where it allows one, else by threads.
+    Auto,
+    /// By the kernel's ring (io_uring), or not at all.
+    Uring,
+    /// By blocking calls on a few threads.
+    #[default]
+    Threads,
+}
+
+/// What carries a directory's calls.
+struct Carrier {
+    pool: Pool,
+    ring: Option<Uring>,
+}
+
+impl std::ops::Deref for Carrier {
+    type Target = Pool;
+    fn deref(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+/// Sets up what an engine needs.
+fn ring_for(
+    engine: IoEngine,
+    set_up: impl FnOnce() -> io::Result<Uring>,
+) -> Result<Option<Uring>, OpenError> {
+    match engine {
+        IoEngine::Threads => Ok(None),
+        IoEngine::Uring => set_up().map(Some).map_err(OpenError::NoRing),
+        IoEngine::Auto => Ok(set_up()
+            .inspect_err(
+                |error| tracing::info!(%error, "io_uring is not to be had here: threads carry disk calls"),
+            )
+            .ok()),
+    }
+}
+
 /// A directory of the file system, held exclusively.
 pub struct RealDirectory {
     root: PathBuf,
-    pool: Rc<Pool>,
+    pool: Rc<Carrier>,
     _lock: OwnedFd,
 }
 
@@ -104,6 +148,9 @@ pub enum OpenError {
     /// Another process holds it.
     #[error("{} is in use by another process: two daemons must not share a data directory", .0.display())]
     InUse(PathBuf),
+    /// The kernel gives no ring, and one was asked for.
+    #[error("io_uring is not to be had here ({0}): choose the engine `threads`, or `auto`")]
+    NoRing(#[source] io::Error),
     /// The file system refuses.
     #[error("{}: {source}", path.display())]
     Io {
@@ -118,6 +165,19 @@ pub enum OpenError {
 impl RealDirectory {
     /// Opens a directory, made if it does not exist, and takes its lock until dropped.
     pub fn open(path: &Path) -> Result<Rc<Self>, OpenError> {
+        Self::open_with(path, IoEngine::default())
+    }
+
+    /// As [`Self::open`], with an engine. A ring is driven by this thread's runtime, which must outlive the directory.
+    pub fn open_with(path: &Path, engine: IoEngine) -> Result<Rc<Self>, OpenError> {
+        Self::open_on(path, engine, Uring::new)
+    }
+
+    fn open_on(
+        path: &Path,
+        engine: IoEngine,
+        set_up: impl FnOnce() -> io::Result<Uring>,
+    ) -> Result<Rc<Self>, OpenError> {
         let wrap = |source: io::Error| OpenError::Io { path: path.to_owned(), source };
         fs::create_dir_all(path).map_err(wrap)?;
         let lock = rustix::fs::open(
@@ -131,8 +191,14 @@ impl RealDirectory {
             Err(Errno::WOULDBLOCK) => return Err(OpenError::InUse(path.to_owned())),
             Err(error) => return Err(wrap(error.into())),
         }
-        let pool = Rc::new(Pool::new().map_err(wrap)?);
+        let ring = ring_for(engine, set_up)?;
+        let pool = Rc::new(Carrier { pool: Pool::new().map_err(wrap)?, ring });
         Ok(Rc::new(Self { root: path.to_owned(), pool, _lock: lock }))
+    }
+
+    /// What carries its reads, writes and flushes: never [`IoEngine::Auto`].
+    pub fn engine(&self) -> IoEngine {
+        if self.pool.ring.is_some() { IoEngine::Uring } else { IoEngine::Threads }
     }
 
     /// Where it is.
@@ -255,7 +321,7 @@ impl Directory for RealDirectory {
 
 struct RealFile {
     file: Arc<OwnedFd>,
-    pool: Rc<Pool>,
+    pool: Rc<Carrier>,
 }
 
 /// Repeats a call that a signal interrupted before it did anything.
@@ -317,6 +383,9 @@ impl File for RealFile {
         buffer: AlignedBuffer,
         durability: Durability,
     ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        if let Some(ring) = &self.pool.ring {
+            return ring.write(&self.file, offset, buffer, durability);
+        }
         let file = self.file.clone();
         self.pool.run(move || {
             write_all(&file, offset, buffer.as_slice(), durability)?;
@@ -325,11 +394,17 @@ impl File for RealFile {
     }
 
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        if let Some(ring) = &self.pool.ring {
+            return ring.read(&self.file, offset, length);
+        }
         let file = self.file.clone();
         self.pool.run(move || read_all(&file, offset, length))
     }
 
     fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
+        if let Some(ring) = &self.pool.ring {
+            return ring.flush(&self.file);
+        }
         let file = self.file.clone();
         // Never repeated: the kernel marks pages clean after a failed flush.
         self.pool.run(move || rustix::fs::fdatasync(&*file).map_err(io::Error::from))
@@ -370,9 +445,38 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_a_second_owner_is_refused() {
+        for engine in [IoEngine::Threads, IoEngine::Auto] {
+            files_work(engine);
+        }
+    }
+
+    #[test]
+    fn without_a_ring_auto_falls_back_and_uring_says_why() {
         let place = tempfile::tempdir().expect("a temporary directory");
         crate::real::run(async {
-            let directory = RealDirectory::open(place.path()).expect("opens");
+            for errno in [Errno::PERM, Errno::NOSYS, Errno::NOMEM] {
+                let none = || Err(errno.into());
+                let refused = RealDirectory::open_on(place.path(), IoEngine::Uring, none).err();
+                let why = refused.expect("there is no ring").to_string();
+                assert!(why.contains("`threads`"), "{why}");
+                let directory = RealDirectory::open_on(place.path(), IoEngine::Auto, none).expect("opens");
+                assert_eq!(directory.engine(), IoEngine::Threads);
+                let file = directory.open(&errno.to_string(), OpenMode::CreateNew).await.expect("creates");
+                let block = AlignedBuffer::copy_of(&[9; 4096]);
+                file.write_at(0, block, Durability::Durable).await.expect("writes");
+                assert_eq!(file.read_at(0, 4096).await.expect("reads").as_slice(), [9; 4096]);
+            }
+        });
+        // Nothing drives a ring here.
+        let directory = RealDirectory::open_with(place.path(), IoEngine::Auto).expect("opens");
+        assert_eq!(directory.engine(), IoEngine::Threads);
+    }
+
+    fn files_work(engine: IoEngine) {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        crate::real::run(async {
+            let directory = RealDirectory::open_with(place.path(), engine).expect("opens");
+            println!("{engine:?} is {:?}", directory.engine());
             assert!(matches!(RealDirectory::open(place.path()), Err(OpenError::InUse(_))));
             let file = directory.open("a/b", OpenMode::CreateNew).await.expect("creates");
             assert!(directory.open("a/b", OpenMode::CreateNew).await.is_err());

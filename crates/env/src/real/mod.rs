@@ -3,6 +3,7 @@
 pub mod disk;
 pub mod powercut;
 mod replace;
+mod uring;
 
 use std::cell::RefCell;
 use std::future::Future;

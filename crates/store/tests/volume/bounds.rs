@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::{OpenError, RealDirectory};
+use holdfast_env::real::disk::{IoEngine, OpenError, RealDirectory};
 use holdfast_store::StoreError;
 use holdfast_store::testing::{Fault, MemoryDisk, Random, Tear};
 use holdfast_types::{BLOCK_BYTES, CHUNK_BYTES, limits};
@@ -70,9 +70,9 @@ fn a_volume_is_overwritten_for_ever_in_bounded_space() {
     }
 }
 
-async fn real(path: &std::path::Path) -> Rc<dyn Directory> {
+async fn real(path: &std::path::Path, engine: IoEngine) -> Rc<dyn Directory> {
     loop {
-        match RealDirectory::open(path) {
+        match RealDirectory::open_with(path, engine) {
             Ok(directory) => return directory,
             // The tasks of the journal before end one by one; its lock goes with the last of them.
             Err(OpenError::InUse(_)) => holdfast_env::yield_now().await,
@@ -83,11 +83,15 @@ async fn real(path: &std::path::Path) -> Rc<dyn Directory> {
 
 #[test]
 fn home_is_thin_and_trim_gives_back_on_a_real_file_system() {
+    [IoEngine::Threads, IoEngine::Auto].into_iter().for_each(home_is_thin_on);
+}
+
+fn home_is_thin_on(engine: IoEngine) {
     let place = tempfile::tempdir().expect("a place");
     let reference = Rc::new(Reference::default());
     let command = |what, start, count| Command { what, start, count };
     holdfast_env::real::run(async {
-        let directory = real(place.path()).await;
+        let directory = real(place.path(), engine).await;
         Replica::create(directory.clone()).await;
         let replica = Replica::open(directory, &reference).await.expect("opens");
         let before = replica.data.space().await.expect("space").allocated;
@@ -110,7 +114,7 @@ fn home_is_thin_and_trim_gives_back_on_a_real_file_system() {
         assert!(left <= 128 * BLOCK_BYTES as u64 + 2 * CHUNK_BYTES, "{left} are left of {full}");
     });
     holdfast_env::real::run(async {
-        let replica = Replica::open(real(place.path()).await, &reference).await.expect("opens");
+        let replica = Replica::open(real(place.path(), engine).await, &reference).await.expect("opens");
         assert_eq!(replica.check().await.expect("reads"), Vec::<u64>::new());
     });
 }
