@@ -34,6 +34,7 @@ const MUTANTS: &[Mutant] = &[
     ),
     ("vote-not-flushed", "INV-TERM", "journal", ANY_HISTORY),
     ("parked-logs-pin", "INV-ROOM", "journal", "parked::a_log_that_nobody_purges_holds_up_nobody"),
+    ("rubbish-behind-a-list", "INV-ACK", "journal", "parked::a_log_that_is_copied_survives_every_power_cut"),
     ("copy-undoes-repair", "INV-TERM", "journal", "parked::a_repair_is_not_undone_by_a_copy"),
     (
         "failed-write-goes-on",

@@ -51,7 +51,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let dirty = this.data().dirty();
         let wanted = this.machine().take_checkpoint_wanted();
         let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted) && dirty.any);
-        if due && !clean(&this).await {
+        if due && !clean(&this, &journal).await {
             return;
         }
         if pressed && !purge(&this, &journal, &hold).await {
@@ -67,7 +67,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         let before = this.group().position().applied_index();
         let idle = wait(&this, &journal, pressure_changed).await;
         let quiet = idle && this.group().position().applied_index() == before;
-        if quiet && this.data().dirty().any && !clean(&this).await {
+        if quiet && this.data().dirty().any && !clean(&this, &journal).await {
             return;
         }
     }
@@ -93,7 +93,7 @@ async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Fut
 }
 
 /// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
-async fn clean(volume: &Rc<Volume>) -> bool {
+async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let group = volume.group().id().group;
     let began = Instant::now();
     loop {
@@ -109,7 +109,10 @@ async fn clean(volume: &Rc<Volume>) -> bool {
                     return false;
                 }
             }
-            Err(error @ StoreError::Damaged { .. }) if Instant::now() < began + HEAL_PATIENCE => {
+            // Damage is being healed, and a read may succeed the next time.
+            Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. }))
+                if journal.failed().is_none() && Instant::now() < began + HEAL_PATIENCE =>
+            {
                 tracing::debug!(%group, %error, "cleaning waits until it is healed");
                 holdfast_env::sleep(HEAL_PAUSE).await;
                 if volume.is_stopped() {
@@ -117,6 +120,10 @@ async fn clean(volume: &Rc<Volume>) -> bool {
                 }
             }
             Err(error) => {
+                // Nothing of its log would ever be purged, and the other logs could not be either.
+                if matches!(error, StoreError::Io { .. }) {
+                    journal.stop(&error);
+                }
                 tracing::error!(%group, %error, "the cleaner has stopped: the replica must be replaced");
                 volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
                 return false;

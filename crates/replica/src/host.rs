@@ -309,8 +309,8 @@ impl Host {
     pub fn set_faulty(&self, group: GroupId, fault: Option<Faulty>) {
         match fault {
             Some(fault) => {
-                // Nobody purges its log for now.
-                if let Some(log) = self.journal.group(fault.id) {
+                // Nobody purges its log. One that only asks runs in a moment, and is not copied about.
+                if let Some(log) = self.journal.group(fault.id).filter(|_| !fault.repairing) {
                     log.set_parked(true);
                 }
                 self.faulty.borrow_mut().insert(group, fault)

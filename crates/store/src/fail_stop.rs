@@ -95,7 +95,7 @@ impl Directory for FailStop {
         self.inner.list(prefix)
     }
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        self.guarded(format!("removing {name}"), never, || self.inner.remove(name))
+        self.guarded(format!("removing {name}"), is_full, || self.inner.remove(name))
     }
     fn rename(&self, from: &str, to: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         self.guarded(format!("renaming {from} to {to}"), is_full, || self.inner.rename(from, to))

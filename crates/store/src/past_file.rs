@@ -216,7 +216,14 @@ impl PastFile {
         let file = match opened {
             Some(file) => file,
             None => {
-                let file = self.directory.open(&self.name, OpenMode::CreateNew).await.map_err(wrap)?;
+                // A try before this one may have found no room for it.
+                let there = self.directory.open(&self.name, OpenMode::Existing).await;
+                let file = match there {
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                        self.directory.open(&self.name, OpenMode::CreateNew).await.map_err(wrap)?
+                    }
+                    there => there.map_err(wrap)?,
+                };
                 file.set_length(2 * SLOT_BYTES as u64).await.map_err(wrap)?;
                 file.flush().await.map_err(wrap)?;
                 self.directory.sync().await.map_err(wrap)?;

@@ -99,14 +99,15 @@ impl Past {
         self.unwritten.get() && (self.urgent.get() || is_old)
     }
 
-    /// Durable when it returns. A store that cannot write stops.
-    async fn write(&self, journal: &Journal) -> Result<(), StoreError> {
+    /// Durable when it returns. What cannot be written for want of room stays due.
+    async fn write(&self) -> Result<(), StoreError> {
         let lines = self.lines.borrow().clone();
+        let was_urgent = self.urgent.replace(false);
         self.unwritten.set(false);
-        self.urgent.set(false);
         let written = self.file.write(&lines).await;
-        if let Err(error) = &written {
-            journal.stop(error);
+        if written.is_err() {
+            self.unwritten.set(true);
+            self.urgent.set(self.urgent.get() || was_urgent);
         }
         self.written.set(Some(Instant::now()));
         written
@@ -361,7 +362,7 @@ async fn found(
     let why = rolled_back(by, id.replica, why);
     tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
     past.learn(id.replica, known);
-    if let Err(error) = past.write(host.journal()).await {
+    if let Err(error) = past.write().await {
         tracing::error!(%error, "what was found out of a replica's past is not durable");
     }
     Look::RolledBack(why)
@@ -425,9 +426,8 @@ pub(crate) async fn keep(host: Weak<Host>) {
             host.pasts().of.borrow().values().filter(|past| past.is_due()).cloned().collect();
         due.sort_by_key(|past| past.written.get());
         for past in due.into_iter().take(WRITES_MAX) {
-            if let Err(error) = past.write(host.journal()).await {
-                tracing::error!(%error, "what is known of other replicas' past cannot be written");
-                return;
+            if let Err(error) = past.write().await {
+                tracing::warn!(%error, "what is known of other replicas' past cannot be written now");
             }
         }
     }

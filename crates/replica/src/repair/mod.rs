@@ -35,6 +35,8 @@ const CALL_DEADLINE: Duration = Duration::from_secs(3);
 /// The first wait between two rounds, and the longest.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Rounds in vain after which the log makes way for others in the journal.
+const ROUNDS_UNPARKED: u32 = 5;
 /// How long a repaired entry may wait for room in the journal. A journal that is full of what cannot be purged before
 /// this replica runs has none.
 const ROOM_DEADLINE: Duration = Duration::from_secs(30);
@@ -137,6 +139,10 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
             holdfast_env::sleep(backoff).await;
         }
         rounds += 1;
+        // Nobody purges its log, and it takes longer than a moment.
+        if rounds > ROUNDS_UNPARKED {
+            repair.log.set_parked(true);
+        }
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }
 }

@@ -25,6 +25,7 @@ const RECORDS_MAX: usize = 1 << 16;
 const RECORD_STATE: u8 = 1;
 const RECORD_ENTRY: u8 = 2;
 const RECORD_COPY: u8 = 3;
+const RECORD_DAMAGED: u8 = 5;
 const RECORD_CUT: u8 = 4;
 
 /// The whole durable state of a group beside its entries.
@@ -53,6 +54,9 @@ pub(crate) struct EntryRecord {
     pub(crate) committed: LogIndex,
     /// Written again so that its first place may be reused; changes nothing else.
     pub(crate) copy: bool,
+    /// A copy of one whose payload is known to be damaged: none is behind the list. (Rubbish there would make the whole
+    /// batch look torn.)
+    pub(crate) damaged: bool,
 }
 
 /// One line of a list.
@@ -74,9 +78,10 @@ impl Record {
             Self::Cut { .. } => None,
         }
     }
+    /// Bytes of payload that stand behind the list.
     pub(crate) fn payload_bytes(&self) -> usize {
         match self {
-            Self::Entry(_, entry) => entry.payload_bytes as usize,
+            Self::Entry(_, entry) if !entry.damaged => entry.payload_bytes as usize,
             _ => 0,
         }
     }
@@ -143,7 +148,11 @@ fn put_record(out: &mut Writer, record: &Record) {
             out.bool(state.doubt);
         }
         Record::Entry(who, entry) => {
-            out.u8(if entry.copy { RECORD_COPY } else { RECORD_ENTRY });
+            out.u8(match (entry.copy, entry.damaged) {
+                (false, _) => RECORD_ENTRY,
+                (true, false) => RECORD_COPY,
+                (true, true) => RECORD_DAMAGED,
+            });
             put_who(out, who);
             put_entry_id(out, entry.id);
             out.u8(entry.kind);
@@ -185,17 +194,27 @@ fn get_record(input: &mut Reader<'_>) -> Result<Record, DecodeError> {
             };
             Ok(Record::State(who, state))
         }
-        RECORD_ENTRY | RECORD_COPY => {
+        RECORD_ENTRY | RECORD_COPY | RECORD_DAMAGED => {
             let id = get_entry_id(input)?;
             let entry_kind = input.u8()?;
             let committed = LogIndex::decode(input)?;
             let payload_bytes = input.count("payload", limits::REQUEST_BYTES_MAX)? as u32;
             let payload_crc = input.u32()?;
             let head = Bytes::copy_from_slice(input.bytes(HEAD_BYTES_MAX)?);
-            let copy = kind == RECORD_COPY;
-            let entry =
-                EntryRecord { id, kind: entry_kind, head, payload_bytes, payload_crc, committed, copy };
-            Ok(Record::Entry(who, entry))
+            let (copy, damaged) = (kind != RECORD_ENTRY, kind == RECORD_DAMAGED);
+            Ok(Record::Entry(
+                who,
+                EntryRecord {
+                    id,
+                    kind: entry_kind,
+                    head,
+                    payload_bytes,
+                    payload_crc,
+                    committed,
+                    copy,
+                    damaged,
+                },
+            ))
         }
         other => Err(DecodeError::Unknown { what: "journal record", value: other.into() }),
     }
@@ -205,9 +224,14 @@ fn get_record(input: &mut Reader<'_>) -> Result<Record, DecodeError> {
 pub(crate) fn record_bytes(record: &Record) -> usize {
     match record {
         Record::State(_, state) => 100 + state.vote.as_ref().map_or(0, Bytes::len),
-        Record::Entry(_, entry) => 80 + entry.head.len(),
+        Record::Entry(_, entry) => entry_bytes(entry),
         Record::Cut { .. } => 17,
     }
+}
+
+/// The same of an entry's.
+pub(crate) fn entry_bytes(entry: &EntryRecord) -> usize {
+    80 + entry.head.len()
 }
 
 /// Checksum of a list's fixed part and records, bound to this store by its salt.

@@ -50,6 +50,7 @@ impl Meta {
             payload_crc: self.payload_crc,
             committed,
             copy,
+            damaged: false,
         }
     }
 }

@@ -195,8 +195,10 @@ impl Replay {
                 }
                 Record::Entry(who, entry) => {
                     let place = Place { segment, offset };
-                    let good = entry.payload_bytes == 0 || intact.next().copied().unwrap_or(false);
-                    offset += u64::from(entry.payload_bytes);
+                    let stored = record.payload_bytes();
+                    let is_intact = stored > 0 && intact.next().copied().unwrap_or(false);
+                    let good = !entry.damaged && (entry.payload_bytes == 0 || is_intact);
+                    offset += stored as u64;
                     let group = self.groups.entry(*who).or_default();
                     group.state.committed = group.state.committed.max(entry.committed);
                     if group.state.purged.is_none_or(|purged| purged.index < entry.id.index) {

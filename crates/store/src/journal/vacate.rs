@@ -3,22 +3,29 @@
 //! A replica that waits for repair, or for being replaced, is not purged: its entries stay. They must not pin the
 //! segments behind them, or a journal's worth of other volumes' writes later the whole store would stand still. So
 //! while room is short and a segment behind the oldest one is not needed, the entries of such logs are written again at
-//! the head, as copies (docs/FORMAT.md, tag 3) with the payload they have and the checksum they must have: a damaged
-//! entry stays damaged. Where a payload stood before is given back once the copy is durable, as after a repair.
+//! the head, as copies (docs/FORMAT.md, tag 3). One that is damaged, or is found to be when it is read for this, is
+//! written without its payload and stays damaged (tag 5): rubbish behind a list would be taken for a torn batch. Where a
+//! payload stood before is given back once the copy is durable, as after a repair.
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::format::{self, Record};
+use super::format::{self, EntryRecord, Record};
 use super::group::{Done, GroupLog, Place};
 use super::{Journal, planted};
-use crate::StoreError;
+use crate::{ReplicaIdentity, StoreError};
 
 /// An entry that is to leave a segment.
 struct Leaving {
-    record: Record,
+    who: ReplicaIdentity,
+    entry: EntryRecord,
     place: Place,
-    faulty: bool,
+}
+
+impl Leaving {
+    fn payload_bytes(&self) -> usize {
+        if self.entry.damaged { 0 } else { self.entry.payload_bytes as usize }
+    }
 }
 
 impl GroupLog {
@@ -71,8 +78,8 @@ impl Journal {
     }
 
     fn gains(&self, tail: usize, leaving: &[Leaving]) -> bool {
-        let payload = leaving.iter().map(|leaving| leaving.record.payload_bytes() as u64).sum();
-        let records = leaving.iter().map(|leaving| format::record_bytes(&leaving.record) as u64).sum();
+        let payload = leaving.iter().map(|leaving| leaving.payload_bytes() as u64).sum();
+        let records = leaving.iter().map(|leaving| format::entry_bytes(&leaving.entry) as u64).sum();
         self.0.state.borrow().gains_by_vacating(tail, payload, records)
     }
 
@@ -87,11 +94,13 @@ impl Journal {
             let group = group.borrow();
             for meta in group.entries.iter().filter(|meta| meta.payload_bytes > 0) {
                 let Some(place) = meta.place.filter(|place| place.segment == segment) else { continue };
-                if !group.parked {
+                // Being repaired: it leaves by itself, or is still being written.
+                if !group.parked || !meta.durable {
                     return None;
                 }
-                let record = Record::Entry(*who, meta.record(group.state.committed, true));
-                out.push(Leaving { record, place, faulty: meta.faulty });
+                let mut entry = meta.record(group.state.committed, true);
+                entry.damaged = meta.faulty;
+                out.push(Leaving { who: *who, entry, place });
             }
         }
         Some(out)
@@ -100,15 +109,23 @@ impl Journal {
     /// Durable when it returns.
     async fn copy_from(&self, segment: usize, leaving: Vec<Leaving>) -> Result<(), StoreError> {
         let mut copies = Vec::with_capacity(leaving.len());
-        for Leaving { record, place, faulty } in leaving {
-            let length = record.payload_bytes();
-            // Whatever a damaged payload is, it is not what its checksum says: zeros do as well, and can be read.
-            let payload = if faulty {
-                Bytes::from(vec![0; length])
-            } else {
-                self.read_place(Some(place), 0, length).await?
-            };
-            copies.push((record, payload));
+        for Leaving { who, mut entry, place } in leaving {
+            let mut payload = Bytes::new();
+            if !entry.damaged {
+                match self.read_whole(&entry, place).await {
+                    Some(read) => payload = read,
+                    None => entry.damaged = self.found_damaged(who, &entry, place)?,
+                }
+            }
+            if entry.damaged && planted("rubbish-behind-a-list") {
+                entry.damaged = false;
+                payload = Bytes::from(vec![0; entry.payload_bytes as usize]);
+            }
+            self.0.state.borrow_mut().note_vacated(payload.len() as u64);
+            copies.push((Record::Entry(who, entry), payload));
+        }
+        if let Some(error) = self.failed() {
+            return Err(error);
         }
         let (sender, written) = oneshot::channel();
         // Nobody waits any more if the shard stops.
@@ -121,13 +138,37 @@ impl Journal {
         self.kick();
         written.await.unwrap_or_else(|_| Err(StoreError::Failed("the journal has stopped".into())))
     }
+
+    /// An entry's payload, if it can be read and is the entry's.
+    async fn read_whole(&self, entry: &EntryRecord, place: Place) -> Option<Bytes> {
+        let read = self.read_place(Some(place), 0, entry.payload_bytes as usize).await.ok()?;
+        (crc32fast::hash(&read) == entry.payload_crc).then_some(read)
+    }
+
+    /// Notes that an entry is damaged, if its replica still does not run and the entry is still there.
+    fn found_damaged(
+        &self,
+        who: ReplicaIdentity,
+        entry: &EntryRecord,
+        place: Place,
+    ) -> Result<bool, StoreError> {
+        let groups = self.0.groups.borrow();
+        let mut group = groups.get(&who).map(|group| group.borrow_mut()).filter(|group| group.parked);
+        let meta = group.as_mut().and_then(|group| group.get_mut(entry.id.index));
+        let Some(meta) = meta.filter(|meta| meta.id == entry.id && meta.place == Some(place)) else {
+            return Err(StoreError::Failed(format!("entry {} was needed meanwhile", entry.id.index)));
+        };
+        tracing::error!(group = %who.group, index = %entry.id.index, "a log entry has become unreadable");
+        meta.faulty = true;
+        Ok(true)
+    }
 }
 
 /// How many are handed over at once.
 fn step(leaving: &[Leaving]) -> usize {
     let mut bytes = 0;
     let fits = leaving.iter().take_while(|leaving| {
-        bytes += leaving.record.payload_bytes();
+        bytes += leaving.payload_bytes();
         bytes <= STEP_BYTES
     });
     fits.count().max(1)

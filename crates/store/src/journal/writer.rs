@@ -45,6 +45,16 @@ pub(super) struct Queued {
 /// Segments and bytes of payload there.
 type Superseded = Vec<(usize, u32)>;
 
+/// An entry's place before and after it was copied. The copy counts once it is durable: until then it is read, and
+/// found by a recovery, where it was.
+struct Moved {
+    who: ReplicaIdentity,
+    id: EntryId,
+    from: Place,
+    to: Place,
+    bytes: u32,
+}
+
 struct InFlight {
     seq: u64,
     since: Instant,
@@ -52,6 +62,8 @@ struct InFlight {
     entries: Vec<(ReplicaIdentity, EntryId)>,
     /// Segments with payloads that this batch writes again, and their bytes.
     superseded: Superseded,
+    /// Entries that this batch moves out of a segment.
+    moved: Vec<Moved>,
     done: Vec<Done>,
 }
 
@@ -100,6 +112,8 @@ pub(super) struct State {
     /// A closing mark is being waited for.
     marking: bool,
     copying: bool,
+    /// Bytes that were copied out of segments since anything was last purged or cut.
+    vacated: u64,
     /// There was no room for the line when it was last looked at.
     blocked: bool,
 }
@@ -148,6 +162,7 @@ impl State {
             life: holdfast_env::random_u64() as u32,
             marking: false,
             copying: false,
+            vacated: 0,
             blocked: false,
         }
     }
@@ -182,6 +197,7 @@ impl State {
     }
     /// Their removal is durable.
     pub(super) fn release(&mut self, removed: &[Meta]) {
+        self.vacated = 0;
         for meta in removed {
             let Some(place) = meta.place else { continue };
             if meta.payload_bytes > 0 {
@@ -204,7 +220,12 @@ impl State {
         let lists = 2 * (records + batches * ALIGNMENT as u64);
         let needed = payload + lists + KEPT_BLOCKS * ALIGNMENT as u64;
         let room = self.usable() as u64 * whole;
-        tail != self.head && needed <= room && self.used.iter().any(is_sparse)
+        // One lap is enough until something else has changed.
+        let is_in_vain = self.vacated > whole * self.segments.len() as u64;
+        tail != self.head && needed <= room && !is_in_vain && self.used.iter().any(is_sparse)
+    }
+    pub(super) fn note_vacated(&mut self, bytes: u64) {
+        self.vacated += bytes;
     }
     pub(super) fn set_copying(&mut self, copying: bool) {
         self.copying = copying;
@@ -314,6 +335,14 @@ impl State {
         }
         taken
     }
+}
+
+/// What becomes of a batch's records once it is durable.
+#[derive(Default)]
+struct Placed {
+    entries: Vec<(ReplicaIdentity, EntryId)>,
+    superseded: Superseded,
+    moved: Vec<Moved>,
 }
 
 struct Batch {
@@ -456,12 +485,13 @@ impl Journal {
         }
         let mut payloads = Vec::new();
         let mut done = Vec::new();
-        let mut moved = BTreeSet::new();
+        // Records that only move an entry, by their place in the list.
+        let mut moves = BTreeSet::new();
         for queued in taken {
             done.extend(queued.done);
             let Some(record) = self.as_of_now(queued.record, queued.leaves) else { continue };
-            if let (Record::Entry(who, entry), Some(_)) = (&record, queued.leaves) {
-                moved.insert((*who, entry.id));
+            if queued.leaves.is_some() {
+                moves.insert(records.len());
             }
             records.push(record);
             if !queued.payload.is_empty() {
@@ -485,12 +515,12 @@ impl Journal {
         };
         let (list, buffer, offsets) = format::make_batch(list, &payloads, self.0.salt);
         let start = u64::from(state.head_block) * ALIGNMENT as u64;
-        let (entries, superseded) = self.place(state, &list, start, &offsets, &moved);
+        let Placed { entries, superseded, moved } = self.place(state, &list, start, &offsets, &moves);
         state.last = (seq, list.crc);
         state.head_block += list.total_blocks;
         let segment = state.head;
         let since = Instant::now();
-        state.in_flight.push_back(InFlight { seq, since, ended: false, entries, superseded, done });
+        state.in_flight.push_back(InFlight { seq, since, ended: false, entries, superseded, moved, done });
         let payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
         Batch { seq, segment, offset: start, buffer, payload_bytes }
     }
@@ -509,7 +539,8 @@ impl Journal {
                 let group = groups.get(&who)?.borrow();
                 let meta = group.get(entry.id.index).filter(|meta| meta.id == entry.id);
                 // What stands elsewhere by now was repaired there: an older copy behind it would undo that.
-                let at = meta.and_then(|meta| meta.place).map(|place| place.segment);
+                let at =
+                    meta.filter(|meta| meta.durable).and_then(|meta| meta.place).map(|place| place.segment);
                 if leaves.is_some() && at != leaves && !planted("copy-undoes-repair") {
                     return None;
                 }
@@ -523,21 +554,20 @@ impl Journal {
         }
     }
 
-    /// Notes in the groups where the batch's records stand. Gives back what becomes durable with it, and the segments
-    /// where the same entries stood before.
+    /// Notes in the groups where the batch's records stand.
     fn place(
         &self,
         state: &mut State,
         list: &List,
         start: u64,
         offsets: &[u64],
-        moved: &BTreeSet<(ReplicaIdentity, EntryId)>,
-    ) -> (Vec<(ReplicaIdentity, EntryId)>, Superseded) {
+        moves: &BTreeSet<usize>,
+    ) -> Placed {
         let segment = state.head;
         let groups = self.0.groups.borrow();
         let mut offsets = offsets.iter();
-        let (mut entries, mut superseded) = (Vec::new(), Vec::new());
-        for record in &list.records {
+        let mut placed = Placed::default();
+        for (n, record) in list.records.iter().enumerate() {
             match record {
                 Record::State(who, _) => {
                     if let Some(group) = groups.get(who) {
@@ -545,25 +575,33 @@ impl Journal {
                     }
                 }
                 Record::Entry(who, entry) => {
-                    let offset =
-                        if entry.payload_bytes > 0 { offsets.next().copied().unwrap_or(0) } else { 0 };
+                    let stored = record.payload_bytes() > 0;
+                    let offset = if stored { offsets.next().copied().unwrap_or(0) } else { 0 };
                     let place = Place { segment, offset: start + offset };
                     let group = groups.get(who);
                     let mut group = group.map(|group| group.borrow_mut());
                     // Cut off or purged while it waited: its bytes are written, but nobody needs them.
                     let meta =
                         group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
+                    if moves.contains(&n) {
+                        // It is as durable, and as damaged, as it was.
+                        if let Some(from) = meta.and_then(|meta| meta.place) {
+                            let (who, id, bytes) = (*who, entry.id, entry.payload_bytes);
+                            state.add_live(segment, bytes);
+                            placed.moved.push(Moved { who, id, from, to: place, bytes });
+                        }
+                        continue;
+                    }
                     if let Some(meta) = meta {
                         let before = meta.place.replace(place);
                         if entry.payload_bytes > 0 {
                             state.add_live(segment, entry.payload_bytes);
-                            superseded.extend(before.map(|place| (place.segment, entry.payload_bytes)));
+                            let before = before.map(|place| (place.segment, entry.payload_bytes));
+                            placed.superseded.extend(before);
                         }
                     }
-                    // What only moves is as durable, and as damaged, as it was.
-                    let moves = moved.contains(&(*who, entry.id));
-                    if (!entry.copy || entry.payload_bytes > 0) && !moves {
-                        entries.push((*who, entry.id));
+                    if !entry.copy || entry.payload_bytes > 0 {
+                        placed.entries.push((*who, entry.id));
                         let mut usage = self.0.usage.get();
                         usage.entries_written += 1;
                         self.0.usage.set(usage);
@@ -572,7 +610,23 @@ impl Journal {
                 Record::Cut { .. } => {}
             }
         }
-        (entries, superseded)
+        placed
+    }
+
+    /// An entry that was copied is where its copy is, unless it was repaired elsewhere, cut or purged meanwhile.
+    fn moved(&self, moved: &Moved) {
+        let groups = self.0.groups.borrow();
+        let mut group = groups.get(&moved.who).map(|group| group.borrow_mut());
+        let meta = group.as_mut().and_then(|group| group.get_mut(moved.id.index));
+        let meta = meta.filter(|meta| meta.id == moved.id && meta.place == Some(moved.from));
+        let left = match meta {
+            Some(meta) => {
+                meta.place = Some(moved.to);
+                moved.from.segment
+            }
+            None => moved.to.segment,
+        };
+        self.0.state.borrow_mut().remove_live(left, moved.bytes);
     }
 
     /// A batch is on stable storage. What it holds is durable once every batch before it is (INV-ACK).
@@ -599,9 +653,10 @@ impl Journal {
         for batch in finished {
             {
                 let mut state = self.0.state.borrow_mut();
-                gives_back |= !batch.superseded.is_empty();
+                gives_back |= !batch.superseded.is_empty() || !batch.moved.is_empty();
                 batch.superseded.iter().for_each(|(segment, bytes)| state.remove_live(*segment, *bytes));
             }
+            batch.moved.iter().for_each(|moved| self.moved(moved));
             {
                 let groups = self.0.groups.borrow();
                 for (who, id) in &batch.entries {

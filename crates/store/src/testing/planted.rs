@@ -23,6 +23,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("small-records-left", "votes and heads of entries are not copied out of a segment that is reused"),
     ("copy-what-was-cut", "a copy of an entry is written behind the word that cut it"),
     ("parked-logs-pin", "the log of a replica that does not run keeps its segments"),
+    ("rubbish-behind-a-list", "a damaged payload is copied, so that its batch looks torn"),
     ("copy-undoes-repair", "an entry that leaves its segment is written behind its repair"),
     ("forget-cut", "what a recovery found void is void only once"),
     ("no-closing-mark", "nothing says that the last batch was flushed"),

@@ -1,6 +1,7 @@
 //! INV-ROOM beside a replica that does not run: nobody purges its log, and it holds up nobody; what of it is readable
 //! stays so, and what is damaged stays damaged and known, wherever the power is cut.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -72,12 +73,15 @@ fn with_a_damaged_log() -> Image {
     disk.image()
 }
 
-/// Many journals' worth of writes of the other log, each purged once it is durable.
-async fn churn(busy: &GroupLog, entries: u64) -> Result<(), String> {
+/// Many journals' worth of writes of the other log, each purged once it and the next are durable; notes what is.
+async fn churn(busy: &GroupLog, entries: u64, durable: &Cell<u64>) -> Result<(), String> {
     let first = busy.last().map_or(0, |id| id.index.0 + 1);
     for index in first..first + entries {
         append(busy, index).await?;
-        busy.purge(entry(BUSY, index).id).await.map_err(|error| error.to_string())?;
+        durable.set(index);
+        if index > first {
+            busy.purge(entry(BUSY, index - 1).id).await.map_err(|error| error.to_string())?;
+        }
     }
     Ok(())
 }
@@ -112,7 +116,8 @@ fn a_log_that_nobody_purges_holds_up_nobody() {
         let (parked, busy) = logs(recovered);
         check(&parked).await;
         parked.log.set_parked(true);
-        let written = churn(&busy, 400);
+        let durable = Cell::default();
+        let written = churn(&busy, 400, &durable);
         let ended = holdfast_env::timeout(Duration::from_secs(600), written).await;
         ended.expect("the store stands still").expect("is written");
         let usage = journal.usage();
@@ -149,12 +154,12 @@ fn a_repair_is_not_undone_by_a_copy() {
             let (_journal, recovered) = open(&disk).await;
             let (parked, busy) = logs(recovered);
             // Until room is short; then the entries begin to leave the oldest segment as soon as they may.
-            churn(&busy, 8).await.expect("writes");
+            churn(&busy, 8, &Cell::default()).await.expect("writes");
             parked.log.set_parked(true);
             holdfast_env::sleep(Duration::from_micros(100 * round)).await;
             let good = entry(PARKED, DAMAGED);
             assert_eq!(parked.log.repair(good.id, good.payload).await, Ok(true));
-            churn(&busy, 20).await.expect("writes");
+            churn(&busy, 20, &Cell::default()).await.expect("writes");
         });
         disk.kill();
         simulate(round, async {
@@ -173,12 +178,13 @@ fn a_log_that_is_copied_survives_every_power_cut() {
     loop {
         let tear = if stop % 2 == 0 { Tear::Nothing } else { Tear::Random(stop) };
         let disk = MemoryDisk::from_image(&image, 5);
+        let durable = Cell::new(0);
         let ended = simulate(5, async {
             let (_journal, recovered) = open(&disk).await;
             let (parked, busy) = logs(recovered);
             disk.at(disk.operations() + stop, Fault::Freeze);
             parked.log.set_parked(true);
-            let written = Box::pin(churn(&busy, 60));
+            let written = Box::pin(churn(&busy, 60, &durable));
             matches!(
                 futures_util::future::select(written, Box::pin(disk.frozen())).await,
                 futures_util::future::Either::Left(_)
@@ -192,9 +198,17 @@ fn a_log_that_is_copied_survives_every_power_cut() {
             let (_journal, recovered) = open(&disk).await;
             let (parked, busy) = logs(recovered);
             check(&parked).await;
+            let last = busy.last().map_or(0, |id| id.index.0);
+            assert!(
+                last >= durable.get(),
+                "stop {stop}: {} was durable, and {last} is the last",
+                durable.get()
+            );
+            let read = busy.read(LogIndex(last), LogIndex(last + 1), 1).await.expect("is read");
+            assert_eq!(read, [entry(BUSY, last)]);
             // And it goes on from there.
             parked.log.set_parked(true);
-            churn(&busy, 40).await.expect("writes");
+            churn(&busy, 40, &durable).await.expect("writes");
             check(&parked).await;
         });
         cuts += 1;
