@@ -1,5 +1,9 @@
 //! Writing batches, and reusing segments.
 
+mod place;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -8,9 +12,10 @@ use holdfast_env::Instant;
 use holdfast_env::disk::{ALIGNMENT, Durability};
 
 use super::format::{self, GroupState, List, Record};
-use super::group::{Done, Meta, Place};
+use super::group::{Done, Meta};
 use super::{HUNG_AFTER, Journal, planted, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
+use place::{Moved, Placed};
 
 /// Batches under way at once: one is written while the next gathers.
 const IN_FLIGHT_MAX: usize = 2;
@@ -44,16 +49,6 @@ pub(super) struct Queued {
 
 /// Segments and bytes of payload there.
 type Superseded = Vec<(usize, u32)>;
-
-/// An entry's place before and after it was copied. The copy counts once it is durable: until then it is read, and
-/// found by a recovery, where it was.
-struct Moved {
-    who: ReplicaIdentity,
-    id: EntryId,
-    from: Place,
-    to: Place,
-    bytes: u32,
-}
 
 struct InFlight {
     seq: u64,
@@ -337,14 +332,6 @@ impl State {
     }
 }
 
-/// What becomes of a batch's records once it is durable.
-#[derive(Default)]
-struct Placed {
-    entries: Vec<(ReplicaIdentity, EntryId)>,
-    superseded: Superseded,
-    moved: Vec<Moved>,
-}
-
 struct Batch {
     seq: u64,
     segment: usize,
@@ -554,81 +541,6 @@ impl Journal {
         }
     }
 
-    /// Notes in the groups where the batch's records stand.
-    fn place(
-        &self,
-        state: &mut State,
-        list: &List,
-        start: u64,
-        offsets: &[u64],
-        moves: &BTreeSet<usize>,
-    ) -> Placed {
-        let segment = state.head;
-        let groups = self.0.groups.borrow();
-        let mut offsets = offsets.iter();
-        let mut placed = Placed::default();
-        for (n, record) in list.records.iter().enumerate() {
-            match record {
-                Record::State(who, _) => {
-                    if let Some(group) = groups.get(who) {
-                        group.borrow_mut().state_segment = Some(segment);
-                    }
-                }
-                Record::Entry(who, entry) => {
-                    let stored = record.payload_bytes() > 0;
-                    let offset = if stored { offsets.next().copied().unwrap_or(0) } else { 0 };
-                    let place = Place { segment, offset: start + offset };
-                    let group = groups.get(who);
-                    let mut group = group.map(|group| group.borrow_mut());
-                    // Cut off or purged while it waited: its bytes are written, but nobody needs them.
-                    let meta =
-                        group.as_mut().and_then(|g| g.get_mut(entry.id.index)).filter(|m| m.id == entry.id);
-                    if moves.contains(&n) {
-                        // It is as durable, and as damaged, as it was.
-                        if let Some(from) = meta.and_then(|meta| meta.place) {
-                            let (who, id, bytes) = (*who, entry.id, entry.payload_bytes);
-                            state.add_live(segment, bytes);
-                            placed.moved.push(Moved { who, id, from, to: place, bytes });
-                        }
-                        continue;
-                    }
-                    if let Some(meta) = meta {
-                        let before = meta.place.replace(place);
-                        if entry.payload_bytes > 0 {
-                            state.add_live(segment, entry.payload_bytes);
-                            let before = before.map(|place| (place.segment, entry.payload_bytes));
-                            placed.superseded.extend(before);
-                        }
-                    }
-                    if !entry.copy || entry.payload_bytes > 0 {
-                        placed.entries.push((*who, entry.id));
-                        let mut usage = self.0.usage.get();
-                        usage.entries_written += 1;
-                        self.0.usage.set(usage);
-                    }
-                }
-                Record::Cut { .. } => {}
-            }
-        }
-        placed
-    }
-
-    /// An entry that was copied is where its copy is, unless it was repaired elsewhere, cut or purged meanwhile.
-    fn moved(&self, moved: &Moved) {
-        let groups = self.0.groups.borrow();
-        let mut group = groups.get(&moved.who).map(|group| group.borrow_mut());
-        let meta = group.as_mut().and_then(|group| group.get_mut(moved.id.index));
-        let meta = meta.filter(|meta| meta.id == moved.id && meta.place == Some(moved.from));
-        let left = match meta {
-            Some(meta) => {
-                meta.place = Some(moved.to);
-                moved.from.segment
-            }
-            None => moved.to.segment,
-        };
-        self.0.state.borrow_mut().remove_live(left, moved.bytes);
-    }
-
     /// A batch is on stable storage. What it holds is durable once every batch before it is (INV-ACK).
     fn completed(&self, seq: u64) {
         let mut finished = Vec::new();
@@ -818,6 +730,3 @@ impl Journal {
         out
     }
 }
-
-#[cfg(test)]
-mod tests;
