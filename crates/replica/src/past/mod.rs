@@ -26,7 +26,7 @@ use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::planted::is_planted;
-use holdfast_store::journal::{GroupLog, Journal};
+use holdfast_store::journal::GroupLog;
 use holdfast_store::past_file::{Acknowledged, LINES_MAX, Lines, PastFile};
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::Checkpoint;
@@ -332,7 +332,7 @@ pub(crate) async fn look(
         if let Some(known) = answer.known
             && let Some(why) = forgotten(own, &known)
         {
-            return found(host, &past, id, peer, &known, &why).await;
+            return found(&past, id, peer, &known, &why).await;
         }
     }
     let everybody: BTreeSet<ReplicaId> = everybody.into_keys().collect();
@@ -351,14 +351,7 @@ pub(crate) async fn look(
 }
 
 /// Notes what was found out, so that it counts also when whoever knew it is away.
-async fn found(
-    host: &Host,
-    past: &Past,
-    id: ReplicaIdentity,
-    by: ReplicaId,
-    known: &Acknowledged,
-    why: &str,
-) -> Look {
+async fn found(past: &Past, id: ReplicaIdentity, by: ReplicaId, known: &Acknowledged, why: &str) -> Look {
     let why = rolled_back(by, id.replica, why);
     tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
     past.learn(id.replica, known);
