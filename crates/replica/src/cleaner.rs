@@ -156,6 +156,11 @@ async fn merge(volume: &Rc<Volume>) -> Merged {
             tracing::warn!(%group, %error, "the medium is full: layers of dropped snapshots wait for room");
             Merged::Nothing
         }
+        // What is there is complete without it, and the healer is at it.
+        Err(error @ StoreError::Damaged { .. }) => {
+            tracing::warn!(%group, %error, "layers of dropped snapshots wait until it is healed");
+            Merged::Nothing
+        }
         Err(error) => {
             tracing::error!(%group, %error, "layers are not merged any more: the replica must be replaced");
             volume.cleaner_failed(format!("a dropped snapshot's layer cannot be merged: {error}"));

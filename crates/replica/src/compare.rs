@@ -8,11 +8,12 @@
 
 use std::time::Duration;
 
+use holdfast_env::net::Frame;
 use holdfast_store::StoreError;
-use holdfast_store::volume::ChunkNow;
-use holdfast_types::{ChunkIndex, LogIndex, StoreId};
+use holdfast_store::volume::{ChunkNow, LayerId, LayerMark};
+use holdfast_types::{ChunkIndex, DecodeError, LogIndex, Reader, StoreId, Writer, limits};
 
-use crate::heal::{self, Told};
+use crate::heal::{self, CHUNKS_MAX, DIGESTS, HELD, HealError, LOST, Told};
 use crate::volume::Volume;
 
 /// Looks at chunks that are being written, until what the replicas say can be compared.
@@ -46,13 +47,13 @@ impl Voice {
     }
 }
 
-/// Decides from what the replicas say. `voters` of them there are; `ours` is none where this replica cannot tell, or
+/// Decides from what the replicas say of a chunk of a layer. `voters` of them there are; `ours` is none where this replica cannot tell, or
 /// holds what it knows to be bad.
-fn decide(ours: Option<&Voice>, others: &[Voice], voters: usize) -> Verdict {
+fn decide(layer: LayerId, ours: Option<&Voice>, others: &[Voice], voters: usize) -> Verdict {
     let met: Vec<&Voice> = others.iter().filter(|other| ours.is_none_or(|ours| ours.meets(other))).collect();
     let agree = |voice: &Voice| {
         let all = met.iter().copied().chain(ours);
-        all.filter(|other| other.now.reads_as(&voice.now) && other.meets(voice)).count()
+        all.filter(|other| other.now.is_same(layer, &voice.now) && other.meets(voice)).count()
     };
     if ours.is_some_and(|ours| agree(ours) * 2 > voters) {
         return Verdict::Keep;
@@ -65,21 +66,26 @@ fn decide(ours: Option<&Voice>, others: &[Voice], voters: usize) -> Verdict {
     match (ours, newest) {
         (None, Some(newest)) => Verdict::Take(newest.store),
         (Some(ours), Some(newest)) if newest.now.last_index > ours.now.last_index => {
-            if newest.now.reads_as(&ours.now) { Verdict::Keep } else { Verdict::Take(newest.store) }
+            if newest.now.is_same(layer, &ours.now) { Verdict::Keep } else { Verdict::Take(newest.store) }
         }
-        (Some(ours), Some(_)) if met.iter().all(|other| other.now.reads_as(&ours.now)) => Verdict::Keep,
+        (Some(ours), Some(_)) if met.iter().all(|other| other.now.is_same(layer, &ours.now)) => Verdict::Keep,
         (Some(ours), Some(newest)) if newest.now.last_index < ours.now.last_index => Verdict::Keep,
         _ => Verdict::Unsettled,
     }
 }
 
-/// Asks every other replica about a chunk, and decides. `bad` if this replica knows that it does not hold it.
-pub(crate) async fn judge(volume: &Volume, chunk: ChunkIndex, bad: bool) -> Result<Verdict, StoreError> {
+/// Asks every other replica about a chunk of a layer, and decides. `bad` if this replica knows that it does not hold it.
+pub(crate) async fn judge(
+    volume: &Volume,
+    layer: LayerMark,
+    chunk: ChunkIndex,
+    bad: bool,
+) -> Result<Verdict, StoreError> {
     let mut verdict = Verdict::Unsettled;
     for _ in 0..ROUNDS_MAX {
         let mut others = Vec::new();
         for store in heal::peers(volume) {
-            match heal::ask(volume, store, &[chunk], 0).await.map(|mut all| all.pop()) {
+            match heal::ask(volume, store, layer, &[chunk], 0).await.map(|mut all| all.pop()) {
                 Ok(Some((Told { applied, now: Some(now), .. }, _))) => {
                     others.push(Voice { store, now, applied })
                 }
@@ -92,16 +98,123 @@ pub(crate) async fn judge(volume: &Volume, chunk: ChunkIndex, bad: bool) -> Resu
         let newest = others.iter().map(|voice| voice.now.last_index).max().unwrap_or_default();
         // Not reached in time, they do not meet.
         let _late = holdfast_env::timeout(FOLLOW_PATIENCE, volume.group().position().reached(newest)).await;
-        let ours = heal::look(volume, chunk).await?;
+        let Some(ours) = heal::look(volume, layer, chunk).await? else { return Ok(Verdict::Unsettled) };
         let own = volume.rpc().local();
         let ours = ours.now.filter(|_| !bad).map(|now| Voice { store: own, now, applied: ours.applied });
         let voters = volume.group().report().voters.len();
-        verdict = decide(ours.as_ref(), &others, voters);
+        verdict = decide(layer.id, ours.as_ref(), &others, voters);
         if verdict != Verdict::Unsettled {
             break;
         }
     }
     Ok(verdict)
+}
+
+/// Layers that one question names.
+const LAYERS_MAX: usize = limits::SNAPSHOTS_PER_VOLUME_MAX + 1;
+const _: () = assert!(LAYERS_MAX * (1 + CHUNKS_MAX * 9) <= limits::FRAME_HEAD_BYTES_MAX);
+
+/// What each of some chunks of a layer holds, in brief; `None` for one of which nobody here knows.
+type Digests = Vec<Option<u64>>;
+
+/// `None` if there is no such layer here, or not any more.
+async fn digests(
+    volume: &Volume,
+    layer: LayerMark,
+    chunks: &[ChunkIndex],
+) -> Result<Option<Digests>, StoreError> {
+    let mut out = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
+        let Some(told) = heal::look(volume, layer, *chunk).await? else { return Ok(None) };
+        out.push(told.now.map(|now| now.digest(layer.id)));
+    }
+    Ok(Some(out))
+}
+
+/// Tells a peer in brief what chunks hold in each of some layers.
+pub(crate) async fn serve_digests(volume: &Volume, mut input: Reader<'_>) -> Result<Frame, HealError> {
+    let count = input.count("layers", LAYERS_MAX)?;
+    let layers: Vec<LayerMark> =
+        (0..count).map(|_| LayerMark::decode(&mut input)).collect::<Result<_, _>>()?;
+    let count = input.count("chunks", CHUNKS_MAX)?;
+    let chunks: Vec<ChunkIndex> =
+        (0..count).map(|_| input.u64().map(ChunkIndex)).collect::<Result<_, _>>()?;
+    input.end()?;
+    let mut out = Writer::new();
+    for layer in layers {
+        let found = digests(volume, layer, &chunks).await?;
+        out.bool(found.is_some());
+        for digest in found.iter().flatten() {
+            match digest {
+                Some(digest) => {
+                    out.u8(HELD);
+                    out.u64(*digest);
+                }
+                None => out.u8(LOST),
+            }
+        }
+    }
+    Ok(Frame::small(out.finish()))
+}
+
+fn get_digest(input: &mut Reader<'_>) -> Result<Option<u64>, DecodeError> {
+    match input.u8()? {
+        LOST => Ok(None),
+        HELD => Ok(Some(input.u64()?)),
+        other => Err(DecodeError::Unknown { what: "chunk", value: other.into() }),
+    }
+}
+
+/// What another replica's chunks hold in each layer; `None` for layers that it has not.
+async fn ask_digests(
+    volume: &Volume,
+    store: StoreId,
+    layers: &[LayerMark],
+    chunks: &[ChunkIndex],
+) -> Result<Vec<Option<Digests>>, HealError> {
+    let mut question = heal::question(volume, DIGESTS);
+    question.u32(layers.len() as u32);
+    layers.iter().for_each(|layer| layer.encode(&mut question));
+    question.u32(chunks.len() as u32);
+    chunks.iter().for_each(|chunk| question.u64(chunk.0));
+    let answer = heal::call(volume, store, question).await?;
+    let mut input = Reader::new(&answer.head);
+    let mut out = Vec::with_capacity(layers.len());
+    for _ in layers {
+        let is_there = input.bool()?;
+        let digests = || chunks.iter().map(|_| get_digest(&mut input)).collect::<Result<Digests, _>>();
+        out.push(is_there.then(digests).transpose()?);
+    }
+    input.end()?;
+    Ok(out)
+}
+
+/// Chunks of layers that another replica shows otherwise than this one.
+pub(crate) async fn differing(
+    volume: &Volume,
+    store: StoreId,
+    chunks: &[ChunkIndex],
+) -> Result<Vec<(LayerMark, ChunkIndex)>, StoreError> {
+    let layers = volume.data().layers();
+    let told = match ask_digests(volume, store, &layers, chunks).await {
+        Ok(told) => told,
+        Err(error) => {
+            tracing::debug!(%store, %error, "chunks are not compared this time");
+            return Ok(Vec::new());
+        }
+    };
+    let mut out = Vec::new();
+    for (layer, theirs) in layers.into_iter().zip(told) {
+        let Some(theirs) = theirs else { continue };
+        let Some(ours) = digests(volume, layer, chunks).await? else { continue };
+        for ((chunk, ours), theirs) in chunks.iter().zip(ours).zip(theirs) {
+            // Of which either knows nothing there is nothing to compare; it is healed.
+            if ours.is_some() && theirs.is_some() && ours != theirs {
+                out.push((layer, *chunk));
+            }
+        }
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -121,37 +234,52 @@ mod tests {
     #[test]
     fn a_majority_is_right() {
         let others = [voice(2, 7, 50, 90), voice(3, 7, 50, 95)];
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
-        assert_eq!(decide(Some(&voice(1, 6, 40, 90)), &others, 3), Verdict::Take(StoreId(2)));
+        assert_eq!(decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
+        assert_eq!(decide(LayerId::BASE, Some(&voice(1, 6, 40, 90)), &others, 3), Verdict::Take(StoreId(2)));
         // Whatever its mark says: a rebuild marks what it brings with its own index.
-        assert_eq!(decide(Some(&voice(1, 6, 60, 90)), &others, 3), Verdict::Take(StoreId(2)));
+        assert_eq!(decide(LayerId::BASE, Some(&voice(1, 6, 60, 90)), &others, 3), Verdict::Take(StoreId(2)));
         let others = [voice(2, 6, 40, 90), voice(3, 7, 50, 95)];
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
+        assert_eq!(decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Keep);
     }
 
     #[test]
     fn what_tells_of_another_time_is_not_compared() {
         // It has not applied the last change of this one.
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 49)], 3), Verdict::Unsettled);
+        assert_eq!(
+            decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 49)], 3),
+            Verdict::Unsettled
+        );
         // It shows a change that this one has not applied.
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 91, 99)], 3), Verdict::Unsettled);
+        assert_eq!(
+            decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 91, 99)], 3),
+            Verdict::Unsettled
+        );
         let others = [voice(2, 6, 91, 99), voice(3, 6, 91, 99)];
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Unsettled);
+        assert_eq!(decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &others, 3), Verdict::Unsettled);
     }
 
     #[test]
     fn of_two_the_one_that_knows_a_later_change_is_right() {
-        assert_eq!(decide(Some(&voice(1, 6, 40, 90)), &[voice(2, 7, 50, 90)], 2), Verdict::Take(StoreId(2)));
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 90)], 2), Verdict::Keep);
-        assert_eq!(decide(Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 50, 90)], 2), Verdict::Unsettled);
+        assert_eq!(
+            decide(LayerId::BASE, Some(&voice(1, 6, 40, 90)), &[voice(2, 7, 50, 90)], 2),
+            Verdict::Take(StoreId(2))
+        );
+        assert_eq!(
+            decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 40, 90)], 2),
+            Verdict::Keep
+        );
+        assert_eq!(
+            decide(LayerId::BASE, Some(&voice(1, 7, 50, 90)), &[voice(2, 6, 50, 90)], 2),
+            Verdict::Unsettled
+        );
     }
 
     #[test]
     fn who_knows_nothing_takes_what_most_say_else_the_newest() {
         let others = [voice(2, 6, 40, 90), voice(3, 7, 50, 90)];
-        assert_eq!(decide(None, &others, 3), Verdict::Take(StoreId(3)));
+        assert_eq!(decide(LayerId::BASE, None, &others, 3), Verdict::Take(StoreId(3)));
         let others = [voice(2, 7, 50, 90), voice(3, 7, 50, 90)];
-        assert_eq!(decide(None, &others, 3), Verdict::Take(StoreId(2)));
-        assert_eq!(decide(None, &[], 3), Verdict::Unsettled);
+        assert_eq!(decide(LayerId::BASE, None, &others, 3), Verdict::Take(StoreId(2)));
+        assert_eq!(decide(LayerId::BASE, None, &[], 3), Verdict::Unsettled);
     }
 }

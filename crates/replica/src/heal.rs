@@ -1,10 +1,13 @@
-//! Read repair: what home does not hold as it should is fetched from other replicas and put back.
+//! Read repair: what home does not hold as it should is fetched from other replicas and put back, layer by layer.
 //!
 //! Whoever reads a bad block is answered by another replica at once ([`crate::volume`]); the chunk is noted, and this
 //! task heals it behind the reader's back, one chunk of a volume at a time. A peer is asked that has applied at least as
 //! much as this replica, and what it sends is checked against this replica's own table, address included. Only where the
 //! table is lost, or where every peer holds something else than it says, the chunk is taken as a peer has it; the store
 //! refuses what is of another time (INV-HEAL).
+//!
+//! A peer is asked for a chunk of one layer, which is named with its end, and tells what that layer holds, whatever is
+//! above or below: so what the head hides is healed, too. A peer that has no such layer is of another time, and says so.
 //!
 //! What cannot be healed now is tried again, less and less often: the peers may be away, or the medium may refuse.
 
@@ -18,7 +21,7 @@ use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::StoreError;
 use holdfast_store::journal::Journal;
-use holdfast_store::volume::{BlockSum, ChunkContent, ChunkNow, Finding};
+use holdfast_store::volume::{BlockSum, ChunkContent, ChunkNow, Finding, LayerMark, ReadError};
 use holdfast_types::{
     BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
     StoreId, Writer, block_checksum,
@@ -46,8 +49,12 @@ const RETRY_MAX: Duration = Duration::from_secs(300);
 /// Chunks that are tried again; what does not fit is found again by reads and by the scrub.
 const RETRIES_MAX: usize = 1024;
 
-const LOST: u8 = 0;
-const HELD: u8 = 1;
+// Kinds of questions.
+const CHUNKS: u8 = 1;
+pub(crate) const DIGESTS: u8 = 2;
+
+pub(crate) const LOST: u8 = 0;
+pub(crate) const HELD: u8 = 1;
 
 /// Why a peer could not tell.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -99,37 +106,56 @@ fn get_told(input: &mut Reader<'_>, chunk: ChunkIndex) -> Result<Told, DecodeErr
     Ok(Told { chunk, applied, now })
 }
 
-/// What this replica holds of a chunk, and as of when.
-pub(crate) async fn look(volume: &Volume, chunk: ChunkIndex) -> Result<Told, StoreError> {
-    let now = match volume.data().chunk_now(chunk).await {
+/// What this replica holds of a chunk of a layer, and as of when; `None` if it has no such layer.
+pub(crate) async fn look(
+    volume: &Volume,
+    layer: LayerMark,
+    chunk: ChunkIndex,
+) -> Result<Option<Told>, StoreError> {
+    let now = match volume.data().chunk_now(layer, chunk).await {
         Ok(now) => Some(now),
-        Err(StoreError::Damaged { .. }) => None,
-        Err(error) => return Err(error),
+        Err(ReadError::Store(StoreError::Damaged { .. })) => None,
+        Err(ReadError::Store(error)) => return Err(error),
+        Err(_) => return Ok(None),
     };
     // No wait since the look: this is what had been applied at it.
-    Ok(Told { chunk, applied: volume.group().position().applied_index(), now })
+    Ok(Some(Told { chunk, applied: volume.group().position().applied_index(), now }))
 }
 
-/// Tells a peer of chunks, with the blocks of one of them that it wants.
+fn other_layers() -> HealError {
+    HealError::Failed("this replica has no such layer".into())
+}
+
+/// Answers a peer's question.
 pub(crate) async fn serve(volume: &Volume, mut input: Reader<'_>) -> Result<Frame, HealError> {
     let at_least = LogIndex::decode(&mut input)?;
+    let reached = volume.group().position().reached(at_least);
+    if holdfast_env::timeout(APPLY_PATIENCE, reached).await.is_err() {
+        return Err(HealError::Failed("this replica is behind".into()));
+    }
+    match input.u8()? {
+        CHUNKS => serve_chunks(volume, input).await,
+        DIGESTS => compare::serve_digests(volume, input).await,
+        other => Err(DecodeError::Unknown { what: "question about chunks", value: other.into() }.into()),
+    }
+}
+
+/// Tells a peer of chunks of a layer, with the blocks of them that it wants.
+async fn serve_chunks(volume: &Volume, mut input: Reader<'_>) -> Result<Frame, HealError> {
+    let layer = LayerMark::decode(&mut input)?;
     let count = input.count("chunks", CHUNKS_MAX)?;
     let chunks: Vec<ChunkIndex> =
         (0..count).map(|_| input.u64().map(ChunkIndex)).collect::<Result<_, _>>()?;
     let wanted = input.u64()?;
     input.end()?;
-    let reached = volume.group().position().reached(at_least);
-    if holdfast_env::timeout(APPLY_PATIENCE, reached).await.is_err() {
-        return Err(HealError::Failed("this replica is behind".into()));
-    }
     let mut out = Writer::new();
     let mut body = Vec::new();
     out.u32(chunks.len() as u32);
     for chunk in &chunks {
         let told = if wanted == 0 {
-            look(volume, *chunk).await?
+            look(volume, layer, *chunk).await?.ok_or_else(other_layers)?
         } else {
-            let (told, blocks) = look_with_blocks(volume, *chunk, wanted).await?;
+            let (told, blocks) = look_with_blocks(volume, layer, *chunk, wanted).await?;
             body.extend(blocks);
             told
         };
@@ -138,21 +164,22 @@ pub(crate) async fn serve(volume: &Volume, mut input: Reader<'_>) -> Result<Fram
     Ok(Frame { head: out.finish(), body })
 }
 
-/// Wanted data blocks of a chunk, in order, and what the chunk was when they were read.
+/// Wanted data blocks of a chunk of a layer, in order, and what the chunk was when they were read.
 async fn look_with_blocks(
     volume: &Volume,
+    layer: LayerMark,
     chunk: ChunkIndex,
     wanted: u64,
 ) -> Result<(Told, Vec<Bytes>), HealError> {
     for _ in 0..LOOKS_MAX {
-        let before = look(volume, chunk).await?;
+        let before = look(volume, layer, chunk).await?.ok_or_else(other_layers)?;
         let Some(now) = &before.now else { return Ok((before, Vec::new())) };
         let mut blocks = Vec::new();
         for block in data_blocks(chunk, now, wanted) {
-            let read = volume.data().read(BlockRange::new(block, 1)).await;
-            blocks.push(read.map_err(|error| HealError::Failed(error.to_string()))?);
+            let read = volume.data().read_layer(layer.id, BlockRange::new(block, 1)).await;
+            blocks.push(read.map_err(|error| HealError::Failed(error.to_string()))?.data);
         }
-        let after = look(volume, chunk).await?;
+        let after = look(volume, layer, chunk).await?.ok_or_else(other_layers)?;
         if after.now == before.now {
             return Ok((after, blocks));
         }
@@ -167,24 +194,36 @@ fn data_blocks(chunk: ChunkIndex, now: &ChunkNow, mask: u64) -> Vec<BlockIndex> 
     data.map(|n| BlockIndex(chunk.first_block().0 + n as u64)).collect()
 }
 
-/// Asks the replica on another store for chunks, as of an entry or later; with the data blocks of a mask, which must be
-/// what that replica says of them.
-pub(crate) async fn ask(
-    volume: &Volume,
-    store: StoreId,
-    chunks: &[ChunkIndex],
-    wanted: u64,
-) -> Result<Vec<(Told, Vec<(BlockIndex, Bytes)>)>, HealError> {
+/// The beginning of a question. INV-HEAL: one that is behind does not answer it.
+pub(crate) fn question(volume: &Volume, kind: u8) -> Writer {
     let mut head = Writer::new();
     let group: GroupId = volume.group().id().group;
     group.encode(&mut head);
-    // INV-HEAL: one that is behind is not asked.
     volume.group().position().applied_index().encode(&mut head);
+    head.u8(kind);
+    head
+}
+
+pub(crate) async fn call(volume: &Volume, store: StoreId, question: Writer) -> Result<Frame, HealError> {
+    let frame = Frame::small(question.finish());
+    Ok(volume.rpc().call(store, Lane::Bulk, messages::HEAL, frame, CALL_DEADLINE).await?)
+}
+
+/// Asks the replica on another store for chunks of a layer, as of what is applied here or later; with the data blocks of
+/// a mask, which must be what that replica says of them.
+pub(crate) async fn ask(
+    volume: &Volume,
+    store: StoreId,
+    layer: LayerMark,
+    chunks: &[ChunkIndex],
+    wanted: u64,
+) -> Result<Vec<(Told, Vec<(BlockIndex, Bytes)>)>, HealError> {
+    let mut head = question(volume, CHUNKS);
+    layer.encode(&mut head);
     head.u32(chunks.len() as u32);
     chunks.iter().for_each(|chunk| head.u64(chunk.0));
     head.u64(wanted);
-    let frame = Frame::small(head.finish());
-    let answer = volume.rpc().call(store, Lane::Bulk, messages::HEAL, frame, CALL_DEADLINE).await?;
+    let answer = call(volume, store, head).await?;
     let head = answer.head.clone();
     let mut body = answer.into_body();
     let mut input = Reader::new(&head);
@@ -271,22 +310,27 @@ fn put_off(retries: &mut Retries, chunk: ChunkIndex) {
     }
 }
 
-/// Heals what is bad of a chunk; true if nothing is any more.
+/// Heals what is bad of a chunk, in every layer; true if nothing is any more.
 pub(crate) async fn heal(volume: &Volume, chunk: ChunkIndex) -> Result<bool, StoreError> {
     // Before that, home may be newer than its table (INV-STAGE).
     let served = volume.group().position().reached(LogIndex::ZERO);
     if holdfast_env::timeout(FOLLOW_PATIENCE, served).await.is_err() {
         return Ok(false);
     }
-    match volume.data().verify_chunk(chunk).await? {
-        Finding::Whole => Ok(true),
-        Finding::Bad(blocks) => heal_blocks(volume, chunk, blocks).await,
-        Finding::Lost => replace(volume, chunk).await,
+    let mut is_whole = true;
+    for layer in volume.data().layers() {
+        is_whole &= match volume.data().verify_chunk(layer.id, chunk).await? {
+            Finding::Whole => true,
+            Finding::Bad(blocks) => heal_blocks(volume, layer, chunk, blocks).await?,
+            Finding::Lost => replace(volume, layer, chunk).await?,
+        };
     }
+    Ok(is_whole)
 }
 
 async fn heal_blocks(
     volume: &Volume,
+    layer: LayerMark,
     chunk: ChunkIndex,
     mut bad: Vec<BlockIndex>,
 ) -> Result<bool, StoreError> {
@@ -294,7 +338,7 @@ async fn heal_blocks(
     let (mut other, mut same) = (false, false);
     for store in peers(volume) {
         let mask = bad.iter().fold(0, |mask, block| mask | 1 << block.within_chunk());
-        let (told, blocks) = match ask(volume, store, &[chunk], mask).await.map(|mut all| all.pop()) {
+        let (told, blocks) = match ask(volume, store, layer, &[chunk], mask).await.map(|mut all| all.pop()) {
             Ok(Some((told, blocks))) if told.now.is_some() => (told, blocks),
             Ok(_) => continue,
             Err(error) => {
@@ -302,46 +346,52 @@ async fn heal_blocks(
                 continue;
             }
         };
-        match volume.data().heal_blocks(chunk, &blocks).await? {
+        match volume.data().heal_blocks(layer.id, chunk, &blocks).await? {
             Finding::Whole => return Ok(true),
-            Finding::Lost => return replace(volume, chunk).await,
+            Finding::Lost => return replace(volume, layer, chunk).await,
             Finding::Bad(left) => bad = left,
         }
-        match same_sums(volume, &told, &bad).await? {
+        match same_sums(volume, layer, &told, &bad).await? {
             true => same = true,
             false => other = true,
         }
     }
     // If a peer sent what the table says, the medium does not keep it: nothing else would be kept, either.
-    if other && !same { replace(volume, chunk).await } else { Ok(false) }
+    if other && !same { replace(volume, layer, chunk).await } else { Ok(false) }
 }
 
-async fn same_sums(volume: &Volume, told: &Told, blocks: &[BlockIndex]) -> Result<bool, StoreError> {
-    let ours = volume.data().chunk_now(told.chunk).await?;
-    let theirs = told.now.as_ref();
+async fn same_sums(
+    volume: &Volume,
+    layer: LayerMark,
+    told: &Told,
+    blocks: &[BlockIndex],
+) -> Result<bool, StoreError> {
+    let ours = look(volume, layer, told.chunk).await?.and_then(|ours| ours.now);
+    let (Some(ours), Some(theirs)) = (ours, &told.now) else { return Ok(false) };
     Ok(blocks.iter().all(|block| {
         let n = block.within_chunk();
-        theirs.is_some_and(|theirs| theirs.sums[n] == ours.sums[n])
+        theirs.sums[n] == ours.sums[n]
     }))
 }
 
-/// Takes a chunk as the others have it, since what this replica knows of it is lost or wrong.
-async fn replace(volume: &Volume, chunk: ChunkIndex) -> Result<bool, StoreError> {
-    match compare::judge(volume, chunk, true).await? {
-        Verdict::Take(store) => adopt_from(volume, chunk, store).await,
+/// Takes a chunk of a layer as the others have it, since what this replica knows of it is lost or wrong.
+async fn replace(volume: &Volume, layer: LayerMark, chunk: ChunkIndex) -> Result<bool, StoreError> {
+    match compare::judge(volume, layer, chunk, true).await? {
+        Verdict::Take(store) => adopt_from(volume, layer, chunk, store).await,
         Verdict::Keep | Verdict::Unsettled => Ok(false),
     }
 }
 
-/// Takes a chunk, or the page of chunks that it belongs to, as a peer has it; false if that cannot be done now.
+/// Takes a chunk of a layer, or the page of chunks that it belongs to, as a peer has it; false if that cannot be done now.
 pub(crate) async fn adopt_from(
     volume: &Volume,
+    layer: LayerMark,
     chunk: ChunkIndex,
     store: StoreId,
 ) -> Result<bool, StoreError> {
     let mut contents = Vec::new();
-    for chunk in volume.data().chunks_to_adopt(chunk).await? {
-        match ask(volume, store, &[chunk], u64::MAX).await.map(|mut all| all.pop()) {
+    for chunk in volume.data().chunks_to_adopt(layer, chunk).await? {
+        match ask(volume, store, layer, &[chunk], u64::MAX).await.map(|mut all| all.pop()) {
             Ok(Some((Told { applied, now: Some(now), .. }, blocks))) => {
                 contents.push(ChunkContent { chunk, now, applied, blocks });
             }
@@ -364,5 +414,5 @@ pub(crate) async fn adopt_from(
     if holdfast_env::timeout(FOLLOW_PATIENCE, here).await.is_err() {
         return Ok(false);
     }
-    volume.data().adopt(&contents, position.applied_index()).await
+    volume.data().adopt(layer, &contents, position.applied_index()).await
 }

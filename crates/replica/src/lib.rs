@@ -25,6 +25,7 @@ mod network;
 pub mod past;
 pub mod rebuild;
 pub mod repair;
+mod rotten_source;
 pub mod scrub;
 pub mod snapshot_messages;
 mod snapshots;

@@ -18,7 +18,7 @@
 //! switched in. Two at once would write into one staging file.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,10 +39,12 @@ use holdfast_types::{
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 use tokio::sync::Notify;
 
+use crate::codec;
 use crate::config::Vote;
 use crate::group::GroupError;
 use crate::machine::Staged;
 use crate::messages;
+use crate::rotten_source;
 use crate::usage::Counters;
 use crate::volume::Volume;
 
@@ -355,12 +357,13 @@ async fn answer(
             let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
             out.u32(count as u32);
             for _ in 0..count {
-                let sums = volume.data().layer_checksums(layer, ChunkIndex(input.u64()?)).await?;
+                let chunk = ChunkIndex(input.u64()?);
+                let sums = rotten_source::checksums(volume, layer, chunk).await?;
                 sums.iter().for_each(|sum| put_sum(&mut out, sum));
             }
         }
         BLOCKS => {
-            let blocks = volume.data().read_layer(layer, BlockRange::decode(input)?).await?;
+            let blocks = rotten_source::blocks(volume, layer, BlockRange::decode(input)?).await?;
             blocks.checksums.iter().for_each(|sum| out.u32(*sum));
             body.push(blocks.data);
         }
@@ -374,6 +377,8 @@ async fn answer(
 struct Source {
     rpc: Rpc,
     store: StoreId,
+    /// The other replicas, as of the checkpoint: this one may not know any yet.
+    others: Vec<StoreId>,
     group: GroupId,
     hold_from: LogIndex,
     received: Cell<u64>,
@@ -487,9 +492,12 @@ pub(crate) async fn pull(
     target: &Checkpoint,
 ) -> Result<Received, RebuildError> {
     let group = volume.group().id().group;
+    let members = codec::membership_from(&target.membership)?;
+    let others = members.membership().nodes().map(|(_, peer)| peer.store);
     let source = Source {
         rpc: rpc.clone(),
         store,
+        others: others.filter(|other| *other != store && *other != rpc.local()).collect(),
         group,
         hold_from: target.id.index,
         received: Cell::new(0),
@@ -558,14 +566,15 @@ fn differing_chunks(ours: &[ChunkSummary], theirs: &[ChunkSummary]) -> Vec<Chunk
     let mut out: Vec<ChunkIndex> = Vec::new();
     for theirs in theirs {
         let same = mine.get(&theirs.chunk).is_some_and(|ours| {
-            (ours.incarnation, ours.last_index) == (theirs.incarnation, theirs.last_index)
+            let marks = (ours.incarnation, ours.last_index) == (theirs.incarnation, theirs.last_index);
+            marks && theirs.last_index > LogIndex::ZERO
         });
         let both_empty = !theirs.present && mine.get(&theirs.chunk).is_none_or(|ours| !ours.present);
         if !same && !both_empty {
             out.push(theirs.chunk);
         }
     }
-    let known: std::collections::BTreeSet<ChunkIndex> = theirs.iter().map(|summary| summary.chunk).collect();
+    let known: BTreeSet<ChunkIndex> = theirs.iter().map(|summary| summary.chunk).collect();
     out.extend(
         ours.iter().filter(|ours| ours.present && !known.contains(&ours.chunk)).map(|ours| ours.chunk),
     );
@@ -606,7 +615,16 @@ async fn stage_chunk(
             BlockSum::Absent => staging.clear(layer.id, range).await?,
             BlockSum::Zero => staging.zero(layer.id, range).await?,
             BlockSum::Data(_) => {
-                let (data, sums) = source.blocks(layer, range).await?;
+                let (data, sums) = match source.blocks(layer, range).await {
+                    Ok(found) => found,
+                    // The source may have it on a medium that gives or keeps nothing there: others have the same.
+                    Err(error) => {
+                        let wanted = &theirs[at..end];
+                        rotten_source::blocks_elsewhere(volume, &source.others, layer, range, wanted)
+                            .await
+                            .ok_or(error)?
+                    }
+                };
                 staging.put(layer.id, range, data, &sums).await?;
             }
         }

@@ -1,8 +1,8 @@
 //! The scrub: one task of a store reads everything that stands on it, again and again, and compares it with the other
 //! replicas.
 //!
-//! It goes through the replicas one after the other and through the chunks of each in order. Home and table are read
-//! from the medium, and what is bad there is healed (`heal.rs`). Then each chunk is compared with the replica
+//! It goes through the replicas one after the other and through the chunks of each in order, in every layer. Home and
+//! table are read from the medium, and what is bad there is healed (`heal.rs`). Then each chunk is compared with the replica
 //! next in line: what rotted shows by its checksum, what was never written shows by that (`compare.rs`). A ring
 //! of such comparisons reaches every replica that is wrong, and each heals itself.
 //!
@@ -20,7 +20,7 @@ use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_store::StoreError;
 use holdfast_store::scrub_file::{ScrubFile, ScrubPlace};
-use holdfast_store::volume::{BlockSum, Finding, PAGE_CHUNKS};
+use holdfast_store::volume::{BlockSum, Finding, LayerMark, PAGE_CHUNKS};
 use holdfast_types::{CHUNK_BYTES, ChunkIndex, GroupId, LogIndex, StoreId};
 use tokio::sync::Notify;
 
@@ -255,9 +255,10 @@ impl Task {
             let took = Instant::now().since(began);
             self.take_rest(bytes, took).await;
         }
+        let Some(store) = next_in_line(volume) else { return Ok(0) };
         let mut unsettled = 0;
-        for chunk in differing(volume, chunks).await? {
-            if !settle(volume, chunk).await? {
+        for (layer, chunk) in compare::differing(volume, store, chunks).await? {
+            if !settle(volume, layer, chunk).await? {
                 unsettled += 1;
             }
         }
@@ -276,16 +277,18 @@ impl Task {
 /// Reads a chunk from the medium, and heals what is bad of it; the bytes that were looked at.
 async fn read(volume: &Volume, chunk: ChunkIndex) -> Result<u64, StoreError> {
     let data = volume.data();
-    if data.verify_chunk(chunk).await? != Finding::Whole && !heal::heal(volume, chunk).await? {
+    let (mut bytes, mut is_whole) = (0, true);
+    for layer in data.layers() {
+        is_whole &= data.verify_chunk(layer.id, chunk).await? == Finding::Whole;
+        let now = heal::look(volume, layer, chunk).await?.and_then(|told| told.now);
+        let is_empty = now.is_some_and(|now| now.sums.iter().all(|sum| !matches!(sum, BlockSum::Data(_))));
+        bytes += if is_empty { LINE_BYTES } else { CHUNK_BYTES };
+    }
+    if !is_whole && !heal::heal(volume, chunk).await? {
         // The healer goes on trying.
         data.suspect_chunk(chunk);
     }
-    let is_empty = match data.chunk_now(chunk).await {
-        Ok(now) => now.sums.iter().all(|sum| !matches!(sum, BlockSum::Data(_))),
-        Err(StoreError::Damaged { .. }) => false,
-        Err(error) => return Err(error),
-    };
-    Ok(if is_empty { LINE_BYTES } else { CHUNK_BYTES })
+    Ok(bytes)
 }
 
 /// The replica that comes after this one, in a ring.
@@ -297,39 +300,21 @@ fn next_in_line(volume: &Volume) -> Option<StoreId> {
     others.iter().find(|(id, _)| *id > own).or(others.first()).map(|(_, store)| *store)
 }
 
-/// Chunks that the next replica shows otherwise than this one.
-async fn differing(volume: &Volume, chunks: &[ChunkIndex]) -> Result<Vec<ChunkIndex>, StoreError> {
-    let Some(store) = next_in_line(volume) else { return Ok(Vec::new()) };
-    let told = match heal::ask(volume, store, chunks, 0).await {
-        Ok(told) => told,
-        Err(error) => {
-            tracing::debug!(%store, %error, "chunks are not compared this time");
-            return Ok(Vec::new());
-        }
-    };
-    let mut out = Vec::new();
-    for (theirs, _) in told {
-        let ours = heal::look(volume, theirs.chunk).await?;
-        if let (Some(ours), Some(theirs_now)) = (ours.now, theirs.now)
-            && !ours.reads_as(&theirs_now)
-        {
-            out.push(theirs.chunk);
-        }
-    }
-    Ok(out)
-}
-
-/// Finds out who is right, and follows if it is another; false if that cannot be told.
-async fn settle(volume: &Volume, chunk: ChunkIndex) -> Result<bool, StoreError> {
+/// Finds out who is right, and follows if it is another; false if that cannot be told. What is wrong here and cannot be
+/// taken from another replica now is not served until it can.
+async fn settle(volume: &Volume, layer: LayerMark, chunk: ChunkIndex) -> Result<bool, StoreError> {
     let group = volume.group().id().group;
-    match compare::judge(volume, chunk, false).await? {
+    match compare::judge(volume, layer, chunk, false).await? {
         Verdict::Keep => Ok(true),
         Verdict::Take(store) => {
-            tracing::error!(%group, chunk = chunk.0, "a chunk is not what the other replicas agree on");
-            heal::adopt_from(volume, chunk, store).await
+            tracing::error!(%group, layer = layer.id.0.0, chunk = chunk.0, "a chunk is not what the other replicas agree on");
+            if !heal::adopt_from(volume, layer, chunk, store).await? {
+                volume.data().distrust(layer, chunk).await?;
+            }
+            Ok(true)
         }
         Verdict::Unsettled => {
-            tracing::warn!(%group, chunk = chunk.0, "replicas differ in a chunk, or it is written all the while");
+            tracing::warn!(%group, layer = layer.id.0.0, chunk = chunk.0, "replicas differ in a chunk, or it is written all the while");
             Ok(false)
         }
     }

@@ -7,33 +7,14 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use group::{GROUP, Member, Switch, asked, attach, block, members, start};
+use group::{GROUP, Member, Switch, asked, attach, block, control, members, snapshot, start};
 use holdfast_protocol::command::VolumeCommand;
-use holdfast_protocol::volume::VolumeReply;
-use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_session::Session;
 use holdfast_store::volume::View;
-use holdfast_types::{BlockIndex, BlockRange, Epoch, LogIndex, SnapshotId, StoreId};
+use holdfast_types::{BlockIndex, BlockRange, Epoch, SnapshotId, StoreId};
 
 /// Blocks that the test writes.
 const BLOCKS: u64 = 8 * 256;
-
-async fn control(member: &Member, command: VolumeCommand) -> LogIndex {
-    let volume = member.host.volume(GROUP).expect("runs");
-    let request = DataRequest::Control { group: GROUP, command: command.encode() };
-    match volume.answer(request, Bytes::new()).await.0 {
-        DataReply::Applied { index, reply: VolumeReply::Done { .. } | VolumeReply::Snapshotted { .. } } => {
-            index
-        }
-        other => panic!("{command:?} answered {other:?}"),
-    }
-}
-
-async fn snapshot(member: &Member, id: u128) -> LogIndex {
-    let name = format!("s{id}");
-    control(member, VolumeCommand::Snapshot { id: SnapshotId(id), name, created_ms: 0 }).await
-}
 
 /// Overwrites everything until the log does not reach back to where it was.
 async fn fill_the_journal(leader: &Member, session: &Session, rounds: u64, seed: &Cell<u8>) {

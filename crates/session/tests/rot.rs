@@ -3,106 +3,26 @@
 
 mod group;
 
-use std::cell::{Cell, RefCell};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::cell::RefCell;
+use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use group::damage::{
+    LONG, SCRUB, again, all_equal, all_home, bytes_at, damaging, file_of, flip, put_bytes, range, stop,
+    until, volume, within,
+};
 use group::unreadable::Unreadable;
 use group::{GROUP, Member, Switch, attach, begin, block, first_leads, members, start, start_on};
-use holdfast_env::net::Frame;
 use holdfast_protocol::planted::plant;
-use holdfast_replica::Volume;
-use holdfast_replica::scrub::ScrubOptions;
 use holdfast_session::Session;
-use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, StoreId};
-use holdfast_wire::rpc::{CallHead, CallKind, Service};
+use holdfast_types::StoreId;
+use holdfast_wire::rpc::{CallKind, Service};
 
-const LONG: Duration = Duration::from_secs(20);
 /// Of the services of docs/wire.md.
 const RAFT: Service = holdfast_replica::messages::RAFT;
 const DATA: Service = holdfast_replica::messages::DATA;
 const HEAL: Service = holdfast_replica::messages::HEAL;
 const REBUILD: Service = holdfast_replica::messages::REBUILD;
-
-async fn within<T>(work: impl Future<Output = T>) -> T {
-    holdfast_env::timeout(LONG, work).await.expect("within 20 s")
-}
-
-fn volume(member: &Member) -> Rc<Volume> {
-    member.host.volume(GROUP).expect("runs")
-}
-
-fn range(start: u64, count: u32) -> BlockRange {
-    BlockRange::new(BlockIndex(start), count)
-}
-
-/// A replica's file.
-fn file_of(place: &Path, number: u64, name: &str) -> PathBuf {
-    let replicas = std::fs::read_dir(place.join(format!("n{number}/replicas"))).expect("is there");
-    let replica = replicas.map(|entry| entry.expect("is read").path()).next().expect("one stands there");
-    replica.join("layer-0").join(name)
-}
-
-fn bytes_at(path: &Path, place: u64) -> Vec<u8> {
-    let mut bytes = vec![0; BLOCK_BYTES];
-    let file = std::fs::File::open(path).expect("opens");
-    file.read_exact_at(&mut bytes, place * BLOCK_BYTES as u64).expect("is read");
-    bytes
-}
-
-fn put_bytes(path: &Path, place: u64, bytes: &[u8]) {
-    let file = std::fs::File::options().write(true).open(path).expect("opens");
-    file.write_all_at(bytes, place * BLOCK_BYTES as u64).expect("is written");
-    file.sync_all().expect("is synced");
-}
-
-/// Flips a bit of a block of a file; what it was before.
-fn flip(path: &Path, place: u64) -> Vec<u8> {
-    let before = bytes_at(path, place);
-    let mut rotten = before.clone();
-    rotten[40] ^= 8;
-    put_bytes(path, place, &rotten);
-    before
-}
-
-/// Every replica has applied everything and brought it home.
-async fn all_home(members: &[Member]) {
-    let last = volume(&members[0]).group().report().last_log;
-    for member in members {
-        let volume = volume(member);
-        within(volume.group().position().reached(last)).await;
-        while volume.data().dirty().any {
-            within(volume.data().clean(volume.group().machine())).await.expect("cleans");
-        }
-    }
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let look = async {
-        while !is_so() {
-            holdfast_env::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    holdfast_env::timeout(LONG, look).await.unwrap_or_else(|_| panic!("not within 20 s: {what}"));
-}
-
-/// Stops a member and starts it on what it left.
-async fn again(place: &Path, switch: &Rc<Switch>, members: &mut Vec<Member>, number: u64) {
-    let at = number as usize - 1;
-    let old = members.remove(at);
-    old.host.stop().await;
-    drop(old);
-    members.insert(at, start(place, switch, number, false).await);
-}
-
-async fn stop(members: &[Member]) {
-    for member in members {
-        member.host.stop().await;
-    }
-}
 
 async fn written(members: &[Member]) -> Rc<Session> {
     within(first_leads(members)).await;
@@ -243,42 +163,6 @@ fn a_cleaner_that_meets_a_lost_page_waits_until_it_is_healed() {
     });
 }
 
-/// Calls and answers of a service whose block data is damaged on the way, so many times.
-fn damaging(
-    switch: &Switch,
-    service: Service,
-    kind: CallKind,
-    times: u32,
-    between: impl Fn(StoreId, StoreId) -> bool + 'static,
-) -> Rc<Cell<u32>> {
-    let damaged = Rc::new(Cell::new(0));
-    let count = damaged.clone();
-    *switch.damage.borrow_mut() = Some(Box::new(move |from, to, frame: &mut Frame| {
-        let Some(head) = CallHead::read(&frame.head) else { return };
-        let is_it = head.service == service && head.kind == kind && between(from, to);
-        if !is_it || frame.body.iter().all(Bytes::is_empty) || count.get() >= times {
-            return;
-        }
-        count.set(count.get() + 1);
-        let part = frame.body.iter_mut().find(|part| !part.is_empty()).expect("one is not empty");
-        let mut bytes = BytesMut::from(&part[..]);
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 16;
-        *part = bytes.freeze();
-    }));
-    damaged
-}
-
-/// What every replica holds, from its disk.
-async fn all_equal(members: &[Member]) -> bool {
-    all_home(members).await;
-    let mut digests = Vec::new();
-    for member in members {
-        digests.push(volume(member).data().digest().await.expect("is read"));
-    }
-    digests.iter().all(|digest| *digest == digests[0] && digest.bad_blocks == 0)
-}
-
 #[test]
 fn a_bit_that_flips_between_the_session_and_the_leader_costs_a_repetition() {
     let place = tempfile::tempdir().expect("a place");
@@ -389,9 +273,6 @@ fn a_bit_that_flips_during_a_rebuild_is_not_taken() {
         stop(&members).await;
     });
 }
-
-/// As fast as the disk allows, again after an hour.
-const SCRUB: ScrubOptions = ScrubOptions { period: Duration::from_secs(3600), bytes_per_second: 1 << 30 };
 
 #[test]
 fn cold_rot_is_found_by_the_scrub() {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
+pub mod damage;
 mod slow;
 pub mod stalling;
 pub mod unreadable;
@@ -18,12 +19,16 @@ use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
 use holdfast_env::real::disk::{OpenError, RealDirectory};
+use holdfast_protocol::command::VolumeCommand;
+use holdfast_protocol::volume::VolumeReply;
+use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_replica::{GroupEnvironment, Host, NewReplica, Timers};
 use holdfast_session::{AttachOptions, Session, SessionError, Sessions, VolumeTarget};
 use holdfast_store::journal::{Journal, StoreOptions};
 use holdfast_store::{ReplicaIdentity, StoreIdentity};
 use holdfast_types::{
-    BLOCK_BYTES, ByteSize, ClusterId, Epoch, GroupId, NodeName, ReplicaId, StoreId, VolumeId,
+    BLOCK_BYTES, ByteSize, ClusterId, Epoch, GroupId, LogIndex, NodeName, ReplicaId, SnapshotId, StoreId,
+    VolumeId,
 };
 use holdfast_wire::rpc::Rpc;
 
@@ -223,4 +228,22 @@ pub async fn first_leads(members: &[Member]) {
         }
         holdfast_env::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// A command of the volume, by its leader; where it stands in the log.
+pub async fn control(member: &Member, command: VolumeCommand) -> LogIndex {
+    let volume = member.host.volume(GROUP).expect("runs");
+    let request = DataRequest::Control { group: GROUP, command: command.encode() };
+    match volume.answer(request, Bytes::new()).await.0 {
+        DataReply::Applied { index, reply: VolumeReply::Done { .. } | VolumeReply::Snapshotted { .. } } => {
+            index
+        }
+        other => panic!("{command:?} answered {other:?}"),
+    }
+}
+
+/// Makes a snapshot; its index.
+pub async fn snapshot(member: &Member, id: u128) -> LogIndex {
+    let name = format!("s{id}");
+    control(member, VolumeCommand::Snapshot { id: SnapshotId(id), name, created_ms: 0 }).await
 }

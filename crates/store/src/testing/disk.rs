@@ -111,6 +111,8 @@ struct Content {
     dead: BTreeSet<u64>,
     /// Blocks of which the next read fails.
     hiccups: BTreeSet<u64>,
+    /// Blocks of which the next read takes so long.
+    slow: BTreeMap<u64, Duration>,
     /// The operation that last wrote a block.
     written_at: BTreeMap<u64, u64>,
 }
@@ -422,6 +424,11 @@ impl MemoryDisk {
         self.with_file(name, |file| file.hiccups.insert(block));
     }
 
+    /// Makes the next read of a block take so long, and no other.
+    pub fn slow_read(&self, name: &str, block: u64, time: Duration) {
+        self.with_file(name, |file| file.slow.insert(block, time));
+    }
+
     /// Puts other bytes in the place of a block.
     pub fn put_block(&self, name: &str, block: u64, bytes: &[u8]) {
         let mut data = [0; ALIGNMENT];
@@ -562,6 +569,14 @@ impl File for Handle {
         async move {
             this.disk.turn().await;
             let first = offset / BLOCK;
+            let slow = this.with(|file| {
+                let block =
+                    file.slow.range(first..first + length as u64 / BLOCK).next().map(|(block, _)| *block);
+                block.and_then(|block| file.slow.remove(&block))
+            });
+            if let Some(time) = slow {
+                holdfast_env::sleep(time).await;
+            }
             let mut buffer = AlignedBuffer::zeroed(length);
             let lost = this.with(|file| {
                 let cached: BTreeSet<u64> = file.cached.iter().map(Change::block).collect();

@@ -58,6 +58,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("page-in-place", "a torn table page leaves no older copy"),
     ("one-table-copy", "a rotten table page is replaced by a stale one"),
     ("leave-copies-unequal", "after a crash a table page has one copy for good"),
+    ("forget-lost-pages", "when many pages change, it is forgotten which of them are new and which are lost"),
     ("serve-stale-page", "a table page of an older checkpoint is believed"),
     ("home-unchecked", "blocks of home are not compared with their checksums"),
     (ADDRESS, "a block is good at the place of another one"),
@@ -66,7 +67,12 @@ pub const KNOWN: &[(&str, &str)] = &[
     // Healing.
     ("heal-unchecked", "a block that is not what the table says is written over home"),
     ("adopt-anything", "a chunk of a replica that is behind or ahead is adopted"),
+    (
+        "adopt-without-floor",
+        "what is adopted over a dropped snapshot is served under the snapshot after a crash",
+    ),
     // A rebuild.
+    ("summary-of-two-moments", "a chunk that moves while its mark is taken seems to be empty"),
     ("staging-not-named", "what is switched in has no durable name"),
     ("switch-before-flush", "what is switched in was never flushed"),
     ("staged-unchecked", "what rotted before it came home is given a new checksum"),

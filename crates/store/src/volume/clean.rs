@@ -39,7 +39,7 @@ impl VolumeData {
     /// collected nothing is done, and the checkpoint before is answered.
     ///
     /// Order: files of new layers, home data, home flush, table pages, table flush, manifest, second copies of the
-    /// pages; each for all layers together. A crash before the manifest leaves the checkpoint before, from which the
+    /// pages; each for all layers together, but for table pages that are too many for one manifest (`pages.rs`). A crash before the manifest leaves the checkpoint before, from which the
     /// journal repeats everything. After an error that is no lack of space the store must stop: what was written is
     /// unknown.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
@@ -72,8 +72,7 @@ impl VolumeData {
         let mut pages = Vec::new();
         for Work { files, piece, lines, .. } in &work {
             let lines = lines.iter().map(|(chunk, (_, line))| (*chunk, line.clone())).collect();
-            let written = files.table.write(lines).await?;
-            pages.extend(written.into_iter().map(|page| (piece.id, page)));
+            self.write_lines(&mut pages, piece.id, files, lines).await?;
         }
         let change = Change {
             checkpoint: Some(target.clone()),

@@ -96,6 +96,11 @@ impl ExtentMap {
         out
     }
 
+    /// Behind the last run.
+    pub(super) fn end(&self) -> BlockIndex {
+        BlockIndex(self.runs.last_key_value().map_or(0, |(at, run)| at + run.count))
+    }
+
     /// Every run that an entry up to `index` made, in block order.
     pub(super) fn up_to(&self, index: LogIndex) -> Vec<(BlockIndex, Extent)> {
         let old = self.runs.iter().filter(|(_, run)| run.index <= index);

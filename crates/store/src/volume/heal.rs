@@ -2,9 +2,11 @@
 //!
 //! The table's checksum, address included, says what a home block must be. A block that is that may be written over
 //! home at any time: it is what home holds anyway, or what the journal repeats (INV-HEAL). Where the table itself is
-//! lost or shown to be old, whole chunks are adopted from another replica: only such that tell of a change that is
-//! flushed and applied here, and of no time before this replica's checkpoint, so that the journal repeats the rest. In
-//! a volume with several layers blocks are healed in whichever layer has them, and no chunk is adopted.
+//! lost or shown to be old, whole chunks are adopted from another replica (`adopt.rs`).
+//!
+//! Everything is about a chunk of one logical layer: a block that the head hides is healed as well as one that it shows.
+//! Of a layer that consists of several pieces only what it shows counts; what a younger piece of it hides goes when they
+//! are merged.
 //!
 //! Owns the list of what reads found bad. It asks nobody: whoever fetches blocks from peers gives them to
 //! [`VolumeData::heal_blocks`] and [`VolumeData::adopt`]. Everything that is written is written under the cleaner's
@@ -16,15 +18,12 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_env::disk::{AlignedBuffer, Durability};
-use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndex, LogIndex, block_checksum,
-};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, block_checksum};
 use tokio::sync::Notify;
 
+use super::VolumeData;
 use super::layers::{LayerId, Piece, PieceFiles};
-use super::marks::sum_of;
-use super::table::{BlockSum, Chunk, PageFound, Table};
-use super::{Change, VolumeData};
+use super::table::{BlockSum, Chunk, PageFound};
 use crate::StoreError;
 use crate::journal::planted;
 
@@ -54,12 +53,14 @@ pub struct Health {
 pub(super) struct Suspects {
     waiting: RefCell<BTreeSet<ChunkIndex>>,
     found: Notify,
-    /// Bad blocks of each chunk, a bit per block; of a chunk whose page is lost, all.
-    bad: RefCell<BTreeMap<ChunkIndex, u64>>,
+    /// Bad blocks of each layer's chunks, a bit per block; of a chunk whose page is lost, all.
+    bad: RefCell<BTreeMap<(LayerId, ChunkIndex), u64>>,
     counted: Cell<Health>,
+    /// Woken when it was noted how a chunk is.
+    noted: Notify,
 }
 
-/// How a chunk is at home.
+/// How a chunk of a layer is at home.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Finding {
     /// As it should be.
@@ -68,41 +69,6 @@ pub enum Finding {
     Bad(Vec<BlockIndex>),
     /// The table's page is lost: nobody here knows what the chunk holds.
     Lost,
-}
-
-/// What a chunk holds now, as this replica shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ChunkNow {
-    /// Incarnation of its last change.
-    pub incarnation: u64,
-    /// Entry of its last change; zero before the first.
-    pub last_index: LogIndex,
-    /// How each block is.
-    pub sums: Vec<BlockSum>,
-}
-
-impl ChunkNow {
-    /// Whether every block reads the same. What is absent and what is zero reads as zeros.
-    pub fn reads_as(&self, other: &Self) -> bool {
-        let data = |sum: &BlockSum| match sum {
-            BlockSum::Data(crc) => Some(*crc),
-            BlockSum::Zero | BlockSum::Absent => None,
-        };
-        self.sums.iter().map(data).eq(other.sums.iter().map(data))
-    }
-}
-
-/// A chunk of another replica, to be adopted.
-#[derive(Clone, Debug)]
-pub struct ChunkContent {
-    /// Which.
-    pub chunk: ChunkIndex,
-    /// What it is there.
-    pub now: ChunkNow,
-    /// What that replica had applied when it said so: the chunk did not change between its last change and then.
-    pub applied: LogIndex,
-    /// Its data blocks.
-    pub blocks: Vec<(BlockIndex, Bytes)>,
 }
 
 impl VolumeData {
@@ -141,25 +107,61 @@ impl VolumeData {
         Health { bad_blocks: bad, ..self.0.suspects.counted.get() }
     }
 
-    fn count_health(&self, more: impl FnOnce(&mut Health)) {
+    pub(super) fn count_health(&self, more: impl FnOnce(&mut Health)) {
         let mut counted = self.0.suspects.counted.get();
         more(&mut counted);
         self.0.suspects.counted.set(counted);
     }
 
-    fn note(&self, chunk: ChunkIndex, finding: &Finding) {
+    pub(super) fn note(&self, layer: LayerId, chunk: ChunkIndex, finding: &Finding) {
         let mask = match finding {
             Finding::Whole => 0,
             Finding::Bad(blocks) => blocks.iter().fold(0, |mask, block| mask | 1 << block.within_chunk()),
             Finding::Lost => u64::MAX,
         };
         let mut bad = self.0.suspects.bad.borrow_mut();
-        let before = if mask == 0 { bad.remove(&chunk) } else { bad.insert(chunk, mask) };
+        let place = (layer, chunk);
+        let before = if mask == 0 { bad.remove(&place) } else { bad.insert(place, mask) };
         let new = u64::from((mask & !before.unwrap_or(0)).count_ones());
         if new > 0 {
-            tracing::error!(replica = %self.0.prefix, chunk = chunk.0, new, "blocks at home are bad");
+            let (layer, chunk) = (layer.0.0, chunk.0);
+            tracing::error!(replica = %self.0.prefix, layer, chunk, new, "blocks at home are bad");
         }
         self.count_health(|health| health.found_blocks += new);
+        drop(bad);
+        self.0.suspects.noted.notify_waiters();
+    }
+
+    /// Whether nothing of a chunk is known to be bad, in any layer.
+    fn is_well(&self, chunk: ChunkIndex) -> bool {
+        !self.0.suspects.bad.borrow().keys().any(|(_, bad)| *bad == chunk)
+    }
+
+    /// Ends when nothing of a chunk is known to be bad any more.
+    pub async fn well(&self, chunk: ChunkIndex) {
+        loop {
+            let noted = self.0.suspects.noted.notified();
+            if self.is_well(chunk) {
+                return;
+            }
+            noted.await;
+        }
+    }
+
+    /// Of layers that are no more nothing is bad. What was bad may be so in the layer that they have gone into.
+    pub(super) fn forget_ended_layers(&self) {
+        let mut bad = self.0.suspects.bad.borrow_mut();
+        if bad.is_empty() {
+            return;
+        }
+        let there: BTreeSet<LayerId> = self.layers().iter().map(|layer| layer.id).collect();
+        bad.retain(|(layer, chunk), _| {
+            let stays = there.contains(layer);
+            if !stays {
+                self.suspect_chunk(*chunk);
+            }
+            stays
+        });
     }
 
     /// Reads blocks of home; those that the medium does not give are returned, and zeros stand in their places.
@@ -202,41 +204,63 @@ impl VolumeData {
         unreadable
     }
 
-    /// Looks at a chunk on the medium, at home and in the table, and notes how it is. A table page with one rotten copy
-    /// is healed from the other.
-    pub async fn verify_chunk(&self, chunk: ChunkIndex) -> Result<Finding, StoreError> {
-        let mut is_whole = true;
-        for files in self.layer_files() {
-            is_whole &= match files.table.chunk(chunk).await {
-                Ok(line) => self.mismatches(&files, chunk, &line).await.is_empty(),
-                Err(_) => false,
-            };
-        }
+    /// Looks at a chunk of a layer on the medium, at home and in the table, and notes how it is. A table page with one
+    /// rotten copy is healed from the other. Of a layer that is no more nothing is bad.
+    pub async fn verify_chunk(&self, layer: LayerId, chunk: ChunkIndex) -> Result<Finding, StoreError> {
+        let is_whole = match self.shown(layer, chunk).await {
+            Ok(lines) => {
+                let mut is_whole = true;
+                for (files, line) in &lines {
+                    is_whole &= self.mismatches(files, chunk, line).await.is_empty();
+                }
+                is_whole
+            }
+            Err(_) => false,
+        };
         let finding = if is_whole {
             Finding::Whole
         } else {
             // The cleaner may just have been moving it.
             let _nothing_moves = self.0.cleaning.lock().await;
-            self.verify_alone(chunk).await?
+            self.verify_alone(layer, chunk).await?
         };
-        self.note(chunk, &finding);
+        self.note(layer, chunk, &finding);
         Ok(finding)
     }
 
-    /// The files of every layer that is read.
-    fn layer_files(&self) -> Vec<Rc<PieceFiles>> {
-        self.0.chain.live().iter().filter_map(|piece| piece.files()).collect()
+    /// The files of a layer's pieces, the oldest first; none of a layer that is no more.
+    pub(super) fn layer_files(&self, layer: LayerId) -> Vec<Rc<PieceFiles>> {
+        let pieces = self.layer(layer).ok();
+        pieces.iter().flat_map(|pieces| pieces.iter()).filter_map(|piece| piece.files()).collect()
     }
 
-    /// Looks at the page of a chunk on the medium. True if it is whole, or is so again.
+    /// What a layer shows of a chunk at home: the lines of its pieces, the youngest first, each without what those
+    /// before it hide.
+    async fn shown(
+        &self,
+        layer: LayerId,
+        chunk: ChunkIndex,
+    ) -> Result<Vec<(Rc<PieceFiles>, Chunk)>, StoreError> {
+        let mut lines = Vec::new();
+        let mut hidden = 0;
+        for files in self.layer_files(layer).into_iter().rev() {
+            let mut line = files.table.chunk(chunk).await?;
+            hidden = line.hide(hidden);
+            lines.push((files, line));
+        }
+        Ok(lines)
+    }
+
+    /// Looks at the pages of a chunk, in every layer, on the medium. True if they are whole, or are so again.
     pub async fn verify_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
         let _nothing_moves = self.0.cleaning.lock().await;
-        self.scrub_page(chunk).await
+        let files: Vec<_> = self.0.chain.live().iter().filter_map(|piece| piece.files()).collect();
+        self.scrub_page(&files, chunk).await
     }
 
-    async fn scrub_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
+    async fn scrub_page(&self, files: &[Rc<PieceFiles>], chunk: ChunkIndex) -> Result<bool, StoreError> {
         let mut is_there = true;
-        for files in self.layer_files() {
+        for files in files {
             let found = files.table.scrub_page(chunk).await?;
             if found == PageFound::Repaired {
                 tracing::warn!(replica = %self.0.prefix, chunk = chunk.0, "a table page was healed");
@@ -248,24 +272,28 @@ impl VolumeData {
     }
 
     /// As [`Self::verify_chunk`], while nothing is moved.
-    async fn verify_alone(&self, chunk: ChunkIndex) -> Result<Finding, StoreError> {
-        if !self.scrub_page(chunk).await? {
+    pub(super) async fn verify_alone(
+        &self,
+        layer: LayerId,
+        chunk: ChunkIndex,
+    ) -> Result<Finding, StoreError> {
+        if !self.scrub_page(&self.layer_files(layer), chunk).await? {
             return Ok(Finding::Lost);
         }
         let mut bad = Vec::new();
-        for files in self.layer_files() {
-            let line = files.table.chunk(chunk).await?;
+        for (files, line) in self.shown(layer, chunk).await? {
             bad.extend(self.mismatches(&files, chunk, &line).await);
         }
-        bad.retain(|block| !self.is_covered(*block));
+        bad.retain(|block| !self.is_covered(layer, *block));
         bad.sort();
-        bad.dedup();
         Ok(if bad.is_empty() { Finding::Whole } else { Finding::Bad(bad) })
     }
 
-    fn is_covered(&self, block: BlockIndex) -> bool {
+    /// Whether something is on its way home over a block of a layer. What an older or a younger layer has of it does not
+    /// cover it.
+    fn is_covered(&self, layer: LayerId, block: BlockIndex) -> bool {
         let covers = |piece: &Rc<Piece>| !piece.map.borrow().over(BlockRange::new(block, 1)).is_empty();
-        self.0.chain.live().iter().any(covers)
+        self.layer(layer).is_ok_and(|pieces| pieces.iter().any(covers))
     }
 
     /// Blocks of a chunk that the medium does not give as a line says.
@@ -288,23 +316,23 @@ impl VolumeData {
             .collect()
     }
 
-    /// Writes blocks of a chunk over home that are what the table says, and looks whether home holds them now.
+    /// Writes blocks of a layer's chunk over home that are what the table says, and looks whether home holds them now.
     /// INV-HEAL: what does not match the table's checksum, address included, is not written.
     pub async fn heal_blocks(
         &self,
+        layer: LayerId,
         chunk: ChunkIndex,
         blocks: &[(BlockIndex, Bytes)],
     ) -> Result<Finding, StoreError> {
         let _nothing_moves = self.0.cleaning.lock().await;
-        let before = match self.verify_alone(chunk).await? {
+        let before = match self.verify_alone(layer, chunk).await? {
             Finding::Bad(bad) => bad,
             other => {
-                self.note(chunk, &other);
+                self.note(layer, chunk, &other);
                 return Ok(other);
             }
         };
-        for files in self.layer_files() {
-            let line = files.table.chunk(chunk).await?;
+        for (files, line) in self.shown(layer, chunk).await? {
             let is_bad = self.mismatches(&files, chunk, &line).await;
             let fits = |block: BlockIndex, data: &Bytes| {
                 planted("heal-unchecked")
@@ -321,18 +349,18 @@ impl VolumeData {
                 self.changed();
             }
         }
-        let after = self.verify_alone(chunk).await?;
+        let after = self.verify_alone(layer, chunk).await?;
         let left = if let Finding::Bad(bad) = &after { bad.as_slice() } else { &[] };
         let healed = before.iter().filter(|block| !left.contains(block)).count() as u64;
         if healed > 0 {
             tracing::warn!(replica = %self.0.prefix, chunk = chunk.0, healed, "blocks at home are healed");
         }
-        self.note(chunk, &after);
+        self.note(layer, chunk, &after);
         self.count_health(|health| health.healed_blocks += healed);
         Ok(after)
     }
 
-    async fn write_block_home(
+    pub(super) async fn write_block_home(
         &self,
         files: &PieceFiles,
         block: BlockIndex,
@@ -342,135 +370,5 @@ impl VolumeData {
         let buffer = AlignedBuffer::copy_of(data);
         let written = files.home.write_at(block.byte_offset(), buffer, Durability::Volatile).await;
         written.map(drop).map_err(|error| StoreError::io("home", &error))
-    }
-
-    /// What a chunk holds now, with its last change: taken in one moment.
-    pub async fn chunk_now(&self, chunk: ChunkIndex) -> Result<ChunkNow, StoreError> {
-        let (pieces, lines) = loop {
-            let before = self.0.changes.get();
-            let pieces = self.0.chain.live();
-            let mut lines = Vec::with_capacity(pieces.len());
-            for piece in pieces.iter() {
-                lines.push(match piece.files() {
-                    Some(files) => files.table.chunk(chunk).await?,
-                    None => Chunk::default(),
-                });
-            }
-            if self.0.changes.get() == before {
-                break (pieces, lines);
-            }
-        };
-        let sums = vec![BlockSum::Absent; CHUNK_BLOCKS as usize];
-        let mut now = ChunkNow { incarnation: 0, last_index: LogIndex::ZERO, sums };
-        let range = BlockRange::new(chunk.first_block(), CHUNK_BLOCKS as u32);
-        for line in &lines {
-            if line.last_index > now.last_index {
-                (now.incarnation, now.last_index) = (line.incarnation, line.last_index);
-            }
-            for (n, sum) in now.sums.iter_mut().enumerate() {
-                *sum = if line.get(n) == BlockSum::Absent { *sum } else { line.get(n) };
-            }
-        }
-        for piece in pieces.iter() {
-            for (at, run) in piece.map.borrow().over(range) {
-                now.incarnation = self.0.identity.incarnation;
-                now.last_index = now.last_index.max(run.index);
-                for n in 0..run.count {
-                    now.sums[BlockIndex(at.0 + n).within_chunk()] = sum_of(piece, &run, n);
-                }
-            }
-        }
-        Ok(now)
-    }
-
-    /// Chunks that must come together with this one: those of its page if that is lost, else it alone.
-    pub async fn chunks_to_adopt(&self, chunk: ChunkIndex) -> Result<Vec<ChunkIndex>, StoreError> {
-        let Some((_, files)) = self.only_layer() else { return Ok(vec![chunk]) };
-        Ok(match files.table.is_lost(chunk).await? {
-            true => Table::page_chunks(chunk).collect(),
-            false => vec![chunk],
-        })
-    }
-
-    /// The only layer of a volume without snapshots. What another replica tells of a chunk is what it reads as: of
-    /// which layer each block is it does not say, so chunks are adopted only where there is one.
-    fn only_layer(&self) -> Option<(LayerId, Rc<PieceFiles>)> {
-        let pieces = self.0.chain.all();
-        let [piece] = pieces.as_slice() else { return None };
-        Some((piece.id, piece.files()?))
-    }
-
-    /// Whether content of another replica may stand here. INV-HEAL: its last change is applied and durable here (the
-    /// journal repeats it), and it is not of before the checkpoint (what came between is nowhere else).
-    fn may_adopt(&self, content: &ChunkContent, applied: LogIndex) -> bool {
-        let last = content.now.last_index;
-        let checkpoint = self.checkpoint().id.index;
-        last <= applied.min(self.0.payloads.flushed()) && content.applied >= checkpoint
-            || planted("adopt-anything")
-    }
-
-    /// Takes chunks as another replica has them: all of a page, or one ([`Self::chunks_to_adopt`]). `applied` is what
-    /// this replica has applied. False if that cannot be done now; nothing has changed then.
-    ///
-    /// The order is the cleaner's. The checkpoint stays: what the chunks hold is repeated from it.
-    pub async fn adopt(&self, chunks: &[ChunkContent], applied: LogIndex) -> Result<bool, StoreError> {
-        let _nothing_moves = self.0.cleaning.lock().await;
-        let (Some(first), Some((layer, files))) = (chunks.first(), self.only_layer()) else {
-            return Ok(false);
-        };
-        let whole_page = files.table.is_lost(first.chunk).await?;
-        let wanted = self.chunks_to_adopt(first.chunk).await?;
-        let given: Vec<ChunkIndex> = chunks.iter().map(|content| content.chunk).collect();
-        if self.0.rebuilds.get() > 0
-            || wanted != given
-            || !chunks.iter().all(|content| self.may_adopt(content, applied))
-        {
-            return Ok(false);
-        }
-        let mut lines = BTreeMap::new();
-        for content in chunks {
-            lines.insert(content.chunk, self.write_content(&files, content).await?);
-        }
-        self.flush_home(&files).await?;
-        let pages = match whole_page {
-            true => files.table.restore(lines).await?,
-            false => files.table.write(lines).await?,
-        };
-        let pages: Vec<_> = pages.into_iter().map(|page| (layer, page)).collect();
-        self.write_manifest(Change { pages: Some(&pages), ..Change::default() }).await?;
-        self.changed();
-        files.table.write_other_copies().await?;
-        for content in chunks {
-            let found = self.verify_alone(content.chunk).await?;
-            self.note(content.chunk, &found);
-        }
-        tracing::warn!(replica = %self.0.prefix, chunk = first.chunk.0, whole_page, "chunks were taken from a peer");
-        self.count_health(|health| match whole_page {
-            true => health.healed_pages += 1,
-            false => health.replaced_chunks += 1,
-        });
-        Ok(true)
-    }
-
-    /// Brings a chunk's blocks home; its line.
-    async fn write_content(&self, files: &PieceFiles, content: &ChunkContent) -> Result<Chunk, StoreError> {
-        let mut line = Chunk::default();
-        (line.incarnation, line.last_index) = (content.now.incarnation, content.now.last_index);
-        if !content.blocks.is_empty() {
-            let offset = content.chunk.first_block().byte_offset();
-            let allocated = files.home.allocate(offset, CHUNK_BYTES).await;
-            allocated.map_err(|error| StoreError::io("home", &error))?;
-        }
-        for (n, sum) in content.now.sums.iter().enumerate() {
-            line.set(n, *sum);
-        }
-        for (block, data) in &content.blocks {
-            if line.get(block.within_chunk()) != BlockSum::Data(block_checksum(*block, data)) {
-                let why = "it does not match its checksum".into();
-                return Err(StoreError::Damaged { what: format!("block {} from a peer", block.0), why });
-            }
-            self.write_block_home(files, *block, data).await?;
-        }
-        Ok(line)
     }
 }

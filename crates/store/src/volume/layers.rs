@@ -453,6 +453,13 @@ impl VolumeData {
         Ok(pieces)
     }
 
+    /// The pieces of a logical layer that ends where the mark says; both this replica and another one that have such
+    /// a layer mean the same by it, as of what they have applied.
+    pub(super) fn layer_of(&self, mark: LayerMark) -> Result<Pieces, NoLayer> {
+        let is_there = self.layers().contains(&mark);
+        if is_there { self.layer(mark.id) } else { Err(NoLayer(mark.id)) }
+    }
+
     /// How a run that was cleared is recorded in a piece (INV-LAYER).
     pub(super) fn cleared_in(piece: &Piece, how: Clear) -> super::BlockSum {
         let falls_through = crate::journal::planted("trim-falls-through");
@@ -529,6 +536,7 @@ impl VolumeData {
 
     /// The chain is another one: who was reading looks again.
     pub(super) fn chain_changed(&self) {
+        self.forget_ended_layers();
         self.changed();
     }
 }

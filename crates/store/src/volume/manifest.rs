@@ -20,7 +20,7 @@ const MAGIC: u64 = 0x6873_6166_6d66_3031;
 const VERSION: u16 = 3;
 /// Layers that a manifest names at most, those that are to be merged included.
 const PIECES_NAMED_MAX: usize = 8192;
-/// Pages that a manifest lists at most; more, and every page is looked at when it is opened.
+/// Pages that a manifest lists at most: those that were just written, and those that are lost.
 pub(super) const PAGES_LISTED_MAX: usize = 8192;
 /// Room for one generation, in bytes.
 const SLOT_BYTES: usize = 1 << 20;
@@ -59,8 +59,8 @@ pub struct Manifest {
     pub staged: bool,
     /// The pieces of the volume's layers, oldest first.
     pub(super) pieces: Vec<LayerMark>,
-    /// Table pages that this checkpoint wrote, whose second copies may still be older; `None` if there were too many.
-    pub(super) pages: Option<Vec<(LayerId, PageMark)>>,
+    /// Table pages that were written for it, whose second copies may still be older, and those that are lost.
+    pub(super) pages: Vec<(LayerId, PageMark)>,
 }
 
 fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
@@ -101,10 +101,10 @@ impl Manifest {
         put_checkpoint(&mut out, &self.checkpoint);
         out.u32(self.pieces.len() as u32);
         self.pieces.iter().for_each(|piece| piece.encode(&mut out));
-        out.bool(self.pages.is_some());
-        let pages = self.pages.as_deref().unwrap_or_default();
-        out.u32(pages.len() as u32);
-        for (layer, page) in pages {
+        // They were not listed once if there were too many.
+        out.bool(true);
+        out.u32(self.pages.len() as u32);
+        for (layer, page) in &self.pages {
             layer.0.encode(&mut out);
             out.u64(page.number);
             out.u64(page.generation);
@@ -151,7 +151,9 @@ impl Manifest {
         let count = input.count("layers", PIECES_NAMED_MAX)?;
         let pieces = (0..count).map(|_| LayerMark::decode(input)).collect::<Result<Vec<_>, _>>()?;
         check_pieces(&pieces)?;
-        let has_list = input.bool()?;
+        if !input.bool()? {
+            return Err(DecodeError::Unknown { what: "manifest without its list of pages", value: 0 });
+        }
         let count = input.count("table pages", PAGES_LISTED_MAX)?;
         let mut pages = Vec::with_capacity(count);
         for _ in 0..count {
@@ -159,7 +161,6 @@ impl Manifest {
             pages.push((layer, PageMark { number: input.u64()?, generation: input.u64()? }));
         }
         input.clone().end()?;
-        let pages = has_list.then_some(pages);
         Ok(Self { identity, spec_json, checkpoint, generation, staged, pieces, pages })
     }
 }

@@ -10,6 +10,7 @@ use super::read::ReadError;
 use super::table::BlockSum;
 use super::{ChunkSummary, Clear, VolumeData};
 use crate::StoreError;
+use crate::journal::planted;
 
 fn blocks_of(chunk: ChunkIndex) -> BlockRange {
     BlockRange::new(chunk.first_block(), CHUNK_BLOCKS as u32)
@@ -72,24 +73,49 @@ impl VolumeData {
         layer: LayerId,
         chunk: ChunkIndex,
     ) -> Result<Vec<BlockSum>, ReadError> {
-        let sums = resolve(&self.layer(layer)?, chunk).await?;
+        let sums = resolve(&self.layer(layer)?, chunk).await;
+        let sums = sums.inspect_err(|_| self.suspect_chunk(chunk))?;
         self.layer(layer)?;
         Ok(sums)
     }
 
     /// Change marks of a layer's chunks from `from` on, of `count` chunks, that were ever changed in it. The mark of a
-    /// layer that consists of several pieces is the latest of them (INV-MARK).
+    /// layer that consists of several pieces is the latest of them (INV-MARK). A chunk whose page is lost equals no other.
     pub async fn chunk_summaries(
         &self,
         layer: LayerId,
         from: ChunkIndex,
         count: u32,
     ) -> Result<Vec<ChunkSummary>, ReadError> {
-        let pieces = self.layer(layer)?;
         let mut out = Vec::new();
         for chunk in chunks_of(from, count) {
-            let summary = table_summary(&pieces, chunk).await;
-            let mut summary = summary.inspect_err(|_| self.suspect_chunk(chunk))?;
+            let summary = self.summary(layer, chunk).await?;
+            if summary.last_index > LogIndex::ZERO || summary.present {
+                out.push(summary);
+            }
+        }
+        self.layer(layer)?;
+        Ok(out)
+    }
+
+    /// Taken in one moment: what is moved meanwhile, from the map to home or from a younger piece to an older one, would
+    /// be seen in neither.
+    async fn summary(&self, layer: LayerId, chunk: ChunkIndex) -> Result<ChunkSummary, ReadError> {
+        loop {
+            let before = self.0.changes.get();
+            let pieces = self.layer(layer)?;
+            let found = match table_summary(&pieces, chunk).await {
+                Ok(summary) => Some(summary),
+                Err(StoreError::Damaged { .. }) => None,
+                Err(error) => return Err(error.into()),
+            };
+            if self.0.changes.get() != before && !planted("summary-of-two-moments") {
+                continue;
+            }
+            let Some(mut summary) = found else {
+                self.suspect_chunk(chunk);
+                return Ok(ChunkSummary { chunk, incarnation: 0, last_index: LogIndex::ZERO, present: true });
+            };
             for piece in pieces.iter() {
                 for (_, run) in piece.map.borrow().over(blocks_of(chunk)) {
                     summary.incarnation = self.0.identity.incarnation;
@@ -97,12 +123,8 @@ impl VolumeData {
                     summary.present |= sum_of(piece, &run, 0) != BlockSum::Absent;
                 }
             }
-            if summary.last_index > LogIndex::ZERO {
-                out.push(summary);
-            }
+            return Ok(summary);
         }
-        self.layer(layer)?;
-        Ok(out)
     }
 
     /// The pieces that are on disk here of what is one layer elsewhere, as the durable manifest names them.
@@ -170,11 +192,15 @@ impl VolumeData {
     }
 }
 
-/// The mark of a chunk over some pieces' tables.
+/// The mark of a chunk over some pieces' tables, the youngest first: a merge moves from it to the older one.
 async fn table_summary(pieces: &[Rc<Piece>], chunk: ChunkIndex) -> Result<ChunkSummary, StoreError> {
     let mut mark = (LogIndex::ZERO, 0);
     let mut present = false;
-    for files in pieces.iter().filter_map(|piece| piece.files()) {
+    let mut order: Vec<_> = pieces.iter().rev().filter_map(|piece| piece.files()).collect();
+    if planted("summary-of-two-moments") {
+        order.reverse();
+    }
+    for files in order {
         let line = files.table.chunk(chunk).await?;
         mark = mark.max(line.mark());
         present |= line.is_present();

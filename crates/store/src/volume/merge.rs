@@ -17,7 +17,7 @@ use holdfast_types::{BLOCK_BYTES, BlockIndex, CHUNK_BLOCKS, ChunkIndex, LogIndex
 
 use super::layers::{LayerMark, Piece, PieceFiles};
 use super::table::{BlockSum, Chunk};
-use super::{Change, VolumeData};
+use super::{Change, PAGE_CHUNKS, VolumeData};
 use crate::StoreError;
 use crate::journal::planted;
 
@@ -93,7 +93,8 @@ impl VolumeData {
         let end = count.min(scan.page + PAGES_MAX);
         let mut found = Lines::new();
         while scan.page < end && found.len() < CHUNKS_MAX {
-            let lines = files.table.lines(scan.page).await?;
+            let lines = files.table.lines(scan.page).await;
+            let lines = lines.inspect_err(|_| self.suspect_chunk(ChunkIndex(scan.page * PAGE_CHUNKS)))?;
             found.extend(lines.into_iter().filter(|(_, line)| line.is_present()));
             scan.page += 1;
         }
@@ -116,7 +117,7 @@ impl VolumeData {
         let mut merged = Lines::new();
         let mut emptied = Vec::new();
         for (chunk, line) in &lines {
-            let mut there = into.table.chunk(*chunk).await?;
+            let mut there = self.line_of(into, *chunk).await?;
             let had_data = there.has_data();
             there.put_over(line);
             self.copy_chunk(into, from, *chunk, line).await?;

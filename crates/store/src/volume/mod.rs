@@ -13,8 +13,10 @@
 //! checkpoint that emptied it. After a restart home may hold blocks newer than the checkpoint: the layer above serves
 //! nothing until it has applied again up to the end of its recovered log.
 
+mod adopt;
 mod clean;
 mod diff;
+mod digest;
 mod extent;
 mod heal;
 mod layers;
@@ -22,13 +24,13 @@ pub(crate) mod manifest;
 mod marks;
 mod merge;
 mod owners;
+mod pages;
 mod read;
 mod sources;
 pub(crate) mod stage;
 pub(crate) mod table;
 
 use std::cell::{Cell, RefCell};
-use std::fmt;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -36,8 +38,10 @@ use futures_util::future::LocalBoxFuture;
 use holdfast_env::disk::{Directory, OpenMode};
 use holdfast_types::{BlockRange, ByteSize, ChunkIndex, LogIndex};
 
+pub use adopt::{ChunkContent, ChunkNow};
 pub use diff::{Diff, DiffExtent};
-pub use heal::{ChunkContent, ChunkNow, Finding, Health};
+pub use digest::VolumeDigest;
+pub use heal::{Finding, Health};
 pub use layers::{LayerId, LayerMark, NoLayer, View};
 pub use manifest::{Manifest, ReplicaFileIdentity};
 pub use read::{CheckedBlocks, ReadError};
@@ -50,7 +54,8 @@ use crate::journal::planted;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 use extent::{Extent, What};
 use layers::{Chain, open_files};
-use manifest::{ManifestFile, PAGES_LISTED_MAX};
+use manifest::ManifestFile;
+use pages::Change;
 use table::PageMark;
 
 /// Where payloads of log entries are read from.
@@ -160,20 +165,6 @@ pub struct VolumeUsage {
     pub health: Health,
 }
 
-/// A digest of a volume's whole content: equal content, equal digest; zero and absent blocks are equal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VolumeDigest {
-    sums: (u32, u32),
-    /// Blocks whose checksum does not match.
-    pub bad_blocks: u64,
-}
-
-impl fmt::Display for VolumeDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:08x}{:08x}", self.sums.0, self.sums.1)
-    }
-}
-
 /// A chunk's change mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkSummary {
@@ -244,7 +235,7 @@ impl VolumeData {
             generation: 1,
             staged: false,
             pieces: vec![LayerMark::ONLY],
-            pages: Some(Vec::new()),
+            pages: Vec::new(),
         };
         file.write(&manifest).await?;
         if !planted("replica-not-named") {
@@ -307,10 +298,9 @@ impl VolumeData {
         for piece in self.0.chain.all() {
             let Some(files) = piece.files() else { continue };
             files.flush_home().await?;
-            let pages: Option<Vec<PageMark>> = listed.as_ref().map(|listed| {
-                listed.iter().filter(|(layer, _)| *layer == piece.id).map(|(_, page)| *page).collect()
-            });
-            let empty = files.table.settle(pages.as_deref()).await?;
+            let pages: Vec<PageMark> =
+                listed.iter().filter(|(layer, _)| *layer == piece.id).map(|(_, page)| *page).collect();
+            let empty = files.table.settle(&pages).await?;
             self.punch(&files, &empty).await?;
         }
         Ok(())
@@ -450,45 +440,4 @@ impl VolumeData {
     fn changed(&self) {
         self.0.changes.set(self.0.changes.get() + 1);
     }
-
-    /// Writes the next generation. Of the list of pages nothing is forgotten: pages that are lost stay on it.
-    async fn write_manifest(&self, change: Change<'_>) -> Result<(), StoreError> {
-        let mut next = self.0.manifest.borrow().clone();
-        if let Some(checkpoint) = change.checkpoint {
-            next.checkpoint = checkpoint;
-        }
-        if let Some(staged) = change.staged {
-            next.staged = staged;
-        }
-        if let Some(pieces) = change.pieces {
-            next.pieces = pieces;
-        }
-        let names: Vec<LayerId> = next.pieces.iter().map(|piece| piece.id).collect();
-        if let Some(pages) = change.pages {
-            let mut all = pages.to_vec();
-            for piece in self.0.chain.all() {
-                let stale = piece.files().map(|files| files.table.stale()).unwrap_or_default();
-                all.extend(stale.into_iter().map(|page| (piece.id, page)));
-            }
-            next.pages = (all.len() <= PAGES_LISTED_MAX).then_some(all);
-        }
-        if let Some(pages) = &mut next.pages {
-            pages.retain(|(layer, _)| names.contains(layer));
-        }
-        next.generation += 1;
-        self.count(|usage| usage.flushes += 1);
-        self.0.manifest_file.write(&next).await?;
-        *self.0.manifest.borrow_mut() = next;
-        Ok(())
-    }
-}
-
-/// What the next manifest says otherwise.
-#[derive(Default)]
-struct Change<'a> {
-    checkpoint: Option<Checkpoint>,
-    staged: Option<bool>,
-    pieces: Option<Vec<LayerMark>>,
-    /// The pages that were written for it; without them the list stays.
-    pages: Option<&'a [(LayerId, PageMark)]>,
 }

@@ -3,14 +3,12 @@
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
-use holdfast_types::{
-    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, LogIndex, block_checksum, limits,
-};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, ChunkIndex, LogIndex, block_checksum, limits};
 
 use super::extent::{Extent, What};
 use super::layers::{LayerId, NoLayer, Piece, PieceFiles, Pieces, View};
 use super::table::BlockSum;
-use super::{BlockKind, VolumeData, VolumeDigest};
+use super::{BlockKind, VolumeData};
 use crate::StoreError;
 use crate::journal::planted;
 
@@ -310,49 +308,6 @@ impl VolumeData {
             }
         }
         Ok(runs)
-    }
-
-    /// Reads every block, from disk where it is not in memory, and digests the content.
-    pub async fn digest(&self) -> Result<VolumeDigest, StoreError> {
-        let mut first = crc32fast::Hasher::new();
-        let mut second = crc32fast::Hasher::new_with_initial(0x9e37_79b9);
-        let mut bad_blocks = 0;
-        let chunks = self.0.size.get().chunks();
-        let blocks = self.0.size.get().blocks();
-        for chunk in (0..chunks).map(ChunkIndex) {
-            let start = chunk.first_block();
-            let count = CHUNK_BLOCKS.min(blocks - start.0) as u32;
-            let range = BlockRange::new(start, count);
-            match self.chunk_checksums(chunk).await {
-                Ok(sums) if sums.iter().all(|sum| !matches!(sum, BlockSum::Data(_))) => continue,
-                Ok(_) => {}
-                // Its page is lost: whatever it holds cannot be told.
-                Err(StoreError::Damaged { .. }) => {
-                    self.suspect(&[start.0]);
-                    bad_blocks += u64::from(count);
-                    continue;
-                }
-                Err(error) => return Err(error),
-            }
-            let data = match self.read(range).await {
-                Ok(data) => data,
-                Err(ReadError::BadBlocks(bad)) => {
-                    bad_blocks += bad.len() as u64;
-                    continue;
-                }
-                Err(ReadError::Store(error)) => return Err(error),
-                Err(error) => return Err(StoreError::Failed(error.to_string())),
-            };
-            for (block, data) in range.blocks().zip(data.chunks_exact(BLOCK_BYTES)) {
-                if data.iter().any(|byte| *byte != 0) {
-                    for hasher in [&mut first, &mut second] {
-                        hasher.update(&block.0.to_le_bytes());
-                        hasher.update(data);
-                    }
-                }
-            }
-        }
-        Ok(VolumeDigest { sums: (first.finalize(), second.finalize()), bad_blocks })
     }
 }
 

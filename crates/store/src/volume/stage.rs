@@ -155,8 +155,7 @@ impl VolumeData {
                 self.flush_home(&files).await?;
                 let empty: Vec<ChunkIndex> =
                     lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
-                let written = files.table.write(lines).await?;
-                pages.extend(written.into_iter().map(|page| (piece.id, page)));
+                self.write_lines(&mut pages, piece.id, &files, lines).await?;
                 emptied.push((files, empty));
             }
         }
@@ -368,7 +367,7 @@ impl StagingLayer {
         }
         data.0.owners.clear();
         data.share_memory();
-        data.changed();
+        data.chain_changed();
         data.finish_staging().await
     }
 }

@@ -106,6 +106,13 @@ impl Chunk {
         let (ours, theirs) = (self.mark(), younger.mark());
         (self.last_index, self.incarnation) = if theirs > ours { theirs } else { ours };
     }
+    /// Blocks of a mask become absent: a younger piece shows them. Those that are shown by now.
+    pub(super) fn hide(&mut self, mask: u64) -> u64 {
+        let shown = mask | self.data | self.zero;
+        self.data &= !mask;
+        self.zero &= !mask;
+        shown
+    }
     /// Everything becomes absent; that it was changed stays known.
     pub(super) fn emptied(&self) -> Self {
         Self { incarnation: self.incarnation, last_index: self.last_index, ..Self::default() }
@@ -504,21 +511,11 @@ impl Table {
         Ok(())
     }
 
-    /// Makes both copies of the listed pages equal again, at start; of every page, if there is no list. A page of which
-    /// only a copy older than the list says is left is stale from now on. Returns the listed pages' chunks that were
-    /// changed once and hold no data now.
-    pub(super) async fn settle(&self, listed: Option<&[PageMark]>) -> Result<Vec<ChunkIndex>, StoreError> {
+    /// Makes both copies of the listed pages equal again, at start. A page of which only a copy older than the list says
+    /// is left is stale from now on. Returns the listed pages' chunks that were changed once and hold no data now.
+    pub(super) async fn settle(&self, marks: &[PageMark]) -> Result<Vec<ChunkIndex>, StoreError> {
         // What a process before this one wrote may be readable and not yet be on the medium.
         self.flush().await?;
-        let every: Vec<PageMark>;
-        let marks = match listed {
-            Some(marks) => marks,
-            None => {
-                let count = self.page_count().await?;
-                every = (0..count).map(|number| PageMark { number, generation: 0 }).collect();
-                &every
-            }
-        };
         let (mut repaired, mut empty) = (0, Vec::new());
         for mark in marks {
             let copies = match self.copies(mark.number).await {
@@ -547,6 +544,15 @@ impl Table {
             self.flush().await?;
         }
         Ok(empty)
+    }
+
+    /// What a chunk's page says is not believed any more, though it is true to itself: it is as good as lost.
+    pub(super) fn distrust(&self, chunk: ChunkIndex) {
+        let (number, _) = place_of(chunk);
+        self.stale.borrow_mut().insert(number);
+        self.pages.borrow_mut().remove(&number);
+        // INV-LAYER: of whom a block is that this page does not have is not known any more, either.
+        self.owners.clear();
     }
 
     /// Whether both copies of a chunk's page are lost: what it said must come from another replica.

@@ -5,5 +5,6 @@ mod crashes;
 mod fail_stop;
 mod failed_pass;
 mod layers;
+mod many_pages;
 mod meets_apply;
 mod replica;

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_store::testing::{Fault, MemoryDisk, Tear, simulate};
-use holdfast_store::volume::{BlockSum, ChunkContent, Finding};
+use holdfast_store::volume::{BlockSum, ChunkContent, Finding, LayerId, LayerMark};
 use holdfast_types::{BlockIndex, BlockRange, CHUNK_BLOCKS, ChunkIndex, LogIndex};
 
 use crate::crashes::{formatted, live};
@@ -60,12 +60,12 @@ fn a_rotten_block_is_healed_with_what_the_table_says_and_with_nothing_else() {
         assert_eq!(replica.check().await.expect("is checked"), [BLOCK]);
         assert_eq!(replica.data.take_suspect(), Some(CHUNK), "who reads it tells the healer");
         let bad = Finding::Bad(vec![BlockIndex(BLOCK)]);
-        assert_eq!(replica.data.verify_chunk(CHUNK).await.expect("is read"), bad);
+        assert_eq!(replica.data.verify_chunk(LayerId::BASE, CHUNK).await.expect("is read"), bad);
         let wrong = [(BlockIndex(BLOCK), other.1)];
-        assert_eq!(replica.data.heal_blocks(CHUNK, &wrong).await.expect("is tried"), bad);
+        assert_eq!(replica.data.heal_blocks(LayerId::BASE, CHUNK, &wrong).await.expect("is tried"), bad);
         assert_eq!(disk.block(&home, BLOCK), rotten, "what does not match was written");
         assert_eq!(replica.data.health().bad_blocks, 1);
-        let healed = replica.data.heal_blocks(CHUNK, &[right]).await.expect("is healed");
+        let healed = replica.data.heal_blocks(LayerId::BASE, CHUNK, &[right]).await.expect("is healed");
         assert_eq!(healed, Finding::Whole);
         let health = replica.data.health();
         assert_eq!((health.found_blocks, health.healed_blocks, health.bad_blocks), (1, 1, 0));
@@ -86,17 +86,25 @@ fn healing_never_writes_older_content_over_newer() {
         let replica = open(&disk, &reference).await;
         let old = content(&replica, BLOCK).await;
         disk.rot(&home, BLOCK * 4096 + 17, 4);
-        replica.data.verify_chunk(CHUNK).await.expect("is read");
+        replica.data.verify_chunk(LayerId::BASE, CHUNK).await.expect("is read");
         // On its way home: what home holds does not count.
         replica.submit(write(BLOCK, 1));
-        let healed = replica.data.heal_blocks(CHUNK, std::slice::from_ref(&old)).await.expect("is tried");
+        let healed = replica
+            .data
+            .heal_blocks(LayerId::BASE, CHUNK, std::slice::from_ref(&old))
+            .await
+            .expect("is tried");
         assert_eq!(healed, Finding::Whole);
         replica.clean().await.expect("cleans");
-        let healed = replica.data.heal_blocks(CHUNK, std::slice::from_ref(&old)).await.expect("is tried");
+        let healed = replica
+            .data
+            .heal_blocks(LayerId::BASE, CHUNK, std::slice::from_ref(&old))
+            .await
+            .expect("is tried");
         assert_eq!(healed, Finding::Whole);
         // Bad again, under the newer checksum.
         disk.rot(&home, BLOCK * 4096 + 17, 4);
-        let healed = replica.data.heal_blocks(CHUNK, &[old]).await.expect("is tried");
+        let healed = replica.data.heal_blocks(LayerId::BASE, CHUNK, &[old]).await.expect("is tried");
         assert_eq!(healed, Finding::Bad(vec![BlockIndex(BLOCK)]));
         assert_eq!(replica.check().await.expect("is checked"), [BLOCK]);
     });
@@ -110,14 +118,17 @@ fn a_cleaner_and_a_healer_at_once_leave_every_block_right() {
         let home = file(&disk, "/home");
         simulate(seed, async {
             let replica = open(&disk, &reference).await;
-            let state = replica.data.chunk_now(CHUNK).await.expect("is read");
+            let state = replica.data.chunk_now(LayerMark::ONLY, CHUNK).await.expect("is read");
             let Some(n) = state.sums.iter().position(|sum| matches!(sum, BlockSum::Data(_))) else { return };
             let old = content(&replica, n as u64).await;
             disk.rot(&home, n as u64 * 4096 + 1, 1);
             replica.submit(write(n as u64, 1));
             let offered = [old];
-            let (cleaned, healed) =
-                futures_util::future::join(replica.clean(), replica.data.heal_blocks(CHUNK, &offered)).await;
+            let (cleaned, healed) = futures_util::future::join(
+                replica.clean(),
+                replica.data.heal_blocks(LayerId::BASE, CHUNK, &offered),
+            )
+            .await;
             cleaned.expect("cleans");
             healed.expect("is tried");
             assert_eq!(replica.check().await.expect("is checked"), Vec::<u64>::new(), "seed {seed}");
@@ -139,13 +150,17 @@ fn an_error_of_the_medium_makes_one_block_bad_until_it_is_written_anew() {
         // Until it is written.
         disk.make_unreadable(&home, BLOCK);
         assert_eq!(replica.check().await.expect("is checked"), [BLOCK]);
-        let healed = replica.data.heal_blocks(CHUNK, std::slice::from_ref(&right)).await.expect("is healed");
+        let healed = replica
+            .data
+            .heal_blocks(LayerId::BASE, CHUNK, std::slice::from_ref(&right))
+            .await
+            .expect("is healed");
         assert_eq!(healed, Finding::Whole);
         assert_eq!(replica.check().await.expect("is checked"), Vec::<u64>::new());
         // For good: it is said to be bad for as long as it is.
         disk.make_dead(&home, BLOCK);
         assert_eq!(replica.check().await.expect("is checked"), [BLOCK]);
-        let healed = replica.data.heal_blocks(CHUNK, &[right]).await.expect("is tried");
+        let healed = replica.data.heal_blocks(LayerId::BASE, CHUNK, &[right]).await.expect("is tried");
         assert_eq!(healed, Finding::Bad(vec![BlockIndex(BLOCK)]));
         assert_eq!(replica.data.health().bad_blocks, 1);
     });
@@ -168,7 +183,8 @@ fn home_writes_that_are_lost_or_misdirected_are_found_and_healed() {
             let misdirected = matches!(fault, Fault::Misdirect(_));
             let bad = if misdirected { vec![BLOCK, 40] } else { vec![BLOCK] };
             assert_eq!(replica.check().await.expect("is checked"), bad, "{fault:?}");
-            let healed = replica.data.heal_blocks(CHUNK, &[right, before]).await.expect("is healed");
+            let healed =
+                replica.data.heal_blocks(LayerId::BASE, CHUNK, &[right, before]).await.expect("is healed");
             assert_eq!(healed, Finding::Whole);
             assert_eq!(replica.check().await.expect("is checked"), Vec::<u64>::new(), "{fault:?}");
             assert_eq!(replica.data.health().healed_blocks, bad.len() as u64);
@@ -186,7 +202,7 @@ fn lose_page(disk: &MemoryDisk) {
 async fn page_of(replica: &Replica) -> Vec<ChunkContent> {
     let mut contents = Vec::new();
     for chunk in (0..14).map(ChunkIndex) {
-        let now = replica.data.chunk_now(chunk).await.expect("is read");
+        let now = replica.data.chunk_now(LayerMark::ONLY, chunk).await.expect("is read");
         let mut blocks = Vec::new();
         for n in 0..CHUNK_BLOCKS {
             if matches!(now.sums[n as usize], BlockSum::Data(_)) {
@@ -207,8 +223,11 @@ fn a_lost_page_comes_back_from_a_peer_and_holds() {
         let page = simulate(seed, async { page_of(&*open(&twin, &twin_reference).await).await });
         simulate(seed, async {
             let replica = open(&disk, &reference).await;
-            assert_eq!(replica.data.verify_chunk(CHUNK).await.expect("is read"), Finding::Lost);
-            assert!(replica.data.adopt(&page, replica.applied()).await.expect("is adopted"));
+            assert_eq!(
+                replica.data.verify_chunk(LayerId::BASE, CHUNK).await.expect("is read"),
+                Finding::Lost
+            );
+            assert!(replica.data.adopt(LayerMark::ONLY, &page, replica.applied()).await.expect("is adopted"));
             assert_eq!(replica.check().await.expect("is checked"), Vec::<u64>::new(), "seed {seed}");
             replica.submit(write(5, 100));
             replica.clean().await.expect("the page is written again");
@@ -234,7 +253,7 @@ fn a_page_that_is_half_restored_says_nothing_wrong() {
         let ended = simulate(stop, async {
             let replica = open(&disk, &reference).await;
             disk.at(disk.operations() + stop, Fault::Freeze);
-            let adopting = Box::pin(replica.data.adopt(&page, replica.applied()));
+            let adopting = Box::pin(replica.data.adopt(LayerMark::ONLY, &page, replica.applied()));
             let frozen = Box::pin(disk.frozen());
             matches!(
                 futures_util::future::select(adopting, frozen).await,
@@ -256,15 +275,23 @@ fn a_page_that_is_half_restored_says_nothing_wrong() {
 
 /// Chunks of another time are refused: of one that is behind this replica's checkpoint, or ahead of what it has applied.
 async fn adopts_another_time(replica: &Replica) -> (bool, bool) {
-    let now = replica.data.chunk_now(CHUNK).await.expect("is read");
+    let now = replica.data.chunk_now(LayerMark::ONLY, CHUNK).await.expect("is read");
     let content = |last, applied| {
         let now = holdfast_store::volume::ChunkNow { last_index: LogIndex(last), ..now.clone() };
         vec![ChunkContent { chunk: CHUNK, now, applied: LogIndex(applied), blocks: Vec::new() }]
     };
     let checkpoint = replica.data.checkpoint().id.index.0;
-    let behind = replica.data.adopt(&content(1, checkpoint - 1), replica.applied()).await.expect("is tried");
+    let behind = replica
+        .data
+        .adopt(LayerMark::ONLY, &content(1, checkpoint - 1), replica.applied())
+        .await
+        .expect("is tried");
     let applied = replica.applied();
-    let ahead = replica.data.adopt(&content(applied.0 + 1, applied.0 + 1), applied).await.expect("is tried");
+    let ahead = replica
+        .data
+        .adopt(LayerMark::ONLY, &content(applied.0 + 1, applied.0 + 1), applied)
+        .await
+        .expect("is tried");
     (behind, ahead)
 }
 

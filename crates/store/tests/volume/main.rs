@@ -4,6 +4,7 @@ mod bounds;
 mod crashes;
 mod golden;
 mod heal;
+mod heal_layers;
 mod layers;
 mod lost;
 mod owners;
