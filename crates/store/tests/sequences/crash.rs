@@ -6,10 +6,12 @@ use std::fmt;
 use std::rc::Rc;
 
 use futures_util::future::{Either, select};
-use holdfast_store::testing::{Fault, Image, Left, MemoryDisk, simulate};
+use holdfast_store::testing::{Fault, Left, MemoryDisk, simulate};
 
 use crate::model::Model;
-use crate::world::{IDLE, Observed, Op, World, first_model};
+use crate::ops::Op;
+use crate::start::Start;
+use crate::world::{IDLE, Observed, World};
 
 /// Above so many operations that are not flushed, only one of them at a time is special.
 const SUBSETS_MAX: usize = 4;
@@ -55,9 +57,9 @@ struct Played {
 }
 
 /// Plays a sequence until it has ended or the world stops.
-fn play(image: &Image, sequence: &[Op], stop: Option<u64>) -> Result<Played, String> {
-    let disk = MemoryDisk::from_image(image, 3);
-    let model = Rc::new(first_model());
+fn play(start: &Start, sequence: &[Op], stop: Option<u64>) -> Result<Played, String> {
+    let disk = MemoryDisk::from_image(&start.image, 3);
+    let model = Rc::new(start.model());
     let from = Cell::new(0);
     if let Some(stop) = stop {
         disk.at(stop, Fault::Freeze);
@@ -127,18 +129,17 @@ fn recover(disk: &MemoryDisk, model: &Rc<Model>) -> Result<Option<Observed>, Str
 }
 
 /// The replica goes on after a recovery, and its next start finds that, too.
-fn go_on(disk: &MemoryDisk, model: &Rc<Model>) -> Result<(), String> {
+fn go_on(disk: &MemoryDisk, model: &Rc<Model>, ops: &[Op]) -> Result<(), String> {
     let later = simulate(6, async {
         let world = World::recover(disk.directory(), model).await?;
         holdfast_env::sleep(IDLE).await;
         world.rebase().await?;
-        for op in
-            [Op::Append, Op::Truncate, Op::WriteAB, Op::TrimA, Op::Vote, Op::Clean, Op::Flush, Op::Purge]
-        {
-            world.play(op).await;
+        for op in ops {
+            world.play(*op).await;
         }
         world.settle().await;
         world.check().await?;
+        world.check_merged()?;
         Ok::<_, String>(world.model())
     })?;
     disk.power_cut_leaving(|_| Left::Nothing, false);
@@ -146,7 +147,7 @@ fn go_on(disk: &MemoryDisk, model: &Rc<Model>) -> Result<(), String> {
 }
 
 /// One state of the medium, of which a start must make the same every time.
-fn check_state(disk: &MemoryDisk, model: &Rc<Model>, length: usize) -> Result<u64, String> {
+fn check_state(disk: &MemoryDisk, model: &Rc<Model>, length: usize, then: &[Op]) -> Result<u64, String> {
     // What is in the cache only may be lost until a start has ended.
     let is_settled = disk.unflushed().is_empty();
     let mark = disk.fingerprint();
@@ -176,19 +177,19 @@ fn check_state(disk: &MemoryDisk, model: &Rc<Model>, length: usize) -> Result<u6
         recoveries += 2;
     }
     if length <= EVERY_RECOVERY_UP_TO || mark.is_multiple_of(4) {
-        go_on(disk, model).map_err(|why| format!("goes on: {why}"))?;
+        go_on(disk, model, then).map_err(|why| format!("goes on: {why}"))?;
         recoveries += 2;
     }
     Ok(recoveries)
 }
 
 /// Every moment from the begin of the last operation on; those before are of shorter sequences.
-pub fn every_crash(image: &Image, sequence: &[Op]) -> Result<Tried, String> {
-    let whole = play(image, sequence, None)?;
+pub fn every_crash(start: &Start, sequence: &[Op]) -> Result<Tried, String> {
+    let whole = play(start, sequence, None)?;
     let mut tried = Tried { sequences: 1, ..Tried::default() };
     let mut seen = BTreeSet::new();
     for stop in (whole.from..whole.end).map(Some).chain([None]) {
-        let stopped = play(image, sequence, stop)?;
+        let stopped = play(start, sequence, stop)?;
         tried.moments += 1;
         let unflushed = stopped.disk.unflushed();
         let names: &[bool] = if stopped.disk.has_unsynced_names() { &[false, true] } else { &[false] };
@@ -206,7 +207,8 @@ pub fn every_crash(image: &Image, sequence: &[Op]) -> Result<Tried, String> {
             }
             tried.states += 1;
             let why = |why| format!("stopped at {stop:?}, left of {unflushed:?} is {cut:?}: {why}");
-            tried.recoveries += check_state(&disk, &stopped.model, sequence.len()).map_err(why)?;
+            tried.recoveries +=
+                check_state(&disk, &stopped.model, sequence.len(), start.go_on).map_err(why)?;
         }
     }
     Ok(tried)

@@ -15,14 +15,31 @@ pub type Acknowledged = Rc<Cell<bool>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     Nothing,
-    Write { start: u64, count: u32 },
-    Trim { start: u64, count: u32 },
+    Write {
+        start: u64,
+        count: u32,
+    },
+    Trim {
+        start: u64,
+        count: u32,
+    },
+    /// Named by its index.
+    Snapshot,
+    Drop {
+        snapshot: u64,
+    },
+    /// Back to the newest snapshot.
+    Restore {
+        snapshot: u64,
+    },
 }
 
 impl Command {
     pub fn range(self) -> BlockRange {
         match self {
-            Self::Nothing => BlockRange::new(BlockIndex(0), 0),
+            Self::Nothing | Self::Snapshot => BlockRange::new(BlockIndex(0), 0),
+            // Written where a range begins.
+            Self::Drop { snapshot } | Self::Restore { snapshot } => BlockRange::new(BlockIndex(snapshot), 0),
             Self::Write { start, count } | Self::Trim { start, count } => {
                 BlockRange::new(BlockIndex(start), count)
             }
@@ -35,6 +52,9 @@ impl Command {
             Self::Nothing => 0,
             Self::Write { .. } => 1,
             Self::Trim { .. } => 2,
+            Self::Snapshot => 3,
+            Self::Drop { .. } => 4,
+            Self::Restore { .. } => 5,
         });
         out.u64(self.range().start.0);
         out.u32(self.range().count);
@@ -47,7 +67,10 @@ impl Command {
         Some(match kind {
             0 => Self::Nothing,
             1 => Self::Write { start, count },
-            _ => Self::Trim { start, count },
+            2 => Self::Trim { start, count },
+            3 => Self::Snapshot,
+            4 => Self::Drop { snapshot: start },
+            _ => Self::Restore { snapshot: start },
         })
     }
 }
@@ -170,17 +193,42 @@ impl Model {
         Err(format!("the log holds (term, index) {found:?}; acknowledged was at least {wanted:?}"))
     }
 
-    /// Who wrote each block last, of what was committed up to an index; blocks that hold zeros are absent.
-    pub fn content(&self, upto: u64) -> BTreeMap<u64, EntryId> {
-        let mut out = BTreeMap::new();
-        for (id, command) in self.committed.borrow().range(..=upto).map(|(_, entry)| entry) {
-            for block in command.range().blocks() {
-                match command {
-                    Command::Write { .. } => out.insert(block.0, *id),
-                    _ => out.remove(&block.0),
-                };
+    /// What the volume and every living snapshot show, by what was committed up to an index; the snapshots in their
+    /// order, the volume last.
+    pub fn views(&self, upto: u64) -> BTreeMap<ViewName, Content> {
+        let (mut head, mut views) = (Content::new(), BTreeMap::new());
+        for (id, command) in self.committed.borrow().range(..=upto).map(|(_, entry)| *entry) {
+            match command {
+                Command::Nothing => {}
+                Command::Write { .. } => head.extend(command.range().blocks().map(|block| (block.0, id))),
+                Command::Trim { .. } => command.range().blocks().for_each(|block| {
+                    head.remove(&block.0);
+                }),
+                Command::Snapshot => drop(views.insert(ViewName::of(id.index.0), head.clone())),
+                Command::Drop { snapshot } => drop(views.remove(&ViewName::of(snapshot))),
+                Command::Restore { snapshot } => head = views[&ViewName::of(snapshot)].clone(),
             }
         }
-        out
+        views.insert(ViewName::HEAD, head);
+        views
+    }
+}
+
+/// Who wrote each block last; blocks that hold zeros are absent.
+pub type Content = BTreeMap<u64, EntryId>;
+
+/// A snapshot by its index, or the volume, which comes last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ViewName(LogIndex);
+
+impl ViewName {
+    pub const HEAD: Self = Self(LogIndex(u64::MAX));
+
+    pub fn of(snapshot: u64) -> Self {
+        Self(LogIndex(snapshot))
+    }
+
+    pub fn snapshot(self) -> Option<LogIndex> {
+        (self != Self::HEAD).then_some(self.0)
     }
 }

@@ -6,71 +6,39 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use holdfast_env::disk::{Directory, Durability, OpenMode};
+use holdfast_env::disk::Directory;
 use holdfast_store::journal::{GroupLog, Journal, Recovery, StoreOptions};
-use holdfast_store::testing::{Image, MemoryDisk, simulate};
-use holdfast_store::volume::{Checkpoint, CheckpointSource, Clear, ReplicaFileIdentity, VolumeData};
-use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
+use holdfast_store::volume::{
+    Checkpoint, CheckpointSource, Clear, LayerMark, ReplicaFileIdentity, View, VolumeData,
+};
+use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{
     BLOCK_BYTES, BlockIndex, BlockRange, ByteSize, ClusterId, GroupId, LogIndex, NodeName, ReplicaId,
     StoreId, VolumeId, block_checksum,
 };
 
-use crate::model::{self, Acknowledged, Command, Log, Model, Step, content, entry, id};
+use crate::model::{self, Acknowledged, Command, Content, Log, Model, Step, ViewName, content, entry, id};
+use crate::ops::Op;
 
 /// The operations meet at the border of two chunks, whose lines stand in different halves of a table page.
-const FIRST: u64 = 6 * 64;
-const A: u64 = FIRST + 63;
-const BLOCKS: u64 = FIRST + 128;
+pub const FIRST: u64 = 6 * 64;
+pub const A: u64 = FIRST + 63;
+pub const BLOCKS: u64 = FIRST + 128;
 
 /// Longer than what an idle journal waits before it says that its last batch was flushed.
 pub const IDLE: Duration = Duration::from_millis(300);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Block A is written and committed.
-    WriteA,
-    /// A and the block behind it, in the next chunk.
-    WriteAB,
-    TrimA,
-    /// A write of A that is appended and not committed.
-    Append,
-    /// What is not committed is cut off.
-    Truncate,
-    /// Everything so far is waited for.
-    Flush,
-    /// A cleaning pass, which makes a checkpoint.
-    Clean,
-    /// The log up to the checkpoint.
-    Purge,
-    Vote,
-}
+pub const WHO: ReplicaIdentity = ReplicaIdentity { group: GroupId(9), replica: ReplicaId(1) };
 
-impl Op {
-    pub const ALL: [Self; 9] = [
-        Self::WriteA,
-        Self::WriteAB,
-        Self::TrimA,
-        Self::Append,
-        Self::Truncate,
-        Self::Flush,
-        Self::Clean,
-        Self::Purge,
-        Self::Vote,
-    ];
-}
-
-const WHO: ReplicaIdentity = ReplicaIdentity { group: GroupId(9), replica: ReplicaId(1) };
-
-fn store() -> StoreIdentity {
+pub fn store() -> StoreIdentity {
     StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(2) }
 }
 
-fn options() -> StoreOptions {
+pub fn options() -> StoreOptions {
     StoreOptions { segment_bytes: 2 << 20, segments: 4 }
 }
 
-fn files() -> ReplicaFileIdentity {
+pub fn files() -> ReplicaFileIdentity {
     ReplicaFileIdentity {
         cluster: ClusterId(1),
         store: StoreId(2),
@@ -88,12 +56,13 @@ pub struct Observed {
     vote: Option<Bytes>,
     purged: Option<EntryId>,
     checkpoint: EntryId,
+    layers: Vec<LayerMark>,
 }
 
 pub struct World {
     journal: Journal,
     log: GroupLog,
-    data: VolumeData,
+    pub data: VolumeData,
     applied: Cell<EntryId>,
     model: RefCell<Rc<Model>>,
 }
@@ -113,64 +82,6 @@ impl CheckpointSource for World {
         let upto = index.0.min(self.applied.get().index.0);
         self.model().committed.borrow().get(&upto).map(|(id, _)| state_at(*id))
     }
-}
-
-/// The first two entries: an empty one, and a write of both blocks, which is home.
-fn first_entries() -> [(EntryId, Command); 2] {
-    [(id(1, 0), Command::Nothing), (id(1, 1), Command::Write { start: A, count: 2 })]
-}
-
-/// Segments that are much smaller than a store may be made with, so that short sequences use them again. Nothing here
-/// is larger than two blocks.
-const SEGMENT_BYTES: u64 = 16 * BLOCK_BYTES as u64;
-
-/// Writes into the store's identity that its segments are small.
-async fn with_small_segments(directory: &Rc<dyn Directory>) {
-    let file = directory.open("journal/identity", OpenMode::Existing).await.expect("is there");
-    let mut both = file.read_at(0, 2 * BLOCK_BYTES).await.expect("is read");
-    // Behind magic, version, cluster, store and the node's name; docs/FORMAT.md.
-    let at = 46 + store().node.as_str().len();
-    for copy in both.as_mut_slice().chunks_exact_mut(BLOCK_BYTES) {
-        let found = u64::from_le_bytes(copy[at..at + 8].try_into().expect("eight bytes"));
-        assert_eq!(found, options().segment_bytes, "the size of a segment stands elsewhere");
-        copy[at..at + 8].copy_from_slice(&SEGMENT_BYTES.to_le_bytes());
-        let crc = crc32fast::hash(&copy[..at + 20]);
-        copy[at + 20..at + 24].copy_from_slice(&crc.to_le_bytes());
-    }
-    file.write_at(0, both, Durability::Durable).await.expect("is written");
-}
-
-/// What everything begins with.
-pub fn first_model() -> Model {
-    let log: Log = first_entries().into_iter().map(|(id, command)| (id.index.0, (id, command))).collect();
-    let model = Model::of(&log, None, None, 1);
-    *model.committed.borrow_mut() = log;
-    model
-}
-
-/// A store with a replica that has a checkpoint.
-pub fn prepared() -> Image {
-    let disk = MemoryDisk::new(0);
-    simulate(1, async {
-        let directory = disk.directory();
-        Journal::format(directory.clone(), &store(), &options()).await.expect("formats");
-        with_small_segments(&directory).await;
-        let (journal, _) = Journal::open(directory.clone(), &store(), &options()).await.expect("opens");
-        let log = journal.create_group(WHO).await.expect("creates");
-        let entries = first_entries().map(|(id, command)| entry(id, command)).to_vec();
-        log.append(entries, Box::new(|result| result.expect("is flushed")));
-        let (spec, payloads) = (Bytes::new(), Rc::new(log));
-        VolumeData::create(directory, files(), spec, Checkpoint::default(), payloads).await.expect("creates");
-    });
-    disk.kill();
-    let model = Rc::new(first_model());
-    simulate(2, async {
-        let world = World::recover(disk.directory(), &model).await.expect("opens");
-        world.data.clean(&*world).await.expect("is cleaned");
-        holdfast_env::sleep(IDLE).await;
-    });
-    disk.kill();
-    disk.image()
 }
 
 /// Starts an operation now, so that its place in line is that of the model, and lets it end by itself.
@@ -271,15 +182,31 @@ impl World {
                 self.data.apply_write(id.index, command.range(), &sums);
             }
             Command::Trim { .. } => self.data.apply_clear(id.index, command.range(), Clear::Trim),
+            Command::Snapshot => self.data.apply_snapshot(id.index),
+            Command::Drop { snapshot } => self.data.apply_drop_snapshot(id.index, LogIndex(snapshot)),
+            Command::Restore { snapshot } => self.data.apply_restore(id.index, LogIndex(snapshot)),
         }
         self.applied.set(id);
     }
 
-    /// Reads every block of the two chunks.
+    /// Reads every block of the two chunks, in the volume and in each living snapshot (INV-LAYER).
     pub async fn check(&self) -> Result<(), String> {
-        let expected = self.model().content(self.applied.get().index.0);
+        let views = self.model().views(self.applied.get().index.0);
+        let ends: Vec<_> = self.data.layers().into_iter().map(|layer| layer.frozen).collect();
+        let living = views.keys().map(|of| of.snapshot());
+        if !living.clone().eq(ends.iter().copied()) {
+            return Err(format!("layers end at {ends:?}, views are {:?}", living.collect::<Vec<_>>()));
+        }
+        for (of, expected) in &views {
+            self.check_view(*of, expected).await.map_err(|why| format!("view {of:?}: {why}"))?;
+        }
+        Ok(())
+    }
+
+    async fn check_view(&self, of: ViewName, expected: &Content) -> Result<(), String> {
+        let view = of.snapshot().map_or(View::Head, View::Snapshot);
         let range = BlockRange::new(BlockIndex(FIRST), (BLOCKS - FIRST) as u32);
-        let data = self.data.read(range).await.map_err(|error| error.to_string())?;
+        let data = self.data.read_view(view, range).await.map_err(|error| error.to_string())?.data;
         for (block, found) in (FIRST..).zip(data.chunks_exact(BLOCK_BYTES)) {
             let id = expected.get(&block);
             let wanted = id.map_or([0; BLOCK_BYTES], |id| content(*id, block));
@@ -295,6 +222,12 @@ impl World {
         Ok(())
     }
 
+    /// Nothing is left to merge: as many pieces and files as layers.
+    pub fn check_merged(&self) -> Result<(), String> {
+        let (pieces, layers) = (self.data.pieces(), self.data.layers().len());
+        if pieces == layers { Ok(()) } else { Err(format!("{pieces} pieces of {layers} layers")) }
+    }
+
     pub async fn observe(&self) -> Result<Observed, String> {
         let log = read_log(&self.log).await?;
         Ok(Observed {
@@ -302,6 +235,7 @@ impl World {
             vote: self.log.vote(),
             purged: self.log.purged(),
             checkpoint: self.data.checkpoint().id,
+            layers: self.data.layers(),
         })
     }
 
@@ -351,6 +285,14 @@ impl World {
             Op::WriteA => self.submit(Command::Write { start: A, count: 1 }, true),
             Op::WriteAB => self.submit(Command::Write { start: A, count: 2 }, true),
             Op::TrimA => self.submit(Command::Trim { start: A, count: 1 }, true),
+            Op::Snapshot => self.submit(Command::Snapshot, true),
+            Op::Drop => self.with_snapshot(|living| living.last(), |snapshot| Command::Drop { snapshot }),
+            Op::DropOldest => {
+                self.with_snapshot(|living| living.first(), |snapshot| Command::Drop { snapshot });
+            }
+            Op::Restore => {
+                self.with_snapshot(|living| living.last(), |snapshot| Command::Restore { snapshot });
+            }
             Op::Append => self.submit(Command::Write { start: A, count: 1 }, false),
             Op::Truncate => {
                 let keep = self.applied.get().index;
@@ -362,11 +304,8 @@ impl World {
             }
             Op::Flush => self.settle().await,
             Op::Clean => {
-                let world = self.clone();
-                self.begin(async move {
-                    let made = world.data.clean(&*world).await.expect("nothing goes wrong");
-                    model.cleaned.set(model.cleaned.get().max(made.id.index.0));
-                });
+                let cleaned = self.clone().clean_and_merge();
+                self.begin(async move { cleaned.await.expect("nothing goes wrong") });
             }
             Op::Purge => {
                 let upto = self.data.checkpoint().id;
@@ -384,6 +323,25 @@ impl World {
                 let log = self.log.clone();
                 self.begin(async move { flag.set(log.save_vote(vote).await.is_ok()) });
             }
+        }
+    }
+
+    /// What is to be merged by an older checkpoint is tried first: what no checkpoint has seen may not be.
+    async fn clean_and_merge(self: Rc<Self>) -> Result<(), StoreError> {
+        let model = self.model();
+        self.data.merge_step().await?;
+        let made = self.data.clean(&*self).await?;
+        model.cleaned.set(model.cleaned.get().max(made.id.index.0));
+        while self.data.merge_step().await? {}
+        Ok(())
+    }
+
+    /// Nothing happens where no snapshot lives.
+    fn with_snapshot(&self, which: fn(&[u64]) -> Option<&u64>, command: fn(u64) -> Command) {
+        let views = self.model().views(self.applied.get().index.0);
+        let living: Vec<u64> = views.keys().filter_map(|of| of.snapshot()).map(|index| index.0).collect();
+        if let Some(snapshot) = which(&living) {
+            self.submit(command(*snapshot), true);
         }
     }
 
