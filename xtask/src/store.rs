@@ -127,6 +127,12 @@ const MUTANTS: &[Mutant] = &[
     ("one-table-copy", "INV-ACK", "volume", "rot::a_rotten_table_page_has_a_second_copy_that_is_as_new"),
     ("leave-copies-unequal", "INV-ACK", "volume", ROTTEN_COPY),
     ("forget-lost-pages", "INV-ACK", "rebuild", "many_pages::what_many_pages_do_is_not_forgotten"),
+    (
+        "pages-of-no-list",
+        "INV-ACK",
+        "rebuild",
+        "many_pages::a_manifest_without_a_list_is_read_and_every_page_looked_at",
+    ),
     ("serve-stale-page", "INV-ACK", "volume", LOST_WRITE),
     ("home-unchecked", "INV-ACK", "volume", "rot::a_rotten_home_block_is_bad_and_no_other"),
     ("address-not-in-checksum", "INV-ACK", "rebuild", "crashes::a_block_of_another_address_is_not_staged"),
@@ -139,6 +145,12 @@ const MUTANTS: &[Mutant] = &[
         "heal::a_rotten_block_is_healed_with_what_the_table_says_and_with_nothing_else",
     ),
     ("adopt-anything", "INV-HEAL", "volume", "heal::a_chunk_of_another_time_is_not_adopted"),
+    (
+        "restore-what-was-not-staged",
+        "INV-STAGE",
+        "rebuild",
+        "lost_page::a_page_that_is_lost_after_the_comparison_is_healed_by_others",
+    ),
     (
         "adopt-without-floor",
         "INV-LAYER",

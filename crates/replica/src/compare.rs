@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use holdfast_env::net::Frame;
 use holdfast_store::StoreError;
-use holdfast_store::volume::{ChunkNow, LayerId, LayerMark};
+use holdfast_store::volume::{ChunkNow, LayerId, LayerMark, PAGE_CHUNKS};
 use holdfast_types::{ChunkIndex, DecodeError, LogIndex, Reader, StoreId, Writer, limits};
 
 use crate::heal::{self, CHUNKS_MAX, DIGESTS, HELD, HealError, LOST, Told};
@@ -108,6 +108,25 @@ pub(crate) async fn judge(
         }
     }
     Ok(verdict)
+}
+
+/// Whether a majority of the voters, without this one, tells what every chunk of a chunk's page holds in a layer.
+pub(crate) async fn others_hold_page(volume: &Volume, layer: LayerMark, chunk: ChunkIndex) -> bool {
+    let group = volume.group();
+    let first = chunk.0 - chunk.0 % PAGE_CHUNKS;
+    let chunks: Vec<ChunkIndex> = (first..first + PAGE_CHUNKS).map(ChunkIndex).collect();
+    let voters = group.report().voters;
+    let mut hold = 0;
+    for (id, store) in group.members() {
+        if id == group.id().replica || !voters.contains(&id) {
+            continue;
+        }
+        match heal::ask(volume, store, layer, &chunks, 0).await {
+            Ok(told) => hold += usize::from(told.iter().all(|(told, _)| told.now.is_some())),
+            Err(error) => tracing::debug!(%store, chunk = chunk.0, %error, "a peer does not tell of a page"),
+        }
+    }
+    hold * 2 > voters.len()
 }
 
 /// Layers that one question names.

@@ -37,6 +37,9 @@ const REST_MIN: Duration = Duration::from_millis(5);
 const NOTE_EVERY: Duration = Duration::from_secs(30);
 /// How long a replica that may not serve yet is waited for before it is left out of a pass.
 const SERVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a chunk that is wrong is tried to be taken from another replica before its page is distrusted: a peer may
+/// be away for a moment.
+const TRIES: usize = 2;
 /// What looking at a chunk's part of the table is counted as, in bytes.
 const LINE_BYTES: u64 = 512;
 
@@ -301,21 +304,28 @@ fn next_in_line(volume: &Volume) -> Option<StoreId> {
 }
 
 /// Finds out who is right, and follows if it is another; false if that cannot be told. What is wrong here and cannot be
-/// taken from another replica now is not served until it can.
+/// taken from another replica now is not served until it can, if the others hold the whole page without this replica.
 async fn settle(volume: &Volume, layer: LayerMark, chunk: ChunkIndex) -> Result<bool, StoreError> {
     let group = volume.group().id().group;
-    match compare::judge(volume, layer, chunk, false).await? {
-        Verdict::Keep => Ok(true),
-        Verdict::Take(store) => {
-            tracing::error!(%group, layer = layer.id.0.0, chunk = chunk.0, "a chunk is not what the other replicas agree on");
-            if !heal::adopt_from(volume, layer, chunk, store).await? {
-                volume.data().distrust(layer, chunk).await?;
+    for _ in 0..TRIES {
+        match compare::judge(volume, layer, chunk, false).await? {
+            Verdict::Keep => return Ok(true),
+            Verdict::Take(store) => {
+                tracing::error!(%group, layer = layer.id.0.0, chunk = chunk.0, "a chunk is not what the other replicas agree on");
+                if heal::adopt_from(volume, layer, chunk, store).await? {
+                    return Ok(true);
+                }
             }
-            Ok(true)
-        }
-        Verdict::Unsettled => {
-            tracing::warn!(%group, layer = layer.id.0.0, chunk = chunk.0, "replicas differ in a chunk, or it is written all the while");
-            Ok(false)
+            Verdict::Unsettled => {
+                tracing::warn!(%group, layer = layer.id.0.0, chunk = chunk.0, "replicas differ in a chunk, or it is written all the while");
+                return Ok(false);
+            }
         }
     }
+    // A page that too few others hold may be needed as it is: its other chunks heal them.
+    if compare::others_hold_page(volume, layer, chunk).await && volume.data().distrust(layer, chunk).await? {
+        return Ok(true);
+    }
+    tracing::error!(%group, layer = layer.id.0.0, chunk = chunk.0, "a chunk that is old cannot be taken from another replica yet");
+    Ok(false)
 }

@@ -192,6 +192,37 @@ fn what_is_shown_to_be_old_and_cannot_be_healed_is_not_served() {
     });
 }
 
+/// What one replica alone tells may be all that is left of the others: the page stays, and the next pass tries again.
+#[test]
+fn what_too_few_others_hold_is_not_distrusted() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let Snapshotted { session, index } = snapshotted(&members).await;
+        lose_a_write(place.path(), &switch, &mut members, session, index).await;
+        let first = members.remove(0);
+        first.host.stop().await;
+        drop(first);
+        let damaged = damaging(&switch, HEAL, CallKind::Answer, u32::MAX, |_, _| true);
+        let second = volume(&members[0]);
+        let passed = async |passes| {
+            until("a pass ends", || second.scrub_progress().passes > passes).await;
+            second.scrub_progress()
+        };
+        members[0].host.start_scrub(SCRUB);
+        let progress = passed(0).await;
+        assert!(damaged.get() > 1, "it was tried {} times", damaged.get());
+        assert_eq!((progress.unsettled, second.data().health().bad_blocks), (1, 0));
+        second.data().read(range(100, 8)).await.expect("its neighbours are served");
+        *switch.damage.borrow_mut() = None;
+        members[0].host.scrub_now(GROUP);
+        assert_eq!(passed(progress.passes).await.unsettled, 0);
+        assert!(shown(&members[0], View::Head, 3, 1).await == block(5, 1));
+        stop(&members).await;
+    });
+}
+
 #[test]
 fn a_rotten_block_that_the_head_hides_is_healed() {
     let place = tempfile::tempdir().expect("a place");

@@ -58,6 +58,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("page-in-place", "a torn table page leaves no older copy"),
     ("one-table-copy", "a rotten table page is replaced by a stale one"),
     ("leave-copies-unequal", "after a crash a table page has one copy for good"),
+    ("pages-of-no-list", "a manifest without a list of pages is read as if its list were empty"),
     ("forget-lost-pages", "when many pages change, it is forgotten which of them are new and which are lost"),
     ("serve-stale-page", "a table page of an older checkpoint is believed"),
     ("home-unchecked", "blocks of home are not compared with their checksums"),
@@ -66,6 +67,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("replica-not-named", "the files of a new replica have no durable names"),
     // Healing.
     ("heal-unchecked", "a block that is not what the table says is written over home"),
+    ("restore-what-was-not-staged", "a lost page of which a rebuild brought a part is taken for whole"),
     ("adopt-anything", "a chunk of a replica that is behind or ahead is adopted"),
     (
         "adopt-without-floor",

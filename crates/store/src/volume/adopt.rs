@@ -152,13 +152,17 @@ impl VolumeData {
     }
 
     /// What the table says of a chunk of a layer is shown to be old. From here on its page counts as lost: it is not
-    /// served, it is adopted before it says anything again, and all that is durable when this returns.
-    pub async fn distrust(&self, layer: LayerMark, chunk: ChunkIndex) -> Result<(), StoreError> {
+    /// served, it is adopted before it says anything again, and all that is durable when this returns. False if that
+    /// cannot be now; nothing has changed then.
+    ///
+    /// While a rebuild is collected nothing is distrusted: what it has compared with must stay as it was, and what it
+    /// brings is compared again.
+    pub async fn distrust(&self, layer: LayerMark, chunk: ChunkIndex) -> Result<bool, StoreError> {
         let _nothing_moves = self.0.cleaning.lock().await;
         let homes = self.homes(layer);
         // What has never been home comes from the journal.
-        if homes.is_empty() {
-            return Ok(());
+        if homes.is_empty() || self.0.rebuilds.get() > 0 {
+            return Ok(false);
         }
         self.write_owed_copies().await?;
         homes.iter().for_each(|(_, files)| files.table.distrust(chunk));
@@ -167,7 +171,7 @@ impl VolumeData {
         self.write_manifest(Change { pages: Some(&[]), ..Change::default() }).await?;
         self.note(layer.id, chunk, &Finding::Lost);
         self.suspect_chunk(chunk);
-        Ok(())
+        Ok(true)
     }
 
     /// Whether content of another replica may stand here. INV-HEAL: its last change is applied and durable here (the

@@ -61,6 +61,8 @@ pub struct Manifest {
     pub(super) pieces: Vec<LayerMark>,
     /// Table pages that were written for it, whose second copies may still be older, and those that are lost.
     pub(super) pages: Vec<(LayerId, PageMark)>,
+    /// There is no such list: any page may be one of those. Older versions wrote this when there were too many.
+    pub(super) unlisted: bool,
 }
 
 fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
@@ -101,8 +103,7 @@ impl Manifest {
         put_checkpoint(&mut out, &self.checkpoint);
         out.u32(self.pieces.len() as u32);
         self.pieces.iter().for_each(|piece| piece.encode(&mut out));
-        // They were not listed once if there were too many.
-        out.bool(true);
+        out.bool(!self.unlisted);
         out.u32(self.pages.len() as u32);
         for (layer, page) in &self.pages {
             layer.0.encode(&mut out);
@@ -151,9 +152,7 @@ impl Manifest {
         let count = input.count("layers", PIECES_NAMED_MAX)?;
         let pieces = (0..count).map(|_| LayerMark::decode(input)).collect::<Result<Vec<_>, _>>()?;
         check_pieces(&pieces)?;
-        if !input.bool()? {
-            return Err(DecodeError::Unknown { what: "manifest without its list of pages", value: 0 });
-        }
+        let unlisted = !input.bool()?;
         let count = input.count("table pages", PAGES_LISTED_MAX)?;
         let mut pages = Vec::with_capacity(count);
         for _ in 0..count {
@@ -161,7 +160,7 @@ impl Manifest {
             pages.push((layer, PageMark { number: input.u64()?, generation: input.u64()? }));
         }
         input.clone().end()?;
-        Ok(Self { identity, spec_json, checkpoint, generation, staged, pieces, pages })
+        Ok(Self { identity, spec_json, checkpoint, generation, staged, pieces, pages, unlisted })
     }
 }
 

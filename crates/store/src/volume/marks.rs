@@ -53,6 +53,13 @@ pub(super) async fn resolve(pieces: &[Rc<Piece>], chunk: ChunkIndex) -> Result<V
     Ok(found.into_iter().map(|sum| sum.unwrap_or(BlockSum::Absent)).collect())
 }
 
+impl ChunkSummary {
+    /// Of a chunk of which nobody here knows what it holds: it equals no other.
+    fn unknown(chunk: ChunkIndex) -> Self {
+        Self { chunk, incarnation: 0, last_index: LogIndex::ZERO, present: true }
+    }
+}
+
 impl VolumeData {
     /// How each block of a chunk is now.
     pub async fn chunk_checksums(&self, chunk: ChunkIndex) -> Result<Vec<BlockSum>, StoreError> {
@@ -114,7 +121,7 @@ impl VolumeData {
             }
             let Some(mut summary) = found else {
                 self.suspect_chunk(chunk);
-                return Ok(ChunkSummary { chunk, incarnation: 0, last_index: LogIndex::ZERO, present: true });
+                return Ok(ChunkSummary::unknown(chunk));
             };
             for piece in pieces.iter() {
                 for (_, run) in piece.map.borrow().over(blocks_of(chunk)) {
@@ -142,7 +149,7 @@ impl VolumeData {
     }
 
     /// As [`Self::chunk_summaries`], of what is home alone, for a replica that is being rebuilt: what the map holds goes
-    /// when the rebuild is switched in. A chunk that the map covers equals no other.
+    /// when the rebuild is switched in. A chunk that the map covers equals no other, nor does one whose page is lost.
     pub async fn home_summaries(
         &self,
         layer: LayerMark,
@@ -152,10 +159,14 @@ impl VolumeData {
         let (pieces, covering) = (self.home_pieces(layer), self.covering(layer));
         let mut out = Vec::new();
         for chunk in chunks_of(from, count) {
-            let mut summary = table_summary(&pieces, chunk).await?;
+            let (mut summary, is_lost) = match table_summary(&pieces, chunk).await {
+                Ok(summary) => (summary, false),
+                Err(StoreError::Damaged { .. }) => (ChunkSummary::unknown(chunk), true),
+                Err(error) => return Err(error),
+            };
             let range = blocks_of(chunk);
-            if covering.iter().any(|piece| !piece.map.borrow().over(range).is_empty()) {
-                (summary.incarnation, summary.last_index, summary.present) = (0, LogIndex::ZERO, true);
+            if is_lost || covering.iter().any(|piece| !piece.map.borrow().over(range).is_empty()) {
+                summary = ChunkSummary::unknown(chunk);
                 out.push(summary);
             } else if summary.last_index > LogIndex::ZERO {
                 out.push(summary);
@@ -164,7 +175,8 @@ impl VolumeData {
         Ok(out)
     }
 
-    /// How each block of a chunk is at home in what is one layer elsewhere; `None` for those that the map covers.
+    /// How each block of a chunk is at home in what is one layer elsewhere; `None` for those that the map covers,
+    /// and for all if their page is lost.
     pub async fn home_checksums(
         &self,
         layer: LayerMark,
@@ -173,7 +185,9 @@ impl VolumeData {
         let mut sums = vec![BlockSum::Absent; CHUNK_BLOCKS as usize];
         for piece in self.home_pieces(layer) {
             let Some(files) = piece.files() else { continue };
-            let line = files.table.chunk(chunk).await?;
+            let Some(line) = files.table.chunk_if_there(chunk).await? else {
+                return Ok(vec![None; CHUNK_BLOCKS as usize]);
+            };
             for (within, sum) in sums.iter_mut().enumerate() {
                 if line.get(within) != BlockSum::Absent {
                     *sum = line.get(within);

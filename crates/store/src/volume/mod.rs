@@ -28,6 +28,7 @@ mod pages;
 mod read;
 mod sources;
 pub(crate) mod stage;
+mod stage_lost;
 pub(crate) mod table;
 
 use std::cell::{Cell, RefCell};
@@ -236,6 +237,7 @@ impl VolumeData {
             staged: false,
             pieces: vec![LayerMark::ONLY],
             pages: Vec::new(),
+            unlisted: false,
         };
         file.write(&manifest).await?;
         if !planted("replica-not-named") {
@@ -294,12 +296,19 @@ impl VolumeData {
     /// Makes the second copies of the pages that the checkpoint wrote equal to the first, and gives back the chunks
     /// that it emptied: a crash may have come before either.
     async fn settle(&self) -> Result<(), StoreError> {
-        let listed = self.0.manifest.borrow().pages.clone();
+        let (listed, unlisted) = {
+            let manifest = self.0.manifest.borrow();
+            (manifest.pages.clone(), manifest.unlisted)
+        };
         for piece in self.0.chain.all() {
             let Some(files) = piece.files() else { continue };
             files.flush_home().await?;
-            let pages: Vec<PageMark> =
+            let mut pages: Vec<PageMark> =
                 listed.iter().filter(|(layer, _)| *layer == piece.id).map(|(_, page)| *page).collect();
+            if unlisted && !planted("pages-of-no-list") {
+                let every = 0..files.table.page_count().await?;
+                pages.extend(every.map(|number| PageMark { number, generation: 0 }));
+            }
             let empty = files.table.settle(&pages).await?;
             self.punch(&files, &empty).await?;
         }

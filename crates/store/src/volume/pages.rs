@@ -46,7 +46,7 @@ impl VolumeData {
             next.pieces = pieces;
         }
         if let Some(pages) = change.pages {
-            next.pages = pages.to_vec();
+            (next.pages, next.unlisted) = (pages.to_vec(), false);
             for piece in self.0.chain.all() {
                 let stale = piece.files().map(|files| files.table.stale()).unwrap_or_default();
                 next.pages.extend(stale.into_iter().map(|page| (piece.id, page)));

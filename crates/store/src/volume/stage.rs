@@ -150,9 +150,10 @@ impl VolumeData {
         let mut emptied = Vec::new();
         for (layer, staged) in &staged {
             let pieces = self.staged_layer(*layer)?;
-            for (piece, lines) in pieces.iter().zip(self.staged_lines(&pieces, staged).await?) {
+            for (piece, mut lines) in pieces.iter().zip(self.staged_lines(&pieces, staged).await?) {
                 let Some(files) = piece.files() else { continue };
                 self.flush_home(&files).await?;
+                self.restore_staged(&mut pages, (piece.id, &files), &mut lines, staged).await?;
                 let empty: Vec<ChunkIndex> =
                     lines.iter().filter(|(_, line)| !line.has_data()).map(|(chunk, _)| *chunk).collect();
                 self.write_lines(&mut pages, piece.id, &files, lines).await?;
@@ -201,7 +202,7 @@ impl VolumeData {
             let files = piece.files().expect("the files of a layer that was switched in were made");
             for (block, sum) in staged {
                 if let std::collections::btree_map::Entry::Vacant(e) = lines.entry(block.chunk()) {
-                    e.insert(files.table.chunk(block.chunk()).await?);
+                    e.insert(self.line_or_lost(&files, block.chunk()).await?);
                 }
                 let Some(line) = lines.get_mut(&block.chunk()) else { continue };
                 if is_newest || *sum == BlockSum::Absent {

@@ -423,6 +423,15 @@ impl Table {
         self.line(chunk, Chunk::clone).await
     }
 
+    /// As [`Self::chunk`]; `None` if its page is lost.
+    pub(super) async fn chunk_if_there(&self, chunk: ChunkIndex) -> Result<Option<Chunk>, StoreError> {
+        match self.chunk(chunk).await {
+            Ok(line) => Ok(Some(line)),
+            Err(StoreError::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(super) async fn block(&self, block: BlockIndex) -> Result<BlockSum, StoreError> {
         self.line(block.chunk(), |line| line.get(block.within_chunk())).await
     }

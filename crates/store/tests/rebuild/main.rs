@@ -5,6 +5,7 @@ mod crashes;
 mod fail_stop;
 mod failed_pass;
 mod layers;
+mod lost_page;
 mod many_pages;
 mod meets_apply;
 mod replica;

@@ -96,3 +96,41 @@ fn a_chunk_that_is_merged_while_its_mark_is_taken_is_not_taken_for_empty() {
         assert!(marks[0].present && marks[0].last_index == LogIndex(3), "{marks:?}");
     });
 }
+
+/// The newest generation of a manifest, made one of those that older versions wrote when there were too many pages for its
+/// list.
+fn without_list(slot: &[u8]) -> Vec<u8> {
+    let length = u32::from_le_bytes(slot[10..14].try_into().expect("four bytes")) as usize;
+    let body = &slot[18..18 + length];
+    // That there is a list, of one page, and the page.
+    let (before, list) = body.split_at(length - 29);
+    assert_eq!(list[..5], [1, 1, 0, 0, 0], "the tail of a manifest");
+    let body = [before, &[0; 5]].concat();
+    let length = u32::try_from(body.len()).expect("fits").to_le_bytes();
+    let mut forged = [&slot[..10], &length, &crc32fast::hash(&body).to_le_bytes(), &body].concat();
+    forged.resize(4096, 0);
+    forged
+}
+
+#[test]
+fn a_manifest_without_a_list_is_read_and_every_page_looked_at() {
+    let disk = MemoryDisk::new(1);
+    let log = Rc::new(Log::default());
+    simulate(1, async {
+        let data = replica_in(disk.directory(), &log).await;
+        write(&data, &log, 1, block(5), 1);
+        data.clean(&At(1)).await.expect("is cleaned");
+    });
+    disk.power_cut(Tear::Nothing);
+    let (table, manifest) = (file(&disk, "/table"), file(&disk, "/manifest"));
+    let whole = disk.block(&table, 0);
+    disk.put_block(&manifest, 0, &without_list(&disk.block(&manifest, 0)));
+    // The power cut came before its second copy was written.
+    disk.put_block(&table, 1, &[0; 4096]);
+    simulate(2, async {
+        let data = reopened(disk.directory(), &log).await.expect("opens");
+        assert_eq!(data.checkpoint().id.index, LogIndex(1));
+        assert!(!is_bad(&data, 5).await);
+    });
+    assert_eq!([disk.block(&table, 0), disk.block(&table, 1)], [whole.clone(), whole]);
+}

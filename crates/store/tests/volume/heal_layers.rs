@@ -127,7 +127,7 @@ fn what_is_distrusted_hides_what_is_below() {
     simulate(11, async {
         let replica = Replica::open(disk.directory(), &reference).await.expect("opens");
         replica.data.read(block).await.expect("is whole");
-        replica.data.distrust(NEWEST, ChunkIndex(0)).await.expect("is noted");
+        assert!(replica.data.distrust(NEWEST, ChunkIndex(0)).await.expect("is noted"));
         assert_eq!(replica.data.read(block).await, Err(ReadError::BadBlocks(vec![5])));
         let frozen = replica.data.read_view(View::Snapshot(LogIndex(SNAPSHOT)), block).await;
         check_blocks(block, &frozen.expect("is whole").data, &[1; 64]).expect("shows the snapshot");
