@@ -91,7 +91,7 @@ const MUTANTS: &[Mutant] = &[
         "damage::a_batch_that_lost_both_lists_makes_every_group_unknown_for_good",
     ),
     ("foreign-store", "INV-TERM", "volume", "lost::a_store_of_somebody_else_is_refused"),
-    ("move-unflushed-home", "INV-ACK", "volume", "crashes::every_block_is_right_after_any_history"),
+    ("move-unflushed-home", "INV-ACK", "volume", "crashes::what_is_not_flushed_is_not_moved_home"),
     ("checkpoint-before-home-flush", "INV-ACK", "volume", CUT_CLEANING),
     (
         "forget-hidden-runs",
@@ -110,6 +110,12 @@ const MUTANTS: &[Mutant] = &[
         "INV-STAGE",
         "rebuild",
         "meets_apply::what_is_applied_after_the_comparison_goes_with_the_old_log",
+    ),
+    (
+        "keep-what-was-taken",
+        "INV-SPACE",
+        "volume",
+        "full::a_pass_that_finds_no_room_changes_nothing_wherever_that_is",
     ),
     ("trim-falls-through", "INV-LAYER", "volume", "layers::what_was_given_back_hides_an_older_layer"),
     ("merge-before-manifest", "INV-LAYER", "volume", CUT_MERGE),

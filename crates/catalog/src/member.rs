@@ -155,7 +155,13 @@ impl Member {
             return Ok(());
         }
         let index = checkpoint.id.index;
-        self.machine.save(checkpoint).await.map_err(failed)?;
+        if let Err(error) = self.machine.save(checkpoint).await {
+            // Its log is small: it is tried again with the next change.
+            let reserve = self.group.log().reserve().filter(|_| error.is_full()).cloned();
+            let Some(reserve) = reserve else { return Err(failed(error)) };
+            tracing::warn!(%error, "the medium is full: the catalog makes no checkpoint this time");
+            return reserve.give_up().await.map_err(failed);
+        }
         match self.group.purge(index).await {
             Err(GroupError::Stopped(why)) => Err(failed(why)),
             Err(error) => {

@@ -42,10 +42,30 @@ pub(crate) fn condition(
     }
 }
 
+/// What is wrong with a medium that is full.
+fn of_full(name: &NodeName, report: &StoreReport) -> pb::Problem {
+    let (what, doing) = match report.waiting {
+        0 => (
+            "the medium is full: what stands on it falls behind".to_owned(),
+            "nobody waits for it; it catches up when there is room: add space, or move replicas away",
+        ),
+        waiting => (
+            format!("the medium is full: writes to {waiting} volumes wait"),
+            "reads, trims and deletions go on; writes go on by themselves when there is room: trim, delete snapshots \
+             or volumes, add space, or move replicas away",
+        ),
+    };
+    let since = ago(Duration::from_millis(report.full_ms));
+    pb::Problem { subject: format!("node {name}"), what, since, doing: doing.to_owned() }
+}
+
 /// The problems of the disks that answer for themselves.
 pub(crate) fn of_disks(reports: &BTreeMap<NodeName, StoreReport>) -> Vec<pb::Problem> {
     let mut problems = Vec::new();
     for (name, report) in reports.iter().filter(|(_, report)| report.failed.is_empty()) {
+        if report.full_ms > 0 {
+            problems.push(of_full(name, report));
+        }
         let (what, since, doing) = match condition(name, report, reports) {
             "hung" => {
                 let doing = if report.leading == 0 {
@@ -91,6 +111,16 @@ mod tests {
 
     fn texts(figures: [(u64, u64, u32); 3]) -> Vec<(String, String)> {
         of_disks(&reports(figures)).into_iter().map(|problem| (problem.subject, problem.what)).collect()
+    }
+
+    #[test]
+    fn a_full_medium_says_who_waits_for_it() {
+        let full = |waiting| StoreReport { full_ms: 4_000, waiting, ..Default::default() };
+        let reports = BTreeMap::from([(NodeName::new("a"), full(2)), (NodeName::new("b"), full(0))]);
+        let found = of_disks(&reports);
+        assert_eq!(found[0].what, "the medium is full: writes to 2 volumes wait");
+        assert_eq!(found[1].what, "the medium is full: what stands on it falls behind");
+        assert!(found.iter().all(|problem| problem.since.ends_with('Z')), "{found:?}");
     }
 
     #[test]

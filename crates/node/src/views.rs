@@ -70,6 +70,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
             VolumePhase::Deleting => "deleting",
         }
         .into(),
+        waits_for_room: leader.is_some_and(|(_, report)| report.waits_for_room),
         source_volume: source.map(|source| source.volume.to_string()).unwrap_or_default(),
         source_snapshot: source
             .filter(|source| !source.own)
@@ -123,6 +124,7 @@ fn replica(
         ReplicaPhase::Joining => "rebuilding",
         ReplicaPhase::Voter if report.repairing => "repairing",
         ReplicaPhase::Voter if !report.fault.is_empty() => "faulty",
+        ReplicaPhase::Voter if report.is_full => "full",
         ReplicaPhase::Voter if behind > LAG_HEALTHY => "catching-up",
         ReplicaPhase::Voter => "healthy",
     }
@@ -166,6 +168,8 @@ fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
         shown.failed = report.failed.clone();
         shown.flush_us = report.flush_us;
         shown.hung_ms = report.hung_ms;
+        shown.full_ms = report.full_ms;
+        shown.waiting_volumes = report.waiting;
     }
     shown
 }
@@ -254,6 +258,9 @@ pub(crate) fn status(
                 .collect();
             let doing = match volume.health.as_str() {
                 "no-quorum" => "I/O waits until a majority of its replicas is back",
+                _ if volume.waits_for_room => {
+                    "writes wait, reads and trims go on; writes go on by themselves when room is made on the media"
+                }
                 _ => "the replicas heal by themselves",
             };
             let what = format!("{}: not healthy on {}", volume.health, away.join(", "));

@@ -2,7 +2,7 @@
 //! feature `planted-bugs` (and outside this crate's own tests) [`is_planted`] is the constant `false`.
 
 /// Every fault that can be planted, and the invariant that it breaks.
-pub const KNOWN: [(&str, &str); 15] = [
+pub const KNOWN: [(&str, &str); 17] = [
     ("damaged-in-flight", "INV-CHECKED"),
     ("skip-epoch-check", "INV-FENCE"),
     ("attach-without-compare", "INV-FENCE"),
@@ -18,6 +18,8 @@ pub const KNOWN: [(&str, &str); 15] = [
     ("give-to-who-cannot-write", "INV-GRAY"),
     ("leader-restore", "INV-TERM"),
     ("run-rolled-back", "INV-ROLLBACK"),
+    ("fill-up", "INV-SPACE"),
+    ("hoard-the-reserve", "INV-SPACE"),
 ];
 
 #[cfg(any(test, feature = "planted-bugs"))]

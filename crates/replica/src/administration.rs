@@ -94,6 +94,10 @@ pub struct StoreReport {
     pub hung_ms: u64,
     /// How long a flush has been taking for a while, in microseconds; 0 if too few say so.
     pub flush_us: u64,
+    /// For how long the medium has been full, in milliseconds; 0 while it is not.
+    pub full_ms: u64,
+    /// Volumes that are led here and whose data waits for room, here or on the media of others.
+    pub waiting: u32,
     /// Groups that are led here.
     pub leading: u32,
     /// Replicas on it: volume, identity, and why one does not run (empty if it does).
@@ -215,11 +219,17 @@ impl ShardRequest {
 
 impl StoreReport {
     fn encode(&self, out: &mut Writer) {
-        for number in
-            [self.total_bytes, self.available_bytes, self.journal_bytes, self.hung_ms, self.flush_us]
-        {
+        for number in [
+            self.total_bytes,
+            self.available_bytes,
+            self.journal_bytes,
+            self.hung_ms,
+            self.flush_us,
+            self.full_ms,
+        ] {
             out.u64(number);
         }
+        out.u32(self.waiting);
         out.u32(self.leading);
         out.text(&self.failed);
         out.u32(self.replicas.len() as u32);
@@ -234,7 +244,8 @@ impl StoreReport {
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (total_bytes, available_bytes, journal_bytes) = (input.u64()?, input.u64()?, input.u64()?);
-        let (hung_ms, flush_us, leading) = (input.u64()?, input.u64()?, input.u32()?);
+        let (hung_ms, flush_us, full_ms) = (input.u64()?, input.u64()?, input.u64()?);
+        let (waiting, leading) = (input.u32()?, input.u32()?);
         let failed = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
         let count = input.count("replicas", REPLICAS_MAX)?;
         let replicas = (0..count)
@@ -251,6 +262,8 @@ impl StoreReport {
             failed,
             hung_ms,
             flush_us,
+            full_ms,
+            waiting,
             leading,
             replicas,
             repairing,
@@ -399,12 +412,18 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
     let journal = host.journal();
     let hung = journal.hung_since().map(|since| Instant::now().since(since));
     let number = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
+    let full = journal.reserve().and_then(|reserve| Some((reserve.full_since()?, reserve.bytes())));
+    let full_ms = full.map_or(0, |(since, _)| number(Instant::now().since(since).as_millis()).max(1));
+    // What is free while the reserve is given up is the reserve's.
+    let owed = full.map_or(0, |(_, reserve)| reserve);
     Ok(StoreReport {
+        full_ms,
+        waiting: host.volumes().iter().filter(|(_, volume)| volume.waits_for_room()).count() as u32,
         hung_ms: hung.map_or(0, |hung| number(hung.as_millis())),
         flush_us: journal.sustained_flush().map_or(0, |flush| number(flush.as_micros())),
         leading: host.all_groups().iter().filter(|group| group.is_leader()).count() as u32,
         total_bytes: space.total,
-        available_bytes: space.available,
+        available_bytes: space.available.saturating_sub(owed),
         journal_bytes: host.journal().usage().bytes_total,
         failed: host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
         replicas: running.chain(faulty).collect(),

@@ -2,17 +2,24 @@
 //!
 //! Cleaning moves applied blocks home and makes a checkpoint. Purging drops log entries that a checkpoint covers. A
 //! follower that is away is healed by log for as long as the journal has room, and slows nobody when it has not.
+//!
+//! A full medium (INV-SPACE): the store's reserve is given up, and what waits in the journal comes home in its room,
+//! and so does data that still comes from leaders elsewhere, but for the last part, which is for what makes room: trims,
+//! drops of snapshots, merges. Then data stays in the journal.
 
 use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use holdfast_env::Instant;
-use holdfast_store::StoreError;
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::Journal;
+use holdfast_store::volume::Dirty;
+use holdfast_store::{Reserve, StoreError};
 use holdfast_types::{LogIndex, limits};
 
 use crate::rebuild::PurgeHold;
+use crate::space::FULL_PAUSE;
 use crate::volume::Volume;
 
 /// Dirty payload at which a volume is cleaned without pressure, in bytes.
@@ -25,12 +32,12 @@ const IDLE: Duration = Duration::from_secs(5);
 /// looks.
 const HEAL_PATIENCE: Duration = Duration::from_secs(60);
 const HEAL_PAUSE: Duration = Duration::from_millis(200);
-/// Between tries while the medium is full.
-const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// Between steps of a merge, at least.
 const MERGE_PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Fraction of the journal in use above which logs are purged, in percent.
 const PURGE_ABOVE_PERCENT: u32 = 50;
+/// The same while the medium is full: the journal is to be rather empty then.
+const PURGE_ABOVE_PERCENT_FULL: u32 = 12;
 /// Above this fraction whatever was applied is moved home at once: the reserve is near (a quarter of a small journal),
 /// and writers will wait for the room.
 const URGENT_ABOVE_PERCENT: u32 = 60;
@@ -45,126 +52,255 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         if journal.failed().is_some() {
             return;
         }
+        let cleaner = Cleaner { volume: &this, journal: &journal };
         let pressure_changed = journal.pressure_changed();
         let pressure = journal.pressure();
-        let pressed = pressure.line_waits || pressure.used_percent >= PURGE_ABOVE_PERCENT;
+        let purge_above = if journal.is_full() { PURGE_ABOVE_PERCENT_FULL } else { PURGE_ABOVE_PERCENT };
+        let pressed = pressure.line_waits || pressure.used_percent >= purge_above;
         let dirty = this.data().dirty();
         let wanted = this.machine().take_checkpoint_wanted();
-        let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted) && dirty.any);
-        if due && !clean(&this, &journal).await {
+        let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted || journal.is_full()) && dirty.any);
+        let mut done = Done::Nothing;
+        if due && cleaner.may_clean(&dirty).await {
+            done = cleaner.clean().await;
+        }
+        if done == Done::Failed || (pressed && !purge(&this, &journal, &hold).await) {
             return;
         }
-        if pressed && !purge(&this, &journal, &hold).await {
-            return;
+        if this.data().dirty().merges {
+            done = done.and(cleaner.merge().await);
         }
-        if dirty.merges {
-            match merge(&this).await {
-                Merged::More => continue,
-                Merged::Nothing => {}
-                Merged::Failed => return,
+        match done {
+            Done::Failed => return,
+            Done::Some => continue,
+            Done::NoRoom => {
+                cleaner.wait_for_room().await;
+                continue;
             }
+            Done::Nothing => {}
         }
         let before = this.group().position().applied_index();
-        let idle = wait(&this, &journal, pressure_changed).await;
+        let idle = cleaner.wait(pressure_changed).await;
         let quiet = idle && this.group().position().applied_index() == before;
-        if quiet && this.data().dirty().any && !clean(&this, &journal).await {
+        let dirty = this.data().dirty();
+        if quiet && dirty.any && cleaner.may_clean(&dirty).await && cleaner.clean().await == Done::Failed {
             return;
         }
     }
 }
 
-/// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while (then true).
-async fn wait(volume: &Rc<Volume>, journal: &Journal, pressure_changed: impl Future<Output = ()>) -> bool {
-    let dirtied = async {
-        loop {
-            volume.machine().dirtied.notified().await;
-            let pressure = journal.pressure();
-            let urgent = pressure.line_waits || pressure.used_percent >= URGENT_ABOVE_PERCENT;
-            let wanted = volume.machine().is_checkpoint_wanted();
-            if urgent || wanted || volume.data().dirty().bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
-                return;
-            }
-        }
-    };
-    futures_util::pin_mut!(dirtied, pressure_changed);
-    let work = futures_util::future::select(dirtied, pressure_changed);
-    // Quiet for a while is a reason to look, too.
-    holdfast_env::timeout(IDLE, work).await.is_err()
-}
-
-/// One cleaning pass; false if it can never be done. A full medium is waited for: what is not home stays in the journal.
-async fn clean(volume: &Rc<Volume>, journal: &Journal) -> bool {
-    let group = volume.group().id().group;
-    let began = Instant::now();
-    loop {
-        match volume.data().clean(volume.group().machine()).await {
-            Ok(checkpoint) => {
-                tracing::trace!(%group, index = %checkpoint.id.index, "cleaned");
-                return true;
-            }
-            Err(error @ StoreError::Io { full: true, .. }) => {
-                tracing::warn!(%group, %error, "the medium is full: blocks wait in the journal until there is room");
-                holdfast_env::sleep(FULL_PAUSE).await;
-                if volume.is_stopped() {
-                    return false;
-                }
-            }
-            // Damage is being healed, and a read may succeed the next time.
-            Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. }))
-                if journal.failed().is_none() && Instant::now() < began + HEAL_PATIENCE =>
-            {
-                tracing::debug!(%group, %error, "cleaning waits until it is healed");
-                holdfast_env::sleep(HEAL_PAUSE).await;
-                if volume.is_stopped() {
-                    return false;
-                }
-            }
-            Err(error) => {
-                // Nothing of its log would ever be purged, and the other logs could not be either.
-                if matches!(error, StoreError::Io { .. }) {
-                    journal.stop(&error);
-                }
-                tracing::error!(%group, %error, "the cleaner has stopped: the replica must be replaced");
-                volume.cleaner_failed(format!("its blocks cannot be brought home: {error}"));
-                return false;
-            }
-        }
-    }
-}
-
-enum Merged {
-    /// There is more to do.
-    More,
-    /// Not now, at least.
+/// What came of a piece of work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Done {
+    /// All that there was to do, or nothing can be done now.
     Nothing,
+    /// There is more to do.
+    Some,
+    /// The medium has no room for it.
+    NoRoom,
     /// The replica's blocks are not brought home any more.
     Failed,
 }
 
-/// One step of merging layers. It takes at most half of the time: others want the disk, too.
-async fn merge(volume: &Rc<Volume>) -> Merged {
-    let group = volume.group().id().group;
-    let began = Instant::now();
-    match volume.data().merge_step().await {
-        Ok(true) => {
-            holdfast_env::sleep(Instant::now().since(began).max(MERGE_PAUSE_MIN)).await;
-            Merged::More
+impl Done {
+    /// What both together come to.
+    fn and(self, other: Self) -> Self {
+        let weight = |done| match done {
+            Self::Nothing => 0,
+            Self::NoRoom => 1,
+            Self::Some => 2,
+            Self::Failed => 3,
+        };
+        if weight(other) > weight(self) { other } else { self }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Cleaner<'c> {
+    volume: &'c Rc<Volume>,
+    journal: &'c Journal,
+}
+
+impl Cleaner<'_> {
+    /// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while (then
+    /// true).
+    async fn wait(&self, pressure_changed: impl Future<Output = ()>) -> bool {
+        let Self { volume, journal } = *self;
+        let dirtied = async {
+            loop {
+                volume.machine().dirtied.notified().await;
+                let pressure = journal.pressure();
+                let urgent = pressure.line_waits || pressure.used_percent >= URGENT_ABOVE_PERCENT;
+                let wanted = volume.machine().is_checkpoint_wanted();
+                let dirty = volume.data().dirty();
+                // On a full medium whatever makes room is done at once.
+                let makes_room = journal.is_full() && (dirty.cleared > 0 || dirty.layers);
+                if urgent || wanted || makes_room || dirty.bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
+                    return;
+                }
+            }
+        };
+        let filled_up = self.medium_changed();
+        futures_util::pin_mut!(dirtied, pressure_changed, filled_up);
+        let work = futures_util::future::select(dirtied, pressure_changed);
+        let work = futures_util::future::select(work, filled_up);
+        // Quiet for a while is a reason to look, too.
+        holdfast_env::timeout(IDLE, work).await.is_err()
+    }
+
+    /// Ends when the medium has become full, or is so no more.
+    async fn medium_changed(&self) {
+        match self.journal.reserve() {
+            Some(reserve) => reserve.changed().await,
+            None => std::future::pending().await,
         }
-        Ok(false) => Merged::Nothing,
-        // What is there is complete as it is; cleaning comes first.
-        Err(error @ StoreError::Io { full: true, .. }) => {
-            tracing::warn!(%group, %error, "the medium is full: layers of dropped snapshots wait for room");
-            Merged::Nothing
+    }
+
+    /// Ends when there may be room, or something that makes some.
+    async fn wait_for_room(&self) {
+        let before = self.volume.data().dirty();
+        let dirtied = async {
+            loop {
+                self.volume.machine().dirtied.notified().await;
+                let dirty = self.volume.data().dirty();
+                let makes_room = dirty.cleared > before.cleared || dirty.layers && !before.layers;
+                if makes_room || self.volume.is_stopped() {
+                    return;
+                }
+            }
+        };
+        let changed = self.medium_changed();
+        futures_util::pin_mut!(changed, dirtied);
+        // Others make room, too, and tell nobody.
+        let _woken = holdfast_env::timeout(FULL_PAUSE, futures_util::future::select(changed, dirtied)).await;
+    }
+
+    /// Whether a pass may be made now. On a full medium the last of the room is not for data that came since.
+    async fn may_clean(&self, dirty: &Dirty) -> bool {
+        let Some(reserve) = self.full_reserve() else { return true };
+        let first = self.volume.home_when_full.get() != reserve.times_full();
+        first || dirty.cleared > 0 || dirty.layers || reserve.leaves_some().await
+    }
+
+    /// One cleaning pass. On a full medium what is not home may stay in the journal.
+    async fn clean(&self) -> Done {
+        let group = self.volume.group().id().group;
+        let began = Instant::now();
+        loop {
+            match self.pass().await {
+                Ok(()) => return self.made_room().await,
+                Err(error) if error.is_full() => match self.found_no_room(&error).await {
+                    Done::Some => {}
+                    other => return other,
+                },
+                // Damage is being healed, and a read may succeed the next time.
+                Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. }))
+                    if self.journal.failed().is_none() && Instant::now() < began + HEAL_PATIENCE =>
+                {
+                    tracing::debug!(%group, %error, "cleaning waits until it is healed");
+                    holdfast_env::sleep(HEAL_PAUSE).await;
+                    if self.volume.is_stopped() {
+                        return Done::Failed;
+                    }
+                }
+                Err(error) => {
+                    // Nothing of its log would ever be purged, and the other logs could not be either.
+                    if matches!(error, StoreError::Io { .. }) {
+                        self.journal.stop(&error);
+                    }
+                    return self.failed("its blocks cannot be brought home", &error);
+                }
+            }
         }
-        // What is there is complete without it, and the healer is at it.
-        Err(error @ StoreError::Damaged { .. }) => {
-            tracing::warn!(%group, %error, "layers of dropped snapshots wait until it is healed");
-            Merged::Nothing
+    }
+
+    async fn pass(&self) -> Result<(), StoreError> {
+        let (data, machine) = (self.volume.data(), self.volume.group().machine());
+        let checkpoint = match self.full_reserve() {
+            None => data.clean(machine).await?,
+            Some(reserve) => {
+                let _using = reserve.in_use();
+                let times = reserve.times_full();
+                let checkpoint = data.clean_tight(machine).await?;
+                self.volume.home_when_full.set(times);
+                checkpoint
+            }
+        };
+        tracing::trace!(group = %self.volume.group().id().group, index = %checkpoint.id.index, "cleaned");
+        Ok(())
+    }
+
+    /// The reserve, if the medium is full.
+    fn full_reserve(&self) -> Option<&Reserve> {
+        self.journal.reserve().filter(|reserve| reserve.is_full())
+    }
+
+    /// Gives the reserve up, if it is whole: then it is tried again. Else room is waited for.
+    async fn found_no_room(&self, error: &StoreError) -> Done {
+        let group = self.volume.group().id().group;
+        match self.journal.reserve().filter(|reserve| !reserve.is_full()) {
+            Some(reserve) if !is_planted("hoard-the-reserve") => match reserve.give_up().await {
+                Ok(()) => Done::Some,
+                Err(error) => self.reserve_failed(&error),
+            },
+            _ => {
+                tracing::warn!(%group, %error, "the medium is full: blocks wait in the journal until there is room");
+                if self.volume.is_stopped() { Done::Failed } else { Done::NoRoom }
+            }
         }
-        Err(error) => {
-            tracing::error!(%group, %error, "layers are not merged any more: the replica must be replaced");
-            volume.cleaner_failed(format!("a dropped snapshot's layer cannot be merged: {error}"));
-            Merged::Failed
+    }
+
+    /// What was done may have made room: then the medium is full no more.
+    async fn made_room(&self) -> Done {
+        let Some(reserve) = self.full_reserve() else { return Done::Nothing };
+        match reserve.refill().await {
+            Ok(_) => Done::Nothing,
+            Err(error) => self.reserve_failed(&error),
+        }
+    }
+
+    fn reserve_failed(&self, error: &StoreError) -> Done {
+        self.journal.stop(error);
+        Done::Failed
+    }
+
+    fn failed(&self, what: &str, error: &StoreError) -> Done {
+        let group = self.volume.group().id().group;
+        tracing::error!(%group, %error, what, "the cleaner has stopped: the replica must be replaced");
+        self.volume.cleaner_failed(format!("{what}: {error}"));
+        Done::Failed
+    }
+
+    /// One step of merging layers. It takes at most half of the time: others want the disk, too.
+    async fn merge(&self) -> Done {
+        let began = Instant::now();
+        let merged = match self.full_reserve() {
+            None => self.volume.data().merge_step().await,
+            Some(reserve) => {
+                let _using = reserve.in_use();
+                self.volume.data().merge_step_tight().await
+            }
+        };
+        match merged {
+            Ok(more) => {
+                if self.made_room().await == Done::Failed {
+                    return Done::Failed;
+                }
+                if !more {
+                    return Done::Nothing;
+                }
+                holdfast_env::sleep(Instant::now().since(began).max(MERGE_PAUSE_MIN)).await;
+                Done::Some
+            }
+            // What is there is complete as it is.
+            Err(error) if error.is_full() => self.found_no_room(&error).await,
+            // What is there is complete without it, and the healer is at it.
+            Err(error @ StoreError::Damaged { .. }) => {
+                let group = self.volume.group().id().group;
+                tracing::warn!(%group, %error, "layers of dropped snapshots wait until it is healed");
+                Done::Nothing
+            }
+            Err(error) => self.failed("a dropped snapshot's layer cannot be merged", &error),
         }
     }
 }

@@ -269,7 +269,8 @@ const RESULT_CONFLICT: u8 = 1;
 const RESULT_HIGHER_VOTE: u8 = 2;
 const RESULT_PARTIAL: u8 = 3;
 
-pub(crate) fn stream_result(result: &StreamAppendResult<Types>) -> Bytes {
+/// An answer to an append of a stream, and whether the medium below is full.
+pub(crate) fn stream_result(result: &StreamAppendResult<Types>, is_full: bool) -> Bytes {
     let mut out = Writer::with_capacity(32);
     match result {
         Ok(id) => {
@@ -285,10 +286,11 @@ pub(crate) fn stream_result(result: &StreamAppendResult<Types>) -> Bytes {
             put_vote(&mut out, vote);
         }
     }
+    out.bool(is_full);
     out.finish()
 }
 
-pub(crate) fn stream_result_from(bytes: &[u8]) -> Result<StreamAppendResult<Types>, DecodeError> {
+pub(crate) fn stream_result_from(bytes: &[u8]) -> Result<(StreamAppendResult<Types>, bool), DecodeError> {
     let mut input = Reader::new(bytes);
     let result = match input.u8()? {
         RESULT_OK => Ok(get_log_id(&mut input)?),
@@ -299,11 +301,13 @@ pub(crate) fn stream_result_from(bytes: &[u8]) -> Result<StreamAppendResult<Type
         RESULT_HIGHER_VOTE => Err(StreamAppendError::HigherVote(get_vote(&mut input)?)),
         other => return Err(DecodeError::Unknown { what: "append result", value: other.into() }),
     };
+    let is_full = input.bool()?;
     input.end()?;
-    Ok(result)
+    Ok((result, is_full))
 }
 
-pub(crate) fn append_response(response: &AppendEntriesResponse<Types>) -> Bytes {
+/// An answer to a single append, and whether the medium below is full.
+pub(crate) fn append_response(response: &AppendEntriesResponse<Types>, is_full: bool) -> Bytes {
     let mut out = Writer::with_capacity(32);
     match response {
         AppendEntriesResponse::Success => out.u8(RESULT_OK),
@@ -317,10 +321,13 @@ pub(crate) fn append_response(response: &AppendEntriesResponse<Types>) -> Bytes 
             put_vote(&mut out, vote);
         }
     }
+    out.bool(is_full);
     out.finish()
 }
 
-pub(crate) fn append_response_from(bytes: &[u8]) -> Result<AppendEntriesResponse<Types>, DecodeError> {
+pub(crate) fn append_response_from(
+    bytes: &[u8],
+) -> Result<(AppendEntriesResponse<Types>, bool), DecodeError> {
     let mut input = Reader::new(bytes);
     let response = match input.u8()? {
         RESULT_OK => AppendEntriesResponse::Success,
@@ -329,8 +336,9 @@ pub(crate) fn append_response_from(bytes: &[u8]) -> Result<AppendEntriesResponse
         RESULT_HIGHER_VOTE => AppendEntriesResponse::HigherVote(get_vote(&mut input)?),
         other => return Err(DecodeError::Unknown { what: "append response", value: other.into() }),
     };
+    let is_full = input.bool()?;
     input.end()?;
-    Ok(response)
+    Ok((response, is_full))
 }
 
 pub(crate) fn vote_request(request: &VoteRequest<Types>, out: &mut Writer) {

@@ -37,11 +37,14 @@ use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
 use crate::past::Grants;
+use crate::space::Fulls;
 use crate::stall::{Stall, Stalled};
 use crate::usage::{Counters, GroupUsage};
 
 /// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
 const STREAM_QUEUE_MAX: usize = 64;
+/// What a leader is told whose data is not taken.
+const NO_ROOM: &str = "the medium is full";
 /// How long a proposal may take before its outcome is called unknown.
 pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -133,6 +136,7 @@ impl Group {
             mute: Mute::default(),
             acks: Acks::default(),
             grants: Grants::default(),
+            fulls: Fulls::default(),
         };
         let machine = Machine {
             inner: machine,
@@ -276,6 +280,9 @@ impl Group {
     }
     pub(crate) fn acks(&self) -> &Acks {
         &self.networks.acks
+    }
+    pub(crate) fn fulls(&self) -> &Fulls {
+        &self.networks.fulls
     }
     pub(crate) fn damping(&self) -> &Damping {
         &self.damping
@@ -520,7 +527,9 @@ impl Group {
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
                 self.hear(&request, bytes);
-                if self.check_entries(&request.entries) {
+                if !self.has_room_for(&request.entries) {
+                    responder.refuse(NO_ROOM);
+                } else if self.check_entries(&request.entries) {
                     self.stream_append(head.from, stream, request, responder);
                 }
             }
@@ -531,9 +540,13 @@ impl Group {
                 if request.prev_log_id.is_some() || !request.entries.is_empty() {
                     self.hear(&request, bytes);
                 }
-                if self.check_entries(&request.entries) {
+                if !self.has_room_for(&request.entries) {
+                    responder.refuse(NO_ROOM);
+                } else if self.check_entries(&request.entries) {
+                    let log = self.log.clone();
                     self.answer(responder, |raft| async move {
-                        raft.append_entries(request).await.map(|r| codec::append_response(&r))
+                        let response = raft.append_entries(request).await;
+                        response.map(|response| codec::append_response(&response, log.is_full()))
                     });
                 }
             }
@@ -588,6 +601,16 @@ impl Group {
                 Err(error) => responder.refuse(error.to_string()),
             }
         });
+    }
+
+    /// Whether entries are taken now. A leader that is refused goes on without this replica, and purges its log; one that
+    /// waited for an answer would keep it.
+    fn has_room_for(&self, entries: &[Entry]) -> bool {
+        let has_room = !bring_data(entries) || self.log.takes_data_of_others();
+        if !has_room {
+            tracing::debug!(group = %self.id.group, "the medium is full: data is not taken");
+        }
+        has_room
     }
 
     fn hear(&self, request: &AppendEntriesRequest<Types>, bytes: usize) {
@@ -689,6 +712,14 @@ impl Group {
     }
 }
 
+/// Whether entries bring block data.
+fn bring_data(entries: &[Entry]) -> bool {
+    entries.iter().any(|entry| match &entry.payload {
+        openraft::EntryPayload::Normal(data) => !data.payload.is_empty(),
+        _ => false,
+    })
+}
+
 /// Feeds one stream of appends to Raft and gives its answers to the responders, in order.
 async fn serve_stream(
     raft: Raft,
@@ -696,7 +727,7 @@ async fn serve_stream(
     receiver: mpsc::Receiver<(AppendEntriesRequest<Types>, Responder)>,
 ) {
     let waiting: Rc<RefCell<std::collections::VecDeque<Responder>>> = Rc::default();
-    let queue = waiting.clone();
+    let (queue, answering) = (waiting.clone(), log.clone());
     let requests = futures_util::stream::unfold(receiver, move |mut receiver| {
         let (queue, log) = (queue.clone(), log.clone());
         async move {
@@ -712,7 +743,9 @@ async fn serve_stream(
     while let Some(answer) = answers.next().await {
         let Some(responder) = waiting.borrow_mut().pop_front() else { return };
         match answer {
-            Ok(result) => responder.reply(Frame::small(codec::stream_result(&result))),
+            Ok(result) => {
+                responder.reply(Frame::small(codec::stream_result(&result, answering.is_full())));
+            }
             Err(fatal) => responder.refuse(fatal.to_string()),
         }
     }

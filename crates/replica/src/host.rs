@@ -4,8 +4,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use holdfast_env::Instant;
 use holdfast_env::disk::Directory;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::volume::VolumeState;
@@ -26,7 +28,7 @@ use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving}
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::volume::{Volume, VolumeMachine};
-use crate::{cleaner, config, gray, heal};
+use crate::{cleaner, config, gray, heal, space};
 
 /// What a new replica of a volume is.
 #[derive(Clone, Debug)]
@@ -78,7 +80,12 @@ pub struct Host {
     /// Logs that no manifest claims: the catalog's, until it is started.
     unclaimed: RefCell<Vec<RecoveredGroup>>,
     loaded: Cell<bool>,
+    /// When a rebuild is tried again that has found no room.
+    rebuilds_again: Cell<Option<Instant>>,
 }
+
+/// Between rebuilds that find no room: each sends what differs.
+const REBUILD_PAUSE: Duration = Duration::from_secs(10);
 
 impl Host {
     /// Opens the store's journal and registers for the shard's calls. Replicas run after [`Self::load`].
@@ -89,6 +96,7 @@ impl Host {
         options: &StoreOptions,
     ) -> Result<Rc<Self>, StoreError> {
         let (journal, recovered) = Journal::open(directory.clone(), &identity, options).await?;
+        journal.open_reserve(directory.clone()).await?;
         let host = Rc::new(Self {
             identity,
             directory: Rc::new(FailStop::new(directory, journal.clone())),
@@ -103,6 +111,7 @@ impl Host {
             scrub: Rc::default(),
             unclaimed: RefCell::new(recovered),
             loaded: Cell::new(false),
+            rebuilds_again: Cell::new(None),
             environment,
         });
         use messages::{DATA, HEAL, PAST, RAFT, REBUILD, REPAIR};
@@ -112,6 +121,7 @@ impl Host {
         }
         holdfast_env::spawn("leaderships", gray::watch(Rc::downgrade(&host)));
         holdfast_env::spawn("past", past::keep(Rc::downgrade(&host)));
+        holdfast_env::spawn("room", space::watch(Rc::downgrade(&host)));
         Ok(host)
     }
 
@@ -170,10 +180,7 @@ impl Host {
     }
 
     async fn open_and_run(self: &Rc<Self>, manifest: &Manifest, log: GroupLog) -> Result<Rc<Volume>, String> {
-        let payloads = Rc::new(log.clone());
-        let data = VolumeData::open(self.directory.clone(), &manifest.identity, payloads)
-            .await
-            .map_err(|error| error.to_string())?;
+        let data = self.open_data(manifest, &log).await.map_err(|error| error.to_string())?;
         reaches(&log, &data.checkpoint())?;
         self.run(manifest.identity.volume, manifest.identity.id, log, data, false)
             .await
@@ -195,6 +202,19 @@ impl Host {
     }
     pub(crate) fn pasts(&self) -> &Pasts {
         &self.pasts
+    }
+
+    /// Opens a replica's files, which may take room. INV-SPACE: a full medium is no reason to replace it.
+    async fn open_data(&self, manifest: &Manifest, log: &GroupLog) -> Result<VolumeData, StoreError> {
+        let open = || VolumeData::open(self.directory.clone(), &manifest.identity, Rc::new(log.clone()));
+        match (open().await, self.journal.reserve()) {
+            (Err(error), Some(reserve)) if error.is_full() => {
+                reserve.give_up().await?;
+                let _using = reserve.in_use();
+                open().await
+            }
+            (opened, _) => opened,
+        }
     }
 
     pub(crate) fn repair_begins(&self, repair: &Rc<Repair>) {
@@ -505,11 +525,24 @@ impl Host {
             Ok(parsed) => parsed,
             Err(error) => return responder.refuse(error.to_string()),
         };
+        if self.rebuilds_again.get().is_some_and(|at| Instant::now() < at) {
+            return responder.refuse("the medium had no room for a rebuild: it is tried again later");
+        }
         let index = LogIndex(meta.last_log_id.map_or(0, |id| id.index));
         let rpc = self.environment.rpc.clone();
         let offer = Offer { replica: head.to, vote, index };
         self.receivers.poll(head.group, offer, responder, |receiving| {
-            Box::pin(async move { receive(receiving, volume, group, rpc, from, vote, meta, state).await })
+            let host = Rc::downgrade(self);
+            Box::pin(async move {
+                let received = receive(receiving, volume, group, rpc, from, vote, meta, state).await;
+                if let (Err(RebuildError::Store(error)), Some(host)) = (&received, host.upgrade())
+                    && error.is_full()
+                {
+                    tracing::warn!(%error, "the medium has no room for a rebuild");
+                    host.rebuilds_again.set(Some(Instant::now() + REBUILD_PAUSE));
+                }
+                received
+            })
         });
     }
 

@@ -29,6 +29,7 @@ mod rotten_source;
 pub mod scrub;
 pub mod snapshot_messages;
 mod snapshots;
+mod space;
 mod stall;
 mod transfer;
 mod usage;

@@ -316,6 +316,10 @@ pub struct ReplicaReport {
     pub since_scrub_seconds: u64,
     /// Chunks that differed from another replica's in the last pass, and nothing showed who was right.
     pub unsettled_chunks: u64,
+    /// The medium below it is full.
+    pub is_full: bool,
+    /// As leader: data waits, because its medium or those of too many others are full.
+    pub waits_for_room: bool,
 }
 
 const PROPOSE: u8 = 1;
@@ -630,6 +634,8 @@ impl ReplicaReport {
         out.u64(self.scrub_passes);
         out.u64(self.since_scrub_seconds);
         out.u64(self.unsettled_chunks);
+        out.bool(self.is_full);
+        out.bool(self.waits_for_room);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -685,6 +691,8 @@ impl ReplicaReport {
             scrub_passes: input.u64()?,
             since_scrub_seconds: input.u64()?,
             unsettled_chunks: input.u64()?,
+            is_full: input.bool()?,
+            waits_for_room: input.bool()?,
         })
     }
 }

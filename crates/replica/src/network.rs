@@ -28,6 +28,7 @@ use crate::gray::{Acks, Mute};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
 use crate::past::Grants;
+use crate::space::Fulls;
 use crate::usage::Counters;
 
 /// Appends of one stream that are under way at once. Two keep the link and the disk busy; more only queue.
@@ -39,6 +40,8 @@ const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 const COMMIT_HOLD: Duration = Duration::from_millis(2);
 /// Wait after a failed stream before openraft tries again.
 const BACKOFF: Duration = Duration::from_millis(50);
+/// The same while the medium of the follower is full: it may refuse whatever it is sent.
+const FULL_BACKOFF: Duration = Duration::from_millis(500);
 
 /// Makes clients of one replica's peers.
 #[derive(Clone)]
@@ -50,6 +53,7 @@ pub(crate) struct Networks {
     pub(crate) mute: Mute,
     pub(crate) acks: Acks,
     pub(crate) grants: Grants,
+    pub(crate) fulls: Fulls,
 }
 
 /// A client of one peer.
@@ -64,6 +68,7 @@ pub(crate) struct Client {
     mute: Mute,
     acks: Acks,
     grants: Grants,
+    fulls: Fulls,
 }
 
 /// Nothing is sent while the disk below hangs (see [`crate::gray`]).
@@ -88,6 +93,7 @@ impl Networks {
             mute: self.mute.clone(),
             acks: self.acks.clone(),
             grants: self.grants.clone(),
+            fulls: self.fulls.clone(),
         }
     }
 }
@@ -106,7 +112,8 @@ impl RaftNetworkFactory<Types> for Networks {
 
 fn unreachable(error: &CallError) -> RPCError<Types> {
     match error {
-        CallError::Send(_) => RPCError::Unreachable(Unreachable::new(error)),
+        // Asking again at once would only be refused again.
+        CallError::Send(_) | CallError::Refused(_) => RPCError::Unreachable(Unreachable::new(error)),
         _ => RPCError::Network(NetworkError::new(error)),
     }
 }
@@ -156,7 +163,9 @@ impl Client {
         let body = codec::append_request(request, &mut head);
         self.note_append(request, &body);
         let answer = self.call(self.lane, head, body, deadline).await?;
-        codec::append_response_from(&answer).map_err(malformed)
+        let (response, is_full) = codec::append_response_from(&answer).map_err(malformed)?;
+        self.fulls.heard(self.target, is_full);
+        Ok(response)
     }
 
     /// Whether the voter still follows the leader of `vote`: an append of nothing after nothing, which is refused only
@@ -286,7 +295,8 @@ impl RaftNetworkV2<Types> for Client {
     }
 
     fn backoff(&self) -> Option<Backoff> {
-        Some(Backoff::new(std::iter::repeat(BACKOFF)))
+        let pause = if self.fulls.is_full(self.target) { FULL_BACKOFF } else { BACKOFF };
+        Some(Backoff::new(std::iter::repeat(pause)))
     }
 }
 
@@ -319,7 +329,12 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             return Some((Err(silent()), self));
         }
         let item = match answer? {
-            Ok(frame) => codec::stream_result_from(&frame.head).map_err(malformed),
+            Ok(frame) => {
+                codec::stream_result_from(&frame.head).map_err(malformed).map(|(result, is_full)| {
+                    self.client.fulls.heard(self.client.target, is_full);
+                    result
+                })
+            }
             Err(error) => Err(unreachable(&error)),
         };
         self.ended = !matches!(item, Ok(Ok(_)));

@@ -28,10 +28,10 @@ use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::volume::VolumeState;
-use holdfast_store::StoreError;
 use holdfast_store::volume::{
     BlockSum, Checkpoint, ChunkSummary, LayerId, LayerMark, ReadError, StagingLayer,
 };
+use holdfast_store::{InUse, Reserve, StoreError};
 use holdfast_types::{
     BlockIndex, BlockRange, ByteSize, CHUNK_BLOCKS, ChunkIndex, DecodeError, GroupId, LogIndex, Reader,
     ReplicaId, StoreId, Writer, limits,
@@ -510,23 +510,28 @@ pub(crate) async fn pull(
     // gets meanwhile is of a log that is about to go. So as much as can be is brought home before.
     let reached = volume.group().position().reached(LogIndex::ZERO);
     let marks_hold = holdfast_env::timeout(OWN_LOG_PATIENCE, reached).await.is_ok();
-    let (data, group) = (volume.data().clone(), volume.group().clone());
-    match undivided(async move { data.clean(group.machine()).await }).await {
-        Ok(_) => {}
-        // A page may be lost, which the rebuild brings. What the map covers equals nothing of the source's.
-        Err(error @ StoreError::Damaged { .. }) => {
-            tracing::warn!(group = %volume.group().id().group, %error, "not all is brought home before a rebuild");
+    let using = volume.log().reserve().filter(|reserve| reserve.is_full()).map(Reserve::in_use);
+    if using.is_none() {
+        let (data, group) = (volume.data().clone(), volume.group().clone());
+        match undivided(async move { data.clean(group.machine()).await }).await {
+            Ok(_) => {}
+            // A page may be lost, which the rebuild brings. What the map covers equals nothing of the source's.
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(group = %volume.group().id().group, %error, "not all is brought home before a rebuild");
+            }
+            Err(error) => return Err(error.into()),
         }
-        Err(error) => return Err(error.into()),
     }
     let (data, marks) = (volume.data().clone(), layers.clone());
     let staging = undivided(async move { data.begin_staging(marks).await }).await?;
     for layer in layers {
         pull_layer(volume, &source, &staging, layer, state.size(), marks_hold).await?;
     }
+    let taking = staging.clone();
+    undivided(async move { taking.take_room().await }).await?;
     let serve_floor = source.position(&[]).await?;
     let bytes = source.received.get();
-    Ok(Received { staged: Rc::new(StagedContent(staging)), serve_floor, bytes })
+    Ok(Received { staged: Rc::new(StagedContent { staging, _using: using }), serve_floor, bytes })
 }
 
 /// The layers of a volume in the words of the store.
@@ -640,11 +645,15 @@ async fn stage_chunk(
     Ok(())
 }
 
-struct StagedContent(StagingLayer);
+struct StagedContent {
+    staging: StagingLayer,
+    /// On a full medium it stands in the room of the reserve.
+    _using: Option<InUse>,
+}
 
 impl Staged for StagedContent {
     fn commit(&self, checkpoint: Checkpoint) -> LocalBoxFuture<'static, Result<(), StoreError>> {
-        let staging = self.0.clone();
+        let staging = self.staging.clone();
         Box::pin(async move { staging.commit(checkpoint).await })
     }
 }

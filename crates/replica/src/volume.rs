@@ -28,6 +28,7 @@ use crate::group::{Group, GroupError};
 use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
 use crate::scrub::ScrubProgress;
+use crate::space;
 
 /// How long a read waits for its floor before it is sent elsewhere: a follower learns of a commit with the next
 /// append, and a caller that waited longer had better ask the leader.
@@ -201,6 +202,8 @@ pub struct Volume {
     scrubbed: Cell<ScrubProgress>,
     /// Why its blocks are not brought home any more.
     cleaner_fault: RefCell<Option<String>>,
+    /// How often the medium had been full when all of its blocks were last brought home in the reserve's room.
+    pub(crate) home_when_full: Cell<u64>,
     stopped: Notify,
     is_stopped: Cell<bool>,
 }
@@ -217,6 +220,7 @@ impl Volume {
             healed: RefCell::default(),
             scrubbed: Cell::default(),
             cleaner_fault: RefCell::new(None),
+            home_when_full: Cell::new(0),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
         });
@@ -390,7 +394,16 @@ impl Volume {
         if !self.settled(tag.epoch).await {
             return self.elsewhere("the volume waits for its former holder's lease to end");
         }
-        let _admitted = self.log().admit(payload.len()).await;
+        let _admitted = loop {
+            if space::brings_data(&decoded) && !self.has_room().await {
+                return self.elsewhere("the medium is full: data waits for room");
+            }
+            let admitted = self.log().admit(payload.len()).await;
+            // What stood in line while the medium became full waits like the rest.
+            if !space::brings_data(&decoded) || self.group.takes_data() {
+                break admitted;
+            }
+        };
         self.propose_command(AppData { head: command, payload }).await
     }
 
@@ -577,6 +590,8 @@ impl Volume {
         if let Some(fault) = self.fault() {
             report.fault = fault;
         }
+        report.is_full = self.log().is_full();
+        report.waits_for_room = self.waits_for_room();
         let healed = self.healed.borrow().clone();
         (report.healed_by, report.healed_bytes) = healed;
         let health = self.data().health();

@@ -48,6 +48,15 @@ impl StoreError {
         let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         Self::Io { what: what.into(), cause: error.to_string(), full }
     }
+    /// Wraps the error of a flush. Whatever its cause, what was to be flushed is unknown from here on: never only a full
+    /// medium.
+    pub fn flush(what: impl Into<String>, error: &io::Error) -> Self {
+        Self::Io { what: what.into(), cause: error.to_string(), full: false }
+    }
+    /// Whether only room is missing: what was tried may be tried again when there is some.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { full: true, .. })
+    }
     /// Something that does not decode.
     pub fn damaged(what: impl Into<String>, error: &DecodeError) -> Self {
         Self::Damaged { what: what.into(), why: error.to_string() }

@@ -7,6 +7,7 @@ mod fail_stop;
 pub mod journal;
 pub mod past_file;
 mod recent;
+mod reserve;
 pub mod scrub_file;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
@@ -17,3 +18,4 @@ pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;
 pub use fail_stop::FailStop;
 pub use recent::RecentLatency;
+pub use reserve::{InUse, Reserve};

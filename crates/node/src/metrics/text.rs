@@ -185,6 +185,9 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
         gauge("journal_size_bytes", "Bytes of all segments", one(usage.bytes_total)),
         gauge("journal_used_bytes", "Bytes of segments that are in use", one(usage.bytes_used)),
         gauge("journal_hung", "Whether the disk does not answer for the journal", one(snapshot.hung.into())),
+        gauge("medium_full", "Whether the medium is full: data waits for room", one(snapshot.full.into())),
+        counter("medium_filled", "Times that the medium was found full", one(snapshot.times_full)),
+        gauge("medium_waiting_volumes", "Volumes led here whose writes wait for room", one(snapshot.waiting)),
         gauge("journal_queue_records", "Records that wait for a batch", one(usage.waiting_records)),
         gauge("journal_queue_bytes", "Payload that waits for a batch", one(usage.waiting_bytes)),
         latency(

@@ -283,6 +283,21 @@ impl GroupLog {
         self.journal.has_room().await;
     }
 
+    /// Whether data of a leader elsewhere is taken now: on a full medium only while the journal is rather empty.
+    pub fn takes_data_of_others(&self) -> bool {
+        self.journal.takes_data_of_others()
+    }
+
+    /// The reserve of the store, if there is one.
+    pub fn reserve(&self) -> Option<&crate::Reserve> {
+        self.journal.reserve()
+    }
+
+    /// Whether the medium below is full: see [`super::Journal::is_full`].
+    pub fn is_full(&self) -> bool {
+        self.journal.is_full()
+    }
+
     /// Whether the disk below hangs: see [`super::Journal::is_hung`].
     pub fn is_hung(&self) -> bool {
         self.journal.is_hung()

@@ -15,7 +15,7 @@ mod repair;
 mod vacate;
 mod writer;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::{Rc, Weak};
@@ -34,10 +34,12 @@ use group::{Group, Meta, Place};
 pub use repair::EntrySum;
 use writer::State;
 
-use crate::{EntryId, RecentLatency, ReplicaIdentity, StoreError, StoreIdentity};
+use crate::{EntryId, RecentLatency, ReplicaIdentity, Reserve, StoreError, StoreIdentity};
 
 /// A disk that has not answered for a batch after so long is taken to hang, until it does.
 pub const HUNG_AFTER: Duration = Duration::from_secs(2);
+/// On a full medium data is taken from leaders elsewhere while no more than this of the journal is in use.
+const FULL_TAKES_BELOW_PERCENT: u32 = 25;
 const IDENTITY_FILE: &str = "journal/identity";
 const IDENTITY_MAGIC: u64 = 0x6873_6166_6964_3031;
 /// Goes up with every change of the journal's bytes, so that another version's journal is refused, not taken for empty.
@@ -135,6 +137,8 @@ struct Inner {
     shorter: Notify,
     /// Payload that may be on its way into the journal, in KiB.
     admission: Rc<Semaphore>,
+    /// The store's reserve; there is none where nobody asked for it.
+    reserve: OnceCell<Reserve>,
 }
 
 /// The right to put a payload into the journal; given back when it is dropped.
@@ -339,6 +343,23 @@ impl Journal {
         self.fail(error);
     }
 
+    /// Opens the store's reserve, as large as the journal, or makes it.
+    pub async fn open_reserve(&self, directory: Rc<dyn Directory>) -> Result<(), StoreError> {
+        let bytes = u64::from(self.0.options.segments) * self.0.options.segment_bytes;
+        let reserve = Reserve::open(directory, bytes).await?;
+        self.0.reserve.set(reserve).map_err(|_| StoreError::Failed("the reserve is open already".into()))
+    }
+
+    /// The store's reserve, if it was opened.
+    pub fn reserve(&self) -> Option<&Reserve> {
+        self.0.reserve.get()
+    }
+
+    /// Whether the medium below is full: then no data is taken that needs room (INV-SPACE).
+    pub fn is_full(&self) -> bool {
+        self.reserve().is_some_and(Reserve::is_full)
+    }
+
     /// What of the journal cannot be read though it may have been acknowledged. A group whose identity is used again
     /// after this (the catalog's) may have had a log here.
     pub fn doubt(&self) -> bool {
@@ -386,6 +407,12 @@ impl Journal {
             }
             changed.await;
         }
+    }
+
+    /// Whether data of leaders elsewhere is taken, who commit it without this store. On a full medium most of the journal
+    /// is kept for what makes room: a volume that is led from here may need it (INV-SPACE).
+    fn takes_data_of_others(&self) -> bool {
+        !self.is_full() || self.pressure().used_percent < FULL_TAKES_BELOW_PERCENT
     }
 
     /// Counters.

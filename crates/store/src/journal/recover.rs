@@ -18,7 +18,7 @@
 //! Before anything is believed the segments are flushed: what a process before this one wrote may be readable and not
 //! yet be on the medium.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -322,6 +322,7 @@ pub(super) async fn open(
         flush_latency: RefCell::default(),
         recent_flushes: RefCell::default(),
         admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
+        reserve: OnceCell::new(),
         options,
     };
     let journal = Journal(Rc::new(inner));

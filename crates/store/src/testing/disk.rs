@@ -225,6 +225,8 @@ struct Disk {
     faults: BTreeMap<u64, Fault>,
     frozen: bool,
     space: Option<u64>,
+    /// So many more times somebody finds room.
+    grants: Option<u64>,
     flushes: u64,
     random: Random,
     /// The file that a write was for.
@@ -252,6 +254,7 @@ impl MemoryDisk {
             faults: BTreeMap::new(),
             frozen: false,
             space: None,
+            grants: None,
             flushes: 0,
             random: Random::new(seed ^ 0xd15c),
             targets: BTreeMap::new(),
@@ -302,6 +305,16 @@ impl MemoryDisk {
     /// From now on at most so many bytes can be allocated.
     pub fn limit_space(&self, bytes: Option<u64>) {
         self.disk.borrow_mut().space = bytes;
+    }
+
+    /// From now on room is found so many times: for blocks, or for a new file; then no more.
+    pub fn limit_allocations(&self, grants: Option<u64>) {
+        self.disk.borrow_mut().grants = grants;
+    }
+
+    /// Bytes that all files take.
+    pub fn used(&self) -> u64 {
+        self.disk.borrow().state.used_blocks() * BLOCK
     }
 
     /// Ends when an operation was reached at which the world stops.
@@ -479,9 +492,11 @@ impl MemoryDisk {
     }
 
     fn has_space(&self, more_blocks: u64) -> bool {
-        let disk = self.disk.borrow();
+        let mut disk = self.disk.borrow_mut();
         let used = disk.state.used_blocks();
-        disk.space.is_none_or(|space| (used + more_blocks) * BLOCK <= space)
+        let granted = disk.grants != Some(0);
+        disk.grants = disk.grants.map(|grants| grants.saturating_sub(1));
+        granted && disk.space.is_none_or(|space| (used + more_blocks) * BLOCK <= space)
     }
 }
 
@@ -690,6 +705,9 @@ impl Directory for MemoryDisk {
             this.turn().await;
             if let Some((_, Some(Fault::Fail(kind)))) = created {
                 return Err(kind.into());
+            }
+            if mode == OpenMode::CreateNew && !this.has_space(0) {
+                return Err(full());
             }
             let id = {
                 let mut disk = this.disk.borrow_mut();

@@ -11,8 +11,9 @@ use holdfast_types::{
 };
 
 use super::extent::{Extent, ExtentMap, What};
-use super::layers::{LayerId, Piece, PieceFiles};
+use super::layers::{LayerId, LayerMark, Piece, PieceFiles};
 use super::marks::sum_of;
+use super::room::{Room, Taken};
 use super::table::{BlockSum, Chunk};
 use super::{Change, Checkpoint, CheckpointSource, VolumeData};
 use crate::StoreError;
@@ -23,6 +24,8 @@ const WRITES_MAX: usize = 4;
 /// How long to wait for the local flush of what was applied, and how often to look.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
+
+type HomeWrite = futures_util::future::LocalBoxFuture<'static, std::io::Result<AlignedBuffer>>;
 
 /// What one pass does to one piece.
 struct Work {
@@ -38,16 +41,26 @@ impl VolumeData {
     /// One pass: everything applied and flushed up to now goes home, and a checkpoint says so. While a rebuild is
     /// collected nothing is done, and the checkpoint before is answered.
     ///
-    /// Order: files of new layers, home data, home flush, table pages, table flush, manifest, second copies of the
-    /// pages; each for all layers together, but for table pages that are too many for one manifest (`pages.rs`). A crash before the manifest leaves the checkpoint before, from which the
-    /// journal repeats everything. After an error that is no lack of space the store must stop: what was written is
-    /// unknown.
+    /// Order: files of new layers, room for all of it, home data, home flush, table pages, table flush, manifest, second
+    /// copies of the pages; each for all layers together, but for table pages that are too many for one manifest
+    /// (`pages.rs`). A crash before the manifest leaves the checkpoint before,
+    /// from which the journal repeats everything. After an error that is no lack of space the store must stop: what was
+    /// written is unknown. After one that is, nothing has changed.
     pub async fn clean(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
+        self.clean_in(source, Room::Whole).await
+    }
+
+    /// As [`Self::clean`], in as little room as it takes.
+    pub async fn clean_tight(&self, source: &dyn CheckpointSource) -> Result<Checkpoint, StoreError> {
+        self.clean_in(source, Room::Tight).await
+    }
+
+    async fn clean_in(&self, source: &dyn CheckpointSource, room: Room) -> Result<Checkpoint, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
         if self.0.rebuilds.get() > 0 && !planted("clean-while-rebuilding") {
             return Ok(self.checkpoint());
         }
-        self.merge_if_too_many().await?;
+        self.merge_if_too_many(room).await?;
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
         self.0.aimed.replace(Some(target.clone()));
         self.0.chain.fold_unseen(target.id.index);
@@ -56,31 +69,9 @@ impl VolumeData {
         self.write_owed_copies().await?;
         self.create_files(&pieces).await?;
         let mut work = self.work(moving).await?;
-        if planted("checkpoint-before-home-flush") {
-            let pieces = Some(marks.clone());
-            self.write_manifest(Change { checkpoint: Some(target.clone()), pieces, ..Change::default() })
-                .await?;
-        }
-        // Who reads home now looks again if it does not match.
-        self.changed();
-        for Work { files, runs, .. } in &work {
-            self.write_home(files, runs).await?;
-        }
-        for Work { files, .. } in work.iter().filter(|work| !work.runs.is_empty()) {
-            self.flush_home(files).await?;
-        }
-        let mut pages = Vec::new();
-        for Work { files, piece, lines, .. } in &work {
-            let lines = lines.iter().map(|(chunk, (_, line))| (*chunk, line.clone())).collect();
-            self.write_lines(&mut pages, piece.id, files, lines).await?;
-        }
-        let change = Change {
-            checkpoint: Some(target.clone()),
-            staged: Some(false),
-            pieces: Some(marks),
-            pages: Some(&pages),
-        };
-        self.write_manifest(change).await?;
+        let mut taken = Taken::default();
+        let made = self.make_checkpoint(&target, marks, &work, room, &mut taken).await;
+        self.or_give_back(made, &taken).await?;
         self.0.aimed.replace(None);
         self.count(|usage| usage.checkpoints += 1);
         self.0.chain.drop_up_to(target.id.index);
@@ -94,6 +85,61 @@ impl VolumeData {
         self.forget_retired(target.id.index).await?;
         self.0.payloads.evict_hint();
         Ok(target)
+    }
+
+    /// A pass up to its manifest.
+    async fn make_checkpoint(
+        &self,
+        target: &Checkpoint,
+        marks: Vec<LayerMark>,
+        work: &[Work],
+        room: Room,
+        taken: &mut Taken,
+    ) -> Result<(), StoreError> {
+        self.take_room(target, marks.len(), work, room, taken).await?;
+        if planted("checkpoint-before-home-flush") {
+            let pieces = Some(marks.clone());
+            self.write_manifest(Change { checkpoint: Some(target.clone()), pieces, ..Change::default() })
+                .await?;
+        }
+        // Who reads home now looks again if it does not match.
+        self.changed();
+        for Work { files, runs, .. } in work {
+            self.write_home(files, runs).await?;
+        }
+        for Work { files, .. } in work.iter().filter(|work| !work.runs.is_empty()) {
+            self.flush_home(files).await?;
+        }
+        let mut pages = Vec::new();
+        for Work { files, piece, lines, .. } in work {
+            let lines = lines.iter().map(|(chunk, (_, line))| (*chunk, line.clone())).collect();
+            self.write_lines(&mut pages, piece.id, files, lines).await?;
+        }
+        let change = Change {
+            checkpoint: Some(target.clone()),
+            staged: Some(false),
+            pieces: Some(marks),
+            pages: Some(&pages),
+        };
+        self.write_manifest(change).await
+    }
+
+    /// Takes the room for all of it before anything is written (INV-SPACE).
+    async fn take_room(
+        &self,
+        target: &Checkpoint,
+        pieces: usize,
+        work: &[Work],
+        room: Room,
+        taken: &mut Taken,
+    ) -> Result<(), StoreError> {
+        for Work { files, runs, lines, .. } in work {
+            let data = runs.iter().filter(|(_, run)| matches!(run.what, What::Data { .. }));
+            self.take_home(taken, files, data.map(|(start, run)| (*start, run.count)), room).await?;
+            self.take_pages(taken, files, lines.keys().copied()).await?;
+        }
+        let lines: usize = work.iter().map(|work| work.lines.len()).sum();
+        self.take_manifest(target, pieces, lines).await
     }
 
     /// Layers that the checkpoint has thrown away give their files back.
@@ -269,6 +315,20 @@ impl VolumeData {
 
     async fn write_home(&self, files: &PieceFiles, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {
         let mut writes = Vec::new();
+        let mut outcome = self.start_home_writes(files, runs, &mut writes).await;
+        // One that was still under way when the pass is repeated could end after what that writes.
+        for write in writes {
+            outcome = outcome.and(write.await.map(drop).map_err(|error| StoreError::io("home", &error)));
+        }
+        outcome
+    }
+
+    async fn start_home_writes(
+        &self,
+        files: &PieceFiles,
+        runs: &[(BlockIndex, Extent)],
+        writes: &mut Vec<HomeWrite>,
+    ) -> Result<(), StoreError> {
         let mut merged: Vec<Bytes> = Vec::new();
         let mut merged_at = BlockIndex(0);
         let mut merged_blocks = 0u64;
@@ -276,7 +336,7 @@ impl VolumeData {
             let What::Data { offset, .. } = &run.what else { continue };
             let follows = merged_blocks > 0 && merged_at.0 + merged_blocks == start.0;
             if !follows || merged_blocks + run.count > u64::from(REQUEST_BLOCKS_MAX) {
-                self.start_home_write(files, &mut writes, merged_at, &mut merged).await?;
+                self.start_home_write(files, writes, merged_at, &mut merged).await?;
                 (merged_at, merged_blocks) = (*start, 0);
             }
             let payload = self.0.payloads.read_payload(run.index, *offset, run.count as u32).await?;
@@ -284,11 +344,7 @@ impl VolumeData {
             merged_blocks += run.count;
             merged.push(payload);
         }
-        self.start_home_write(files, &mut writes, merged_at, &mut merged).await?;
-        for write in writes {
-            write.await.map_err(|error: std::io::Error| StoreError::io("home", &error))?;
-        }
-        Ok(())
+        self.start_home_write(files, writes, merged_at, &mut merged).await
     }
 
     fn verify(&self, start: BlockIndex, run: &Extent, payload: &[u8]) -> Result<(), StoreError> {
@@ -307,7 +363,7 @@ impl VolumeData {
     async fn start_home_write(
         &self,
         files: &PieceFiles,
-        writes: &mut Vec<futures_util::future::LocalBoxFuture<'static, std::io::Result<AlignedBuffer>>>,
+        writes: &mut Vec<HomeWrite>,
         at: BlockIndex,
         merged: &mut Vec<Bytes>,
     ) -> Result<(), StoreError> {
@@ -321,31 +377,12 @@ impl VolumeData {
             buffer.as_mut_slice()[filled..filled + payload.len()].copy_from_slice(&payload);
             filled += payload.len();
         }
-        self.allocate_chunks(files, at, bytes as u64).await?;
         if writes.len() >= WRITES_MAX {
             let oldest = writes.remove(0);
             oldest.await.map_err(|error| StoreError::io("home", &error))?;
         }
         self.count(|usage| usage.home_bytes_written += buffer.len() as u64);
         writes.push(files.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
-        Ok(())
-    }
-
-    /// A chunk's first write allocates it whole, so that random writes do not shatter the file's extents.
-    pub(super) async fn allocate_chunks(
-        &self,
-        files: &PieceFiles,
-        at: BlockIndex,
-        bytes: u64,
-    ) -> Result<(), StoreError> {
-        let last = BlockIndex(at.0 + bytes / BLOCK_BYTES as u64 - 1).chunk();
-        for chunk in (at.chunk().0..=last.0).map(ChunkIndex) {
-            if !files.table.chunk(chunk).await?.has_data() {
-                let offset = chunk.first_block().byte_offset();
-                let allocated = files.home.allocate(offset, CHUNK_BYTES).await;
-                allocated.map_err(|error| StoreError::io("home", &error))?;
-            }
-        }
         Ok(())
     }
 

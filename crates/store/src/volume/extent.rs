@@ -51,16 +51,22 @@ impl Extent {
 pub(super) struct ExtentMap {
     runs: BTreeMap<u64, Extent>,
     data_blocks: u64,
+    cleared_blocks: u64,
 }
 
 impl ExtentMap {
     /// Puts a run over whatever was there.
     pub(super) fn insert(&mut self, start: BlockIndex, extent: Extent) {
         self.remove(start.0, start.0 + extent.count);
-        if matches!(extent.what, What::Data { .. }) {
-            self.data_blocks += extent.count;
-        }
+        *self.counter(&extent.what) += extent.count;
         self.runs.insert(start.0, extent);
+    }
+
+    fn counter(&mut self, what: &What) -> &mut u64 {
+        match what {
+            What::Data { .. } => &mut self.data_blocks,
+            What::Zero | What::Absent => &mut self.cleared_blocks,
+        }
     }
 
     fn remove(&mut self, start: u64, end: u64) {
@@ -70,16 +76,13 @@ impl ExtentMap {
         for at in hit {
             let Some(run) = self.runs.remove(&at) else { continue };
             let run_end = at + run.count;
-            let is_data = matches!(run.what, What::Data { .. });
             if at < start {
                 self.runs.insert(at, run.part(0, start - at));
             }
             if run_end > end {
                 self.runs.insert(end, run.part(end - at, run_end - end));
             }
-            if is_data {
-                self.data_blocks -= run_end.min(end) - at.max(start);
-            }
+            *self.counter(&run.what) -= run_end.min(end) - at.max(start);
         }
     }
 
@@ -110,8 +113,9 @@ impl ExtentMap {
     /// Drops every run that an entry up to `index` made: it is home.
     pub(super) fn drop_up_to(&mut self, index: LogIndex) {
         self.runs.retain(|_, run| run.index > index);
-        let data = self.runs.values().filter(|run| matches!(run.what, What::Data { .. }));
-        self.data_blocks = data.map(|run| run.count).sum();
+        let is_data = |run: &&Extent| matches!(run.what, What::Data { .. });
+        self.data_blocks = self.runs.values().filter(is_data).map(|run| run.count).sum();
+        self.cleared_blocks = self.runs.values().map(|run| run.count).sum::<u64>() - self.data_blocks;
     }
 
     /// Puts everything of a newer map over this one.
@@ -127,6 +131,9 @@ impl ExtentMap {
 
     pub(super) fn data_blocks(&self) -> u64 {
         self.data_blocks
+    }
+    pub(super) fn cleared_blocks(&self) -> u64 {
+        self.cleared_blocks
     }
     pub(super) fn len(&self) -> usize {
         self.runs.len()
@@ -170,6 +177,7 @@ mod tests {
             }
             let data = model.iter().flatten().filter(|(_, sum)| sum.is_some()).count() as u64;
             prop_assert_eq!(map.data_blocks(), data);
+            prop_assert_eq!(map.cleared_blocks(), model.iter().flatten().count() as u64 - data);
             prop_assert_eq!(shown, model);
         }
     }

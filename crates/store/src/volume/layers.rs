@@ -98,7 +98,7 @@ pub(super) struct PieceFiles {
 
 impl PieceFiles {
     pub(super) async fn flush_home(&self) -> Result<(), StoreError> {
-        self.home.flush().await.map_err(|error| StoreError::io("home", &error))
+        self.home.flush().await.map_err(|error| StoreError::flush("home", &error))
     }
 }
 
@@ -481,7 +481,7 @@ impl VolumeData {
             made = true;
         }
         if made {
-            self.0.directory.sync().await.map_err(|error| StoreError::io(&self.0.prefix, &error))?;
+            self.0.directory.sync().await.map_err(|error| StoreError::flush(&self.0.prefix, &error))?;
             self.share_memory();
         }
         Ok(())
@@ -515,7 +515,10 @@ impl VolumeData {
         for name in &left {
             self.0.directory.remove(name).await.map_err(wrap)?;
         }
-        if left.is_empty() { Ok(()) } else { self.0.directory.sync().await.map_err(wrap) }
+        if left.is_empty() {
+            return Ok(());
+        }
+        self.0.directory.sync().await.map_err(|error| StoreError::flush(&self.0.prefix, &error))
     }
 
     /// Second copies that a full medium has left undone: a manifest with another list must not come before them.

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, OpenMode};
 use holdfast_types::{
     ClusterId, DecodeError, GroupId, LogIndex, NodeName, Reader, ReplicaId, StoreId, Term, VolumeId, Writer,
 };
@@ -120,6 +120,19 @@ impl Manifest {
         AlignedBuffer::copy_of(whole.as_slice())
     }
 
+    /// No less than the bytes of this manifest with another checkpoint, and lists of so many pieces and pages.
+    pub(super) fn bytes_with(&self, checkpoint: &Checkpoint, pieces: usize, pages: usize) -> usize {
+        /// Everything of known length, and lengths.
+        const FIXED: usize = 1024;
+        let pages = pages.min(PAGES_LISTED_MAX);
+        FIXED
+            + self.spec_json.len()
+            + checkpoint.membership.len()
+            + checkpoint.state.len()
+            + pieces * 17
+            + pages * 24
+    }
+
     fn decode(slot: &[u8]) -> Result<Self, DecodeError> {
         let mut input = Reader::new(slot);
         let magic = input.u64()?;
@@ -196,6 +209,8 @@ pub(super) struct ManifestFile {
     file: Rc<dyn File>,
     name: String,
     bytes_written: Cell<u64>,
+    /// Room that was taken in each slot since the file was opened.
+    taken: [Cell<u64>; 2],
 }
 
 impl ManifestFile {
@@ -204,18 +219,31 @@ impl ManifestFile {
         directory.remove(&name).await.map_err(wrap)?;
         let file = directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         file.set_length(2 * SLOT_BYTES as u64).await.map_err(wrap)?;
-        Ok(Self { file, name, bytes_written: Cell::new(0) })
+        Ok(Self { file, name, bytes_written: Cell::new(0), taken: Default::default() })
     }
 
     pub(super) async fn open(directory: &Rc<dyn Directory>, name: String) -> Result<Self, StoreError> {
         let file =
             directory.open(&name, OpenMode::Existing).await.map_err(|error| StoreError::io(&name, &error))?;
-        Ok(Self { file, name, bytes_written: Cell::new(0) })
+        Ok(Self { file, name, bytes_written: Cell::new(0), taken: Default::default() })
     }
 
     /// Bytes written, each generation with a flush.
     pub(super) fn bytes_written(&self) -> u64 {
         self.bytes_written.get()
+    }
+
+    /// Takes room for a generation of so many bytes.
+    pub(super) async fn take_room(&self, generation: u64, bytes: usize) -> Result<(), StoreError> {
+        let taken = &self.taken[(generation % 2) as usize];
+        let wanted = bytes.next_multiple_of(ALIGNMENT).min(SLOT_BYTES) as u64;
+        if taken.get() >= wanted {
+            return Ok(());
+        }
+        let allocated = self.file.allocate(generation % 2 * SLOT_BYTES as u64, wanted).await;
+        allocated.map_err(|error| StoreError::io(&self.name, &error))?;
+        taken.set(wanted);
+        Ok(())
     }
 
     /// Writes a generation over the older one; durable when it returns.
@@ -237,7 +265,7 @@ impl ManifestFile {
     /// The newest generation that is whole. On stable storage when it returns: a killed daemon may have left it in a
     /// cache, and the log is purged by what it says.
     pub(super) async fn read(&self) -> Result<Manifest, StoreError> {
-        self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))?;
+        self.file.flush().await.map_err(|error| StoreError::flush(&self.name, &error))?;
         let mut newest: Option<Manifest> = None;
         let mut problem = DecodeError::Short { missing: 0 };
         for slot in 0..2 {

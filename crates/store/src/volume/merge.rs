@@ -16,6 +16,7 @@ use holdfast_env::disk::{AlignedBuffer, Durability};
 use holdfast_types::{BLOCK_BYTES, BlockIndex, CHUNK_BLOCKS, ChunkIndex, LogIndex};
 
 use super::layers::{LayerMark, Piece, PieceFiles};
+use super::room::{Room, Taken};
 use super::table::{BlockSum, Chunk};
 use super::{Change, PAGE_CHUNKS, VolumeData};
 use crate::StoreError;
@@ -23,6 +24,8 @@ use crate::journal::planted;
 
 /// Chunks that one step merges: 16 MiB.
 const CHUNKS_MAX: usize = 64;
+/// The same on a full medium, where a step needs room before it makes some: 2 MiB.
+const CHUNKS_MAX_TIGHT: usize = 8;
 /// Pieces beyond which nothing else is done before some were merged. Those of living snapshots cannot be so many.
 const PIECES_MAX: usize = 1024;
 /// Table pages that one step looks at.
@@ -57,24 +60,43 @@ impl VolumeData {
 
     /// A bounded step of merging; true if there is more to do. Errors are as those of [`Self::clean`].
     pub async fn merge_step(&self) -> Result<bool, StoreError> {
+        self.merge_step_in(Room::Whole).await
+    }
+
+    /// As [`Self::merge_step`], in as little room as it takes.
+    pub async fn merge_step_tight(&self) -> Result<bool, StoreError> {
+        self.merge_step_in(Room::Tight).await
+    }
+
+    async fn merge_step_in(&self, room: Room) -> Result<bool, StoreError> {
         let _one_at_a_time = self.0.cleaning.lock().await;
-        if self.0.rebuilds.get() > 0 { Ok(false) } else { self.merge_some().await }
+        if self.0.rebuilds.get() > 0 { Ok(false) } else { self.merge_some(room).await }
     }
 
     /// So many pieces are too many: some are merged before another checkpoint adds to them. The caller is alone.
-    pub(super) async fn merge_if_too_many(&self) -> Result<(), StoreError> {
+    pub(super) async fn merge_if_too_many(&self, room: Room) -> Result<(), StoreError> {
         let are_many = || self.0.manifest.borrow().pieces.len() > PIECES_MAX;
-        while are_many() && self.merge_some().await? {}
+        while are_many() && self.merge_some(room).await? {}
         Ok(())
     }
 
-    async fn merge_some(&self) -> Result<bool, StoreError> {
+    async fn merge_some(&self, room: Room) -> Result<bool, StoreError> {
         let Some((older, younger)) = self.next_merge() else { return Ok(false) };
         self.write_owed_copies().await?;
         let (Some(into), Some(from)) = (older.files(), younger.files()) else { return Ok(false) };
-        let (lines, is_end) = self.look(&younger, &from).await?;
+        let before = younger.scan.get();
+        let (lines, is_end) = self.look(&younger, &from, room).await?;
         if !lines.is_empty() {
-            self.merge_lines(&older, &into, &younger, &from, lines).await?;
+            if planted("empty-before-merged") {
+                self.empty_lines(&younger, &from, &lines).await?;
+            }
+            let mut taken = Taken::default();
+            let merged = self.merge_lines(&older, (&into, &from), &lines, room, &mut taken).await;
+            if merged.as_ref().is_err_and(StoreError::is_full) {
+                younger.scan.set(before);
+            }
+            self.or_give_back(merged, &taken).await?;
+            self.empty_lines(&younger, &from, &lines).await?;
         } else if is_end && !younger.scan.get().found {
             self.end_merge(&older, &younger).await?;
             return Ok(self.next_merge().is_some());
@@ -87,12 +109,13 @@ impl VolumeData {
     }
 
     /// Lines of the younger piece that hold something, and whether its last page was reached.
-    async fn look(&self, piece: &Piece, files: &PieceFiles) -> Result<(Lines, bool), StoreError> {
+    async fn look(&self, piece: &Piece, files: &PieceFiles, room: Room) -> Result<(Lines, bool), StoreError> {
+        let most = if room == Room::Tight { CHUNKS_MAX_TIGHT } else { CHUNKS_MAX };
         let count = files.table.page_count().await?;
         let mut scan = piece.scan.get();
         let end = count.min(scan.page + PAGES_MAX);
         let mut found = Lines::new();
-        while scan.page < end && found.len() < CHUNKS_MAX {
+        while scan.page < end && found.len() < most {
             let lines = files.table.lines(scan.page).await;
             let lines = lines.inspect_err(|_| self.suspect_chunk(ChunkIndex(scan.page * PAGE_CHUNKS)))?;
             found.extend(lines.into_iter().filter(|(_, line)| line.is_present()));
@@ -103,20 +126,23 @@ impl VolumeData {
         Ok((found, scan.page >= count))
     }
 
+    /// Brings lines, and the blocks that they name, from the younger piece into the older one.
     async fn merge_lines(
         &self,
         older: &Piece,
-        into: &PieceFiles,
-        younger: &Piece,
-        from: &PieceFiles,
-        lines: Lines,
+        (into, from): (&Rc<PieceFiles>, &PieceFiles),
+        lines: &Lines,
+        room: Room,
+        taken: &mut Taken,
     ) -> Result<(), StoreError> {
-        if planted("empty-before-merged") {
-            self.empty_lines(younger, from, &lines).await?;
-        }
+        let runs = lines.iter().flat_map(|(chunk, line)| data_runs(*chunk, line));
+        self.take_home(taken, into, runs, room).await?;
+        self.take_pages(taken, into, lines.keys().copied()).await?;
+        let checkpoint = self.checkpoint();
+        self.take_manifest(&checkpoint, self.pieces(), lines.len()).await?;
         let mut merged = Lines::new();
         let mut emptied = Vec::new();
-        for (chunk, line) in &lines {
+        for (chunk, line) in lines {
             let mut there = self.line_of(into, *chunk).await?;
             let had_data = there.has_data();
             there.put_over(line);
@@ -132,8 +158,7 @@ impl VolumeData {
         self.write_manifest(Change { pages: Some(&pages), ..Change::default() }).await?;
         self.changed();
         into.table.write_other_copies().await?;
-        self.punch(into, &emptied).await?;
-        self.empty_lines(younger, from, &lines).await
+        self.punch(into, &emptied).await
     }
 
     /// The older piece has all of it, durably.
@@ -157,22 +182,11 @@ impl VolumeData {
         chunk: ChunkIndex,
         line: &Chunk,
     ) -> Result<(), StoreError> {
-        let is_data = |within: usize| matches!(line.get(within), BlockSum::Data(_));
-        let blocks = CHUNK_BLOCKS as usize;
-        let mut at = 0;
-        while at < blocks {
-            let length = (at..blocks).take_while(|within| is_data(*within)).count();
-            if length == 0 {
-                at += 1;
-                continue;
-            }
-            let first = BlockIndex(chunk.first_block().0 + at as u64);
-            let data = read_what_can_be_read(from, first, length).await;
-            self.allocate_chunks(into, first, data.len() as u64).await?;
+        for (first, count) in data_runs(chunk, line) {
+            let data = read_what_can_be_read(from, first, count as usize).await;
             self.count(|usage| usage.home_bytes_written += data.len() as u64);
             let written = into.home.write_at(first.byte_offset(), data, Durability::Volatile).await;
             written.map_err(|error| StoreError::io("home", &error))?;
-            at += length;
         }
         Ok(())
     }
@@ -195,6 +209,21 @@ impl VolumeData {
         self.share_memory();
         self.remove_left_overs().await
     }
+}
+
+/// Runs of data blocks of a chunk.
+fn data_runs(chunk: ChunkIndex, line: &Chunk) -> Vec<(BlockIndex, u64)> {
+    let is_data = |within: usize| matches!(line.get(within), BlockSum::Data(_));
+    let blocks = CHUNK_BLOCKS as usize;
+    let (mut at, mut runs) = (0, Vec::new());
+    while at < blocks {
+        let length = (at..blocks).take_while(|within| is_data(*within)).count();
+        if length > 0 {
+            runs.push((BlockIndex(chunk.first_block().0 + at as u64), length as u64));
+        }
+        at += length.max(1);
+    }
+    runs
 }
 
 /// Blocks of home; zeros for those that the medium does not give back, which match no checksum but that of zeros.

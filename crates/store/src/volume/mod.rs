@@ -26,6 +26,7 @@ mod merge;
 mod owners;
 mod pages;
 mod read;
+mod room;
 mod sources;
 pub(crate) mod stage;
 mod stage_lost;
@@ -46,6 +47,7 @@ pub use heal::{Finding, Health};
 pub use layers::{LayerId, LayerMark, NoLayer, View};
 pub use manifest::{Manifest, ReplicaFileIdentity};
 pub use read::{CheckedBlocks, ReadError};
+pub use room::Room;
 pub use stage::StagingLayer;
 pub use table::BlockSum;
 /// Chunks of a page of the table.
@@ -122,10 +124,14 @@ pub enum BlockKind {
 pub struct Dirty {
     /// Whether anything is not home, or the layers are not those of the checkpoint.
     pub any: bool,
+    /// Whether the layers are not those of the checkpoint.
+    pub layers: bool,
     /// Whether layers are to be merged.
     pub merges: bool,
     /// Bytes of data that are not home.
     pub bytes: u64,
+    /// Blocks that were given back or zeroed, and are not so at home.
+    pub cleared: u64,
     /// Runs of blocks that the map holds.
     pub runs: usize,
 }
@@ -241,7 +247,7 @@ impl VolumeData {
         };
         file.write(&manifest).await?;
         if !planted("replica-not-named") {
-            directory.sync().await.map_err(|error| StoreError::io(&prefix, &error))?;
+            directory.sync().await.map_err(|error| StoreError::flush(&prefix, &error))?;
         }
         Self::open(directory, &identity, payloads).await
     }
@@ -336,11 +342,11 @@ impl VolumeData {
         let prefix = prefix_of(id);
         let wrap = |error: std::io::Error| StoreError::io(&prefix, &error);
         directory.remove(&format!("{prefix}/manifest")).await.map_err(wrap)?;
-        directory.sync().await.map_err(wrap)?;
+        directory.sync().await.map_err(|error| StoreError::flush(&prefix, &error))?;
         for name in directory.list(&format!("{prefix}/")).await.map_err(wrap)? {
             directory.remove(&name).await.map_err(wrap)?;
         }
-        directory.sync().await.map_err(wrap)
+        directory.sync().await.map_err(|error| StoreError::flush(&prefix, &error))
     }
 
     /// The volume's specification, as it was when the replica was made.
@@ -380,11 +386,17 @@ impl VolumeData {
     /// What is not home yet. Asked for after every run of applied entries, so it looks at no single block.
     pub fn dirty(&self) -> Dirty {
         let chain_changed = self.0.chain.changed_at() > self.0.manifest.borrow().checkpoint.id.index;
-        let mut dirty = Dirty { any: chain_changed, merges: self.next_merge().is_some(), bytes: 0, runs: 0 };
+        let mut dirty = Dirty {
+            any: chain_changed,
+            layers: chain_changed,
+            merges: self.next_merge().is_some(),
+            ..Dirty::default()
+        };
         for piece in self.0.chain.live().iter() {
             let map = piece.map.borrow();
             dirty.any |= !map.is_empty();
             dirty.bytes += map.data_blocks() * holdfast_types::BLOCK_BYTES as u64;
+            dirty.cleared += map.cleared_blocks();
             dirty.runs += map.len();
         }
         dirty

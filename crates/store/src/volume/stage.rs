@@ -17,6 +17,7 @@ use holdfast_types::{
 };
 
 use super::layers::{LayerId, LayerMark, Piece, Pieces};
+use super::room::{Room, Taken};
 use super::table::{BlockSum, Chunk};
 use super::{Change, Checkpoint, VolumeData};
 use crate::StoreError;
@@ -34,6 +35,10 @@ struct Staging {
     file: Rc<dyn File>,
     at: Cell<u64>,
     blocks: Cell<u64>,
+    /// What will take room at home: data, and zeros, which take it in the table only.
+    runs: RefCell<Vec<(LayerId, BlockRange, bool)>>,
+    /// The pieces that the switch makes, once room was taken in them.
+    coming: RefCell<Option<Vec<Rc<Piece>>>>,
     open: RefCell<bool>,
 }
 
@@ -123,7 +128,7 @@ impl VolumeData {
         self.0.directory.remove(&name).await.map_err(wrap)?;
         let file = self.0.directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         if !planted("staging-not-named") {
-            self.0.directory.sync().await.map_err(wrap)?;
+            self.0.directory.sync().await.map_err(|error| StoreError::flush(&name, &error))?;
         }
         let staging = Staging {
             data: self.clone(),
@@ -131,6 +136,8 @@ impl VolumeData {
             file,
             at: Cell::new(0),
             blocks: Cell::new(0),
+            runs: RefCell::default(),
+            coming: RefCell::default(),
             open: RefCell::new(true),
         };
         self.0.rebuilds.set(self.0.rebuilds.get() + 1);
@@ -173,7 +180,7 @@ impl VolumeData {
     async fn directory_remove(&self, name: &str) -> Result<(), StoreError> {
         let wrap = |error: std::io::Error| StoreError::io(name, &error);
         self.0.directory.remove(name).await.map_err(wrap)?;
-        self.0.directory.sync().await.map_err(wrap)
+        self.0.directory.sync().await.map_err(|error| StoreError::flush(name, &error))
     }
 
     fn staged_layer(&self, layer: LayerId) -> Result<Pieces, StoreError> {
@@ -298,8 +305,51 @@ impl StagingLayer {
         let at = staging.at.get();
         staging.at.set(at + whole.len() as u64);
         staging.data.count(|usage| usage.staging_bytes_written += whole.len() as u64);
-        staging.file.write_at(at, whole, Durability::Volatile).await.map_err(wrap)?;
+        if let Err(error) = staging.file.write_at(at, whole, Durability::Volatile).await.map_err(wrap) {
+            if error.is_full() {
+                // Nobody else is to wait for what this one took (INV-SPACE).
+                staging.file.punch(0, staging.at.get()).await.map_err(wrap)?;
+            }
+            return Err(error);
+        }
         Ok(())
+    }
+
+    /// Takes the room that the content needs at home, so that the switch finds it. If there is none, nothing was switched
+    /// in, and what was collected is given back (INV-SPACE).
+    pub async fn take_room(&self) -> Result<(), StoreError> {
+        let data = &self.0.data;
+        let _alone = data.0.cleaning.lock().await;
+        let marks = data.pieces_for(&self.0.layers);
+        let named = data.0.manifest.borrow().pieces.clone();
+        let coming = data.0.chain.prepare(&marks, &named);
+        let mut taken = Taken::default();
+        let outcome = self.take_room_in(&coming, &mut taken).await;
+        if outcome.as_ref().is_err_and(StoreError::is_full) {
+            let name = data.staging_name();
+            let given = self.0.file.punch(0, self.0.at.get()).await;
+            given.map_err(|error| StoreError::io(&name, &error))?;
+        }
+        data.or_give_back(outcome, &taken).await?;
+        self.0.coming.replace(Some(coming));
+        Ok(())
+    }
+
+    async fn take_room_in(&self, coming: &[Rc<Piece>], taken: &mut Taken) -> Result<(), StoreError> {
+        let data = &self.0.data;
+        data.create_files(coming).await?;
+        let runs = self.0.runs.borrow().clone();
+        for layer in &self.0.layers {
+            // Data and zeros go to the youngest of a layer's pieces.
+            let newest = coming.iter().rev().find(|piece| layer.spans(piece.id));
+            let Some(files) = newest.and_then(|piece| piece.files()) else { continue };
+            let of_layer = || runs.iter().filter(|(of, _, _)| *of == layer.id);
+            let home = of_layer().filter(|(_, _, is_data)| *is_data);
+            let home = home.map(|(_, range, _)| (range.start, range.count.into()));
+            data.take_home(taken, &files, home, Room::Tight).await?;
+            data.take_pages(taken, &files, of_layer().map(|(_, range, _)| range.start.chunk())).await?;
+        }
+        data.take_manifest(&data.checkpoint(), coming.len(), runs.len()).await
     }
 
     /// Adds data blocks of a layer; `checksums` are those of the blocks.
@@ -317,6 +367,7 @@ impl StagingLayer {
             }
         }
         self.0.blocks.set(self.0.blocks.get() + u64::from(range.count));
+        self.0.runs.borrow_mut().push((layer, range, true));
         self.record(KIND_DATA, layer, range, data).await
     }
 
@@ -327,6 +378,7 @@ impl StagingLayer {
 
     /// Adds blocks that are zeros in a layer, and hide what is below.
     pub async fn zero(&self, layer: LayerId, range: BlockRange) -> Result<(), StoreError> {
+        self.0.runs.borrow_mut().push((layer, range, false));
         self.record(KIND_ZERO, layer, range, Bytes::new()).await
     }
 
@@ -347,13 +399,13 @@ impl StagingLayer {
         let name = data.staging_name();
         data.count(|usage| usage.flushes += 1);
         if !planted("switch-before-flush") {
-            self.0.file.flush().await.map_err(|error| StoreError::io(&name, &error))?;
+            self.0.file.flush().await.map_err(|error| StoreError::flush(&name, &error))?;
         }
         data.write_owed_copies().await?;
         let marks = data.pieces_for(&self.0.layers);
         // Files of the layers that are missing here, in memory under the chain that comes.
         let named = data.0.manifest.borrow().pieces.clone();
-        let coming = data.0.chain.prepare(&marks, &named);
+        let coming = self.0.coming.take().unwrap_or_else(|| data.0.chain.prepare(&marks, &named));
         data.create_files(&coming).await?;
         let change = Change {
             checkpoint: Some(checkpoint),

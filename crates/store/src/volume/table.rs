@@ -503,7 +503,33 @@ impl Table {
 
     async fn flush(&self) -> Result<(), StoreError> {
         self.flushes.set(self.flushes.get() + 1);
-        self.file.flush().await.map_err(|error| StoreError::io(&self.name, &error))
+        self.file.flush().await.map_err(|error| StoreError::flush(&self.name, &error))
+    }
+
+    /// Whether the page of a chunk was never written.
+    pub(super) async fn is_new_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
+        Ok(self.page(place_of(chunk).0).await?.generation == 0)
+    }
+
+    /// Takes room for both copies of a chunk's page.
+    pub(super) async fn take_page(&self, chunk: ChunkIndex) -> Result<(), StoreError> {
+        let both = 2 * BLOCK_BYTES as u64;
+        let taken = self.file.allocate(place_of(chunk).0 * both, both).await;
+        taken.map_err(|error| StoreError::io(&self.name, &error))
+    }
+
+    /// The inverse, if it still was never written.
+    pub(super) async fn give_page_back(&self, chunk: ChunkIndex) -> Result<(), StoreError> {
+        let both = 2 * BLOCK_BYTES as u64;
+        if !self.is_new_page(chunk).await? || self.owes(place_of(chunk).0) {
+            return Ok(());
+        }
+        let given = self.file.punch(place_of(chunk).0 * both, both).await;
+        given.map_err(|error| StoreError::io(&self.name, &error))
+    }
+
+    fn owes(&self, number: u64) -> bool {
+        self.owed.borrow().iter().any(|page| page.number == number)
     }
 
     /// Writes the other copy of each page, now that the manifest says that the first copies count.

@@ -177,8 +177,8 @@ fn home_writes_that_are_lost_or_misdirected_are_found_and_healed() {
             replica.submit(write(BLOCK, 1));
             replica.flushed().await;
             let right = content(&replica, BLOCK).await;
-            // The allocation of the chunk is there already: the cleaner's first operation is the write.
-            disk.at(disk.operations(), fault);
+            // The chunk has its room already: the cleaner takes room for the manifest, and then writes the block.
+            disk.at(disk.operations() + 1, fault);
             replica.clean().await.expect("the disk says that it is done");
             let misdirected = matches!(fault, Fault::Misdirect(_));
             let bad = if misdirected { vec![BLOCK, 40] } else { vec![BLOCK] };

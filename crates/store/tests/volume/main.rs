@@ -2,6 +2,7 @@
 
 mod bounds;
 mod crashes;
+mod full;
 mod golden;
 mod heal;
 mod heal_layers;

@@ -6,6 +6,7 @@ mod copies;
 mod damaged_journal;
 mod deaf_leader;
 mod foreign_peer;
+mod full_disk;
 mod left_behind;
 mod lost_node;
 mod lost_quorum;
@@ -65,6 +66,7 @@ pub const ALL: [(&str, &str); 20] = [
     ("moved-replicas", "a replica is moved, added and removed under load"),
     ("lost-node", "a node that stays away is replaced"),
     ("snapshots", "snapshots over writes, the leader's death, an absence and their own end"),
+    ("full-disk", "the media of two of three nodes fill up, and room is made by trims"),
     ("copies", "the node that copies a snapshot into a new volume is killed in the middle"),
 ];
 
@@ -90,6 +92,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "moved-replicas" => moved_replicas::run(place).await,
         "lost-node" => lost_node::run(place).await,
         "snapshots" => snapshots::run(place).await,
+        "full-disk" => full_disk::run(place).await,
         "copies" => copies::run(place).await,
         other => {
             let known: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
