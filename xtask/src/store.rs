@@ -112,6 +112,12 @@ const MUTANTS: &[Mutant] = &[
         "meets_apply::what_is_applied_after_the_comparison_goes_with_the_old_log",
     ),
     (
+        "keep-unnamed-files",
+        "INV-SPACE",
+        "rebuild",
+        "failed_pass::a_rebuild_that_is_given_up_takes_no_names_from_files_of_a_failed_pass",
+    ),
+    (
         "keep-what-was-taken",
         "INV-SPACE",
         "volume",

@@ -46,6 +46,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("forget-hidden-runs", "a block is served of which an older version never came home"),
     ("trim-leaves-no-mark", "a chunk changes and its mark does not"),
     ("clean-while-rebuilding", "home changes while it is compared with a peer's"),
+    ("keep-unnamed-files", "a rebuild takes the names of files that a failed pass goes on to write"),
     ("keep-what-was-taken", "a pass that finds no room keeps what it had taken"),
     // Layers.
     ("trim-falls-through", "what was given back shows what an older layer holds"),

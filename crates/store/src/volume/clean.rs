@@ -60,6 +60,7 @@ impl VolumeData {
         if self.0.rebuilds.get() > 0 && !planted("clean-while-rebuilding") {
             return Ok(self.checkpoint());
         }
+        self.give_back_abandoned().await?;
         self.merge_if_too_many(room).await?;
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
         self.0.aimed.replace(Some(target.clone()));

@@ -487,20 +487,25 @@ impl VolumeData {
         Ok(())
     }
 
+    /// Forgets files that a pass that failed has made and no manifest names, before their names go to others. They are
+    /// made anew when they are needed: what is to go there is in memory still.
+    pub(super) fn forget_unnamed_files(&self) {
+        if crate::journal::planted("keep-unnamed-files") {
+            return;
+        }
+        let named = &self.0.manifest.borrow().pieces;
+        let all = self.0.chain.all();
+        let unnamed = all.iter().filter(|piece| !named.iter().any(|mark| mark.id == piece.id));
+        for piece in unnamed.filter(|piece| piece.files().is_some()) {
+            self.forget_table(piece);
+            piece.files.replace(None);
+            self.0.owners.clear();
+        }
+    }
+
     /// Removes the files of layers that the manifest does not name: of an interrupted pass, merged, or thrown away.
     pub(super) async fn remove_left_overs(&self) -> Result<(), StoreError> {
-        // A pass that failed may have made files that are not named yet. They are made anew when they are needed: what
-        // is to go there is in memory still.
-        {
-            let named = &self.0.manifest.borrow().pieces;
-            let all = self.0.chain.all();
-            let unnamed = all.iter().filter(|piece| !named.iter().any(|mark| mark.id == piece.id));
-            for piece in unnamed.filter(|piece| piece.files().is_some()) {
-                self.forget_table(piece);
-                piece.files.replace(None);
-                self.0.owners.clear();
-            }
-        }
+        self.forget_unnamed_files();
         let wrap = |error: std::io::Error| StoreError::io(&self.0.prefix, &error);
         let named: BTreeSet<String> = {
             let manifest = self.0.manifest.borrow();

@@ -207,6 +207,8 @@ struct Inner {
     aimed: RefCell<Option<Checkpoint>>,
     /// Rebuilds that compare what is home with a peer's. While there is one, nothing is moved home (INV-STAGE).
     rebuilds: Cell<u32>,
+    /// Room that rebuilds took which were given up.
+    abandoned: RefCell<Vec<room::Taken>>,
     /// What reads found bad.
     suspects: heal::Suspects,
 }
@@ -290,6 +292,7 @@ impl VolumeData {
             former_tables: Cell::default(),
             aimed: RefCell::default(),
             rebuilds: Cell::new(0),
+            abandoned: RefCell::default(),
             suspects: heal::Suspects::default(),
         }));
         data.share_memory();

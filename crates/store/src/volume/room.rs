@@ -123,9 +123,21 @@ impl VolumeData {
         outcome: Result<T, StoreError>,
         taken: &Taken,
     ) -> Result<T, StoreError> {
-        if outcome.as_ref().is_err_and(StoreError::is_full) {
-            self.give_back(taken).await?;
+        if outcome.is_err()
+            && let Err(error) = self.give_back(taken).await
+        {
+            // The store has stopped, then.
+            tracing::warn!(group = %self.0.identity.id.group, %error, "room that is not used was not given back");
         }
         outcome
+    }
+
+    /// Gives back what rebuilds took that were given up. The caller holds the cleaning lock.
+    pub(super) async fn give_back_abandoned(&self) -> Result<(), StoreError> {
+        let abandoned = std::mem::take(&mut *self.0.abandoned.borrow_mut());
+        for taken in &abandoned {
+            self.give_back(taken).await?;
+        }
+        Ok(())
     }
 }

@@ -35,8 +35,10 @@ struct Staging {
     file: Rc<dyn File>,
     at: Cell<u64>,
     blocks: Cell<u64>,
-    /// What will take room at home: data, and zeros, which take it in the table only.
+    /// What will take room at home: data, and zeros and what is cleared, which take it in the table only.
     runs: RefCell<Vec<(LayerId, BlockRange, bool)>>,
+    /// Room that was taken for it at home, until it is switched in.
+    taken: RefCell<Option<Taken>>,
     /// The pieces that the switch makes, once room was taken in them.
     coming: RefCell<Option<Vec<Rc<Piece>>>>,
     open: RefCell<bool>,
@@ -44,6 +46,10 @@ struct Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
+        // Nothing can be awaited here: whoever cleans or stages next gives it back.
+        if let Some(taken) = self.taken.take() {
+            self.data.0.abandoned.borrow_mut().push(taken);
+        }
         let rebuilds = &self.data.0.rebuilds;
         rebuilds.set(rebuilds.get() - 1);
     }
@@ -125,6 +131,7 @@ impl VolumeData {
         if self.0.rebuilds.get() > 0 {
             return Err(StoreError::Failed("another rebuild of this replica has not ended yet".into()));
         }
+        self.give_back_abandoned().await?;
         self.0.directory.remove(&name).await.map_err(wrap)?;
         let file = self.0.directory.open(&name, OpenMode::CreateNew).await.map_err(wrap)?;
         if !planted("staging-not-named") {
@@ -137,6 +144,7 @@ impl VolumeData {
             at: Cell::new(0),
             blocks: Cell::new(0),
             runs: RefCell::default(),
+            taken: RefCell::default(),
             coming: RefCell::default(),
             open: RefCell::new(true),
         };
@@ -322,9 +330,17 @@ impl StagingLayer {
         let _alone = data.0.cleaning.lock().await;
         let marks = data.pieces_for(&self.0.layers);
         let named = data.0.manifest.borrow().pieces.clone();
+        data.give_back_abandoned().await?;
+        // Their names go to the files that are made now.
+        data.forget_unnamed_files();
         let coming = data.0.chain.prepare(&marks, &named);
         let mut taken = Taken::default();
-        let outcome = self.take_room_in(&coming, &mut taken).await;
+        let mut outcome = self.take_room_in(&coming, &mut taken).await;
+        if outcome.is_ok() {
+            // The last record.
+            let end = self.0.file.allocate(self.0.at.get(), BLOCK_BYTES as u64).await;
+            outcome = end.map_err(|error| StoreError::io(data.staging_name(), &error));
+        }
         if outcome.as_ref().is_err_and(StoreError::is_full) {
             let name = data.staging_name();
             let given = self.0.file.punch(0, self.0.at.get()).await;
@@ -332,6 +348,7 @@ impl StagingLayer {
         }
         data.or_give_back(outcome, &taken).await?;
         self.0.coming.replace(Some(coming));
+        self.0.taken.replace(Some(taken));
         Ok(())
     }
 
@@ -340,14 +357,18 @@ impl StagingLayer {
         data.create_files(coming).await?;
         let runs = self.0.runs.borrow().clone();
         for layer in &self.0.layers {
-            // Data and zeros go to the youngest of a layer's pieces.
-            let newest = coming.iter().rev().find(|piece| layer.spans(piece.id));
-            let Some(files) = newest.and_then(|piece| piece.files()) else { continue };
             let of_layer = || runs.iter().filter(|(of, _, _)| *of == layer.id);
-            let home = of_layer().filter(|(_, _, is_data)| *is_data);
-            let home = home.map(|(_, range, _)| (range.start, range.count.into()));
-            data.take_home(taken, &files, home, Room::Tight).await?;
-            data.take_pages(taken, &files, of_layer().map(|(_, range, _)| range.start.chunk())).await?;
+            // Data go to the youngest of a layer's pieces; each of them gets a line, the oldest the mark.
+            let newest = coming.iter().rev().find(|piece| layer.spans(piece.id));
+            if let Some(files) = newest.and_then(|piece| piece.files()) {
+                let home = of_layer().filter(|(_, _, is_data)| *is_data);
+                let home = home.map(|(_, range, _)| (range.start, range.count.into()));
+                data.take_home(taken, &files, home, Room::Tight).await?;
+            }
+            let pieces = coming.iter().filter(|piece| layer.spans(piece.id));
+            for files in pieces.filter_map(|piece| piece.files()) {
+                data.take_pages(taken, &files, of_layer().map(|(_, range, _)| range.start.chunk())).await?;
+            }
         }
         data.take_manifest(&data.checkpoint(), coming.len(), runs.len()).await
     }
@@ -373,6 +394,7 @@ impl StagingLayer {
 
     /// Adds blocks that are absent in a layer, whatever is below.
     pub async fn clear(&self, layer: LayerId, range: BlockRange) -> Result<(), StoreError> {
+        self.0.runs.borrow_mut().push((layer, range, false));
         self.record(KIND_CLEAR, layer, range, Bytes::new()).await
     }
 
@@ -414,6 +436,8 @@ impl StagingLayer {
             ..Change::default()
         };
         data.write_manifest(change).await?;
+        // It is used from now on.
+        self.0.taken.take();
         // What the maps hold is of entries that the checkpoint covers; what they made of their blocks was not compared.
         if !planted("keep-map-at-switch") {
             data.0.chain.replace(coming);

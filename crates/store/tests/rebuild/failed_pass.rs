@@ -3,9 +3,10 @@
 
 use std::rc::Rc;
 
+use bytes::Bytes;
 use holdfast_store::testing::{MemoryDisk, Tear, simulate};
-use holdfast_store::volume::{Checkpoint, CheckpointSource, VolumeData};
-use holdfast_types::{BlockIndex, BlockRange, LogIndex};
+use holdfast_store::volume::{Checkpoint, CheckpointSource, LayerId, VolumeData};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, LogIndex, block_checksum};
 
 use crate::replica::{At, Log, checkpoint, reopened, replica_in, write};
 
@@ -83,4 +84,48 @@ fn a_pass_never_aims_below_one_that_failed() {
             "the state at entry 3 has a snapshot that the layers have no more"
         );
     });
+}
+
+/// FAULTS row 16: a pass finds no room when it has made the files of a new layer; then a rebuild begins, makes files of
+/// the same layer, takes its room, and is given up. Later passes write to files that have a name.
+#[test]
+fn a_rebuild_that_is_given_up_takes_no_names_from_files_of_a_failed_pass() {
+    let mut grants = 0;
+    loop {
+        let (disk, log) = (MemoryDisk::new(1), Rc::new(Log::default()));
+        let failed = simulate(1, async {
+            let data = replica_in(disk.directory(), &log).await;
+            write(&data, &log, 1, range(0), 1);
+            data.clean(&At(1)).await.expect("is cleaned");
+            data.apply_snapshot(LogIndex(2));
+            write(&data, &log, 3, range(0), 3);
+            disk.limit_allocations(Some(grants));
+            let failed = data.clean(&At(3)).await.is_err();
+            disk.limit_allocations(None);
+            let used = disk.used();
+            let staging = data.begin_staging(data.layers()).await.expect("begins");
+            let bytes = Bytes::from(vec![9; range(128).bytes() as usize]);
+            let blocks = range(128).blocks().zip(bytes.chunks_exact(BLOCK_BYTES));
+            let sums: Vec<u32> = blocks.map(|(block, data)| block_checksum(block, data)).collect();
+            staging.put(LayerId(LogIndex(2)), range(128), bytes, &sums).await.expect("is staged");
+            staging.take_room().await.expect("there is room");
+            assert!(disk.used() > used + range(128).bytes());
+            drop(staging);
+            data.clean(&At(3)).await.expect("is cleaned");
+            drop(data);
+            disk.power_cut(Tear::Nothing);
+            let data = reopened(disk.directory(), &log).await.expect("opens");
+            let read = data.read(range(0)).await.expect("is read");
+            assert!(
+                read.iter().all(|found| *found == 3),
+                "after {grants} grants: the pass wrote where nobody looks"
+            );
+            failed
+        });
+        if !failed {
+            break;
+        }
+        grants += 1;
+    }
+    assert!(grants > 3, "{grants}");
 }
