@@ -123,11 +123,8 @@ impl VolumeData {
         outcome: Result<T, StoreError>,
         taken: &Taken,
     ) -> Result<T, StoreError> {
-        if outcome.is_err()
-            && let Err(error) = self.give_back(taken).await
-        {
-            // The store has stopped, then.
-            tracing::warn!(group = %self.0.identity.id.group, %error, "room that is not used was not given back");
+        if outcome.as_ref().is_err_and(StoreError::is_full) {
+            self.give_back(taken).await?;
         }
         outcome
     }

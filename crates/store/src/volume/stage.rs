@@ -346,7 +346,11 @@ impl StagingLayer {
             let given = self.0.file.punch(0, self.0.at.get()).await;
             given.map_err(|error| StoreError::io(&name, &error))?;
         }
-        data.or_give_back(outcome, &taken).await?;
+        // Nothing was written yet, so whatever went wrong all of it goes back.
+        if outcome.is_err() {
+            data.give_back(&taken).await?;
+        }
+        outcome?;
         self.0.coming.replace(Some(coming));
         self.0.taken.replace(Some(taken));
         Ok(())
