@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_protocol::planted::is_planted;
-use holdfast_store::journal::Journal;
+use holdfast_store::journal::{Journal, Pressure};
 use holdfast_store::volume::Dirty;
 use holdfast_store::{Reserve, StoreError};
 use holdfast_types::{LogIndex, limits};
@@ -185,7 +185,7 @@ impl Cleaner<'_> {
     /// One cleaning pass. On a full medium what is not home may stay in the journal.
     async fn clean(&self) -> Done {
         let group = self.volume.group().id().group;
-        let began = Instant::now();
+        let mut until = Instant::now() + HEAL_PATIENCE;
         loop {
             match self.pass().await {
                 Ok(()) => return self.made_room().await,
@@ -195,8 +195,12 @@ impl Cleaner<'_> {
                 },
                 // Damage is being healed, and a read may succeed the next time.
                 Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. }))
-                    if self.journal.failed().is_none() && Instant::now() < began + HEAL_PATIENCE =>
+                    if self.journal.failed().is_none()
+                        && (Instant::now() < until || self.may_wait(&error)) =>
                 {
+                    if self.may_wait(&error) {
+                        until = Instant::now() + HEAL_PATIENCE;
+                    }
                     tracing::debug!(%group, %error, "cleaning waits until it is healed");
                     holdfast_env::sleep(HEAL_PAUSE).await;
                     if self.volume.is_stopped() {
@@ -212,6 +216,10 @@ impl Cleaner<'_> {
                 }
             }
         }
+    }
+
+    fn may_wait(&self, error: &StoreError) -> bool {
+        may_wait(error, self.volume.data().awaits_pages(), self.journal.pressure())
     }
 
     async fn pass(&self) -> Result<(), StoreError> {
@@ -305,6 +313,13 @@ impl Cleaner<'_> {
     }
 }
 
+/// Whether it harms nobody to wait for what is damaged for as long as it takes: it comes from another replica
+/// (`heal.rs`), and the journal has room.
+fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool {
+    let has_room = !pressure.line_waits && pressure.used_percent < URGENT_ABOVE_PERCENT;
+    matches!(error, StoreError::Damaged { .. }) && awaits_pages && has_room
+}
+
 /// Purges the log to the checkpoint, or to what a rebuild from this replica still needs; false if the group stopped.
 async fn purge(volume: &Rc<Volume>, journal: &Journal, hold: &PurgeHold) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
@@ -326,5 +341,21 @@ async fn purge(volume: &Rc<Volume>, journal: &Journal, hold: &PurgeHold) -> bool
             tracing::warn!(group = %volume.group().id().group, %error, "the log was not purged this time");
             true
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_others_hold_is_waited_for_and_only_while_there_is_room() {
+        let damaged = StoreError::Damaged { what: "a page".into(), why: "it is old".into() };
+        let pressure = |used_percent, line_waits| Pressure { used_percent, line_waits };
+        assert!(may_wait(&damaged, true, pressure(10, false)));
+        assert!(!may_wait(&damaged, false, pressure(10, false)));
+        assert!(!may_wait(&damaged, true, pressure(URGENT_ABOVE_PERCENT, false)));
+        assert!(!may_wait(&damaged, true, pressure(10, true)));
+        assert!(!may_wait(&StoreError::Failed("it stopped".into()), true, pressure(10, false)));
     }
 }

@@ -55,6 +55,8 @@ pub(crate) const DIGESTS: u8 = 2;
 
 pub(crate) const LOST: u8 = 0;
 pub(crate) const HELD: u8 = 1;
+/// As lost; some of the blocks that were wanted follow, which may be old.
+const OLD: u8 = 2;
 
 /// Why a peer could not tell.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -81,11 +83,19 @@ pub(crate) struct Told {
     pub(crate) applied: LogIndex,
     /// What the chunk holds; `None` if it does not know.
     pub(crate) now: Option<ChunkNow>,
+    /// Blocks that it gives although it does not know what the chunk holds: only a checksum tells what they are worth.
+    old: u64,
 }
 
 fn put_told(out: &mut Writer, told: &Told) {
     told.applied.encode(out);
-    let Some(now) = &told.now else { return out.u8(LOST) };
+    let Some(now) = &told.now else {
+        if told.old == 0 {
+            return out.u8(LOST);
+        }
+        out.u8(OLD);
+        return out.u64(told.old);
+    };
     out.u8(HELD);
     out.u64(now.incarnation);
     now.last_index.encode(out);
@@ -94,8 +104,13 @@ fn put_told(out: &mut Writer, told: &Told) {
 
 fn get_told(input: &mut Reader<'_>, chunk: ChunkIndex) -> Result<Told, DecodeError> {
     let applied = LogIndex::decode(input)?;
+    let mut old = 0;
     let now = match input.u8()? {
         LOST => None,
+        OLD => {
+            old = input.u64()?;
+            None
+        }
         HELD => Some(ChunkNow {
             incarnation: input.u64()?,
             last_index: LogIndex::decode(input)?,
@@ -103,7 +118,7 @@ fn get_told(input: &mut Reader<'_>, chunk: ChunkIndex) -> Result<Told, DecodeErr
         }),
         other => return Err(DecodeError::Unknown { what: "chunk", value: other.into() }),
     };
-    Ok(Told { chunk, applied, now })
+    Ok(Told { chunk, applied, now, old })
 }
 
 /// What this replica holds of a chunk of a layer, and as of when; `None` if it has no such layer.
@@ -119,7 +134,7 @@ pub(crate) async fn look(
         Err(_) => return Ok(None),
     };
     // No wait since the look: this is what had been applied at it.
-    Ok(Some(Told { chunk, applied: volume.group().position().applied_index(), now }))
+    Ok(Some(Told { chunk, applied: volume.group().position().applied_index(), now, old: 0 }))
 }
 
 fn other_layers() -> HealError {
@@ -173,7 +188,7 @@ async fn look_with_blocks(
 ) -> Result<(Told, Vec<Bytes>), HealError> {
     for _ in 0..LOOKS_MAX {
         let before = look(volume, layer, chunk).await?.ok_or_else(other_layers)?;
-        let Some(now) = &before.now else { return Ok((before, Vec::new())) };
+        let Some(now) = &before.now else { return old_blocks(volume, layer, before, wanted).await };
         let mut blocks = Vec::new();
         for block in data_blocks(chunk, now, wanted) {
             let read = volume.data().read_layer(layer.id, BlockRange::new(block, 1)).await;
@@ -187,11 +202,31 @@ async fn look_with_blocks(
     Err(HealError::Failed("the chunk is being written".into()))
 }
 
+/// What is left of a chunk whose page is not believed. Who wants all of it wants to know what it holds, and nobody here
+/// does.
+async fn old_blocks(
+    volume: &Volume,
+    layer: LayerMark,
+    told: Told,
+    wanted: u64,
+) -> Result<(Told, Vec<Bytes>), HealError> {
+    if wanted == u64::MAX {
+        return Ok((told, Vec::new()));
+    }
+    let blocks = volume.data().old_blocks(layer, told.chunk, wanted).await?;
+    let old = blocks.iter().fold(0, |mask, (block, _)| mask | 1 << block.within_chunk());
+    Ok((Told { old, ..told }, blocks.into_iter().map(|(_, data)| data).collect()))
+}
+
 /// The blocks of a mask that are data.
 fn data_blocks(chunk: ChunkIndex, now: &ChunkNow, mask: u64) -> Vec<BlockIndex> {
-    let of_mask = (0..CHUNK_BLOCKS as usize).filter(|n| mask & (1 << n) != 0);
-    let data = of_mask.filter(|n| matches!(now.sums[*n], BlockSum::Data(_)));
-    data.map(|n| BlockIndex(chunk.first_block().0 + n as u64)).collect()
+    let is_data = |block: &BlockIndex| matches!(now.sums[block.within_chunk()], BlockSum::Data(_));
+    blocks_of(chunk, mask).into_iter().filter(is_data).collect()
+}
+
+fn blocks_of(chunk: ChunkIndex, mask: u64) -> Vec<BlockIndex> {
+    let of_mask = (0..CHUNK_BLOCKS).filter(|n| mask >> n & 1 == 1);
+    of_mask.map(|n| BlockIndex(chunk.first_block().0 + n)).collect()
 }
 
 /// The beginning of a question. INV-HEAL: one that is behind does not answer it.
@@ -234,18 +269,21 @@ pub(crate) async fn ask(
     let mut out = Vec::with_capacity(count);
     for chunk in chunks {
         let told = get_told(&mut input, *chunk)?;
+        let given = match &told.now {
+            Some(now) => data_blocks(*chunk, now, wanted),
+            None => blocks_of(*chunk, told.old & wanted),
+        };
         let mut blocks = Vec::new();
-        if let Some(now) = &told.now {
-            for block in data_blocks(*chunk, now, wanted) {
-                if body.len() < BLOCK_BYTES {
-                    return Err(HealError::Failed("blocks are missing".into()));
-                }
-                let data = body.split_to(BLOCK_BYTES);
-                if now.sums[block.within_chunk()] != BlockSum::Data(block_checksum(block, &data)) {
-                    return Err(HealError::Failed(format!("block {} was damaged on the way", block.0)));
-                }
-                blocks.push((block, data));
+        for block in given {
+            if body.len() < BLOCK_BYTES {
+                return Err(HealError::Failed("blocks are missing".into()));
             }
+            let data = body.split_to(BLOCK_BYTES);
+            let sum = BlockSum::Data(block_checksum(block, &data));
+            if told.now.as_ref().is_some_and(|now| now.sums[block.within_chunk()] != sum) {
+                return Err(HealError::Failed(format!("block {} was damaged on the way", block.0)));
+            }
+            blocks.push((block, data));
         }
         out.push((told, blocks));
     }
@@ -339,7 +377,7 @@ async fn heal_blocks(
     for store in peers(volume) {
         let mask = bad.iter().fold(0, |mask, block| mask | 1 << block.within_chunk());
         let (told, blocks) = match ask(volume, store, layer, &[chunk], mask).await.map(|mut all| all.pop()) {
-            Ok(Some((told, blocks))) if told.now.is_some() => (told, blocks),
+            Ok(Some((told, blocks))) if told.now.is_some() || !blocks.is_empty() => (told, blocks),
             Ok(_) => continue,
             Err(error) => {
                 tracing::debug!(%store, chunk = chunk.0, %error, "a peer does not heal a chunk");
@@ -350,6 +388,9 @@ async fn heal_blocks(
             Finding::Whole => return Ok(true),
             Finding::Lost => return replace(volume, layer, chunk).await,
             Finding::Bad(left) => bad = left,
+        }
+        if told.now.is_none() {
+            continue;
         }
         match same_sums(volume, layer, &told, &bad).await? {
             true => same = true,

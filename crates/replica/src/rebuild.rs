@@ -356,14 +356,16 @@ async fn answer(
         CHECKSUMS => {
             let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
             out.u32(count as u32);
+            let until = rotten_source::deadline();
             for _ in 0..count {
                 let chunk = ChunkIndex(input.u64()?);
-                let sums = rotten_source::checksums(volume, layer, chunk).await?;
+                let sums = rotten_source::checksums(volume, layer, chunk, until).await?;
                 sums.iter().for_each(|sum| put_sum(&mut out, sum));
             }
         }
         BLOCKS => {
-            let blocks = rotten_source::blocks(volume, layer, BlockRange::decode(input)?).await?;
+            let (range, until) = (BlockRange::decode(input)?, rotten_source::deadline());
+            let blocks = rotten_source::blocks(volume, layer, range, until).await?;
             blocks.checksums.iter().for_each(|sum| out.u32(*sum));
             body.push(blocks.data);
         }

@@ -5,25 +5,32 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use holdfast_env::Instant;
 use holdfast_store::StoreError;
-use holdfast_store::volume::{BlockSum, CheckedBlocks, LayerId, LayerMark, ReadError};
+use holdfast_store::volume::{BlockSum, CheckedBlocks, LayerId, LayerMark, ReadError, VolumeData};
 use holdfast_types::{BlockIndex, BlockRange, ChunkIndex, StoreId, block_checksum};
 
 use crate::heal;
 use crate::volume::Volume;
 
-/// How long a source heals what it is asked for; shorter than a call.
+/// How long a source heals what one question asks for; shorter than a call.
 const HEAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Until when what a question asks for that has come now is healed.
+pub(crate) fn deadline() -> Instant {
+    Instant::now() + HEAL_PATIENCE
+}
 
 /// How each block of a chunk is in a layer of this source.
 pub(crate) async fn checksums(
     volume: &Volume,
     layer: LayerId,
     chunk: ChunkIndex,
+    until: Instant,
 ) -> Result<Vec<BlockSum>, ReadError> {
     match volume.data().layer_checksums(layer, chunk).await {
         Err(ReadError::Store(StoreError::Damaged { .. })) => {
-            heal_first(volume, chunk).await;
+            heal_first(volume.data().clone(), chunk, until).await;
             volume.data().layer_checksums(layer, chunk).await
         }
         other => other,
@@ -35,12 +42,13 @@ pub(crate) async fn blocks(
     volume: &Volume,
     layer: LayerId,
     range: BlockRange,
+    until: Instant,
 ) -> Result<CheckedBlocks, ReadError> {
     match volume.data().read_layer(layer, range).await {
         Err(ReadError::BadBlocks(bad)) => {
             let chunks: BTreeSet<ChunkIndex> = bad.iter().map(|block| BlockIndex(*block).chunk()).collect();
             for chunk in chunks {
-                heal_first(volume, chunk).await;
+                heal_first(volume.data().clone(), chunk, until).await;
             }
             volume.data().read_layer(layer, range).await
         }
@@ -48,18 +56,26 @@ pub(crate) async fn blocks(
     }
 }
 
-/// What is asked for is bad here: the healer is told, and waited for. If it takes too long the question fails, and the
-/// healer goes on: what it writes is not broken off halfway.
-async fn heal_first(volume: &Volume, chunk: ChunkIndex) {
-    let data = volume.data();
-    for layer in data.layers() {
-        if let Err(error) = data.verify_chunk(layer.id, chunk).await {
-            // The healer finds the same, and does what is to be done.
-            tracing::error!(chunk = chunk.0, %error, "what a rebuild asks for is not looked at");
+/// What is asked for is bad here: the healer is told, and waited for. If it takes too long the question fails, and all
+/// goes on that has begun: what is written is not broken off halfway.
+async fn heal_first(data: VolumeData, chunk: ChunkIndex, until: Instant) {
+    let looking = data.clone();
+    let looked = holdfast_env::spawn("rotten-source", async move {
+        for layer in looking.layers() {
+            if let Err(error) = looking.verify_chunk(layer.id, chunk).await {
+                // The healer finds the same, and does what is to be done.
+                tracing::error!(chunk = chunk.0, %error, "what a rebuild asks for is not looked at");
+            }
         }
-    }
-    data.suspect_chunk(chunk);
-    if holdfast_env::timeout(HEAL_PATIENCE, data.well(chunk)).await.is_err() {
+        looking.suspect_chunk(chunk);
+    });
+    let healed = async {
+        if looked.await.is_ok() {
+            data.well(chunk).await;
+        }
+    };
+    let late = holdfast_env::timeout(until.since(Instant::now()), healed).await.is_err();
+    if late {
         tracing::warn!(chunk = chunk.0, "what a rebuild asks for is not healed yet");
     }
 }

@@ -223,6 +223,34 @@ fn what_too_few_others_hold_is_not_distrusted() {
     });
 }
 
+/// One has a page that is not believed, the other a rotten block in that page, and the third is gone.
+#[test]
+fn two_that_need_each_other_heal_each_other() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let mut members = members(place.path(), &switch).await;
+        let Snapshotted { session, index } = snapshotted(&members).await;
+        lose_a_write(place.path(), &switch, &mut members, session, index).await;
+        damaging(&switch, HEAL, CallKind::Answer, u32::MAX, |_, _| true);
+        scrubbed(&members).await;
+        let (first, second) = (volume(&members[0]), volume(&members[1]));
+        assert!(second.data().health().bad_blocks > 0, "its page is distrusted");
+        members.remove(2).host.stop().await;
+        flip(&file_in(place.path(), 1, index, "home"), 4);
+        *switch.damage.borrow_mut() = None;
+        first.data().read(range(4, 1)).await.expect_err("it has rotted");
+        until("the first is healed by the second", || first.data().health().healed_blocks == 1).await;
+        members[1].host.scrub_now(GROUP);
+        until("the second is healed by the first", || second.data().health().bad_blocks == 0).await;
+        for member in &members {
+            assert!(shown(member, View::Head, 3, 1).await == block(5, 1));
+            assert!(shown(member, View::Head, 4, 4).await == block(8, 4));
+        }
+        stop(&members).await;
+    });
+}
+
 #[test]
 fn a_rotten_block_that_the_head_hides_is_healed() {
     let place = tempfile::tempdir().expect("a place");

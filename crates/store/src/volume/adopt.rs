@@ -19,7 +19,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use holdfast_types::{
-    BlockIndex, BlockRange, CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndex, LogIndex, block_checksum,
+    BLOCK_BYTES, BlockIndex, BlockRange, CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndex, LogIndex, block_checksum,
 };
 
 use super::heal::Finding;
@@ -172,6 +172,42 @@ impl VolumeData {
         self.note(layer.id, chunk, &Finding::Lost);
         self.suspect_chunk(chunk);
         Ok(true)
+    }
+
+    /// Blocks of a chunk whose page is not believed, that match what it says. They may be old: they are for one that knows
+    /// the checksums that it wants (INV-HEAL).
+    pub async fn old_blocks(
+        &self,
+        layer: LayerMark,
+        chunk: ChunkIndex,
+        mut mask: u64,
+    ) -> Result<Vec<(BlockIndex, Bytes)>, StoreError> {
+        let mut out = Vec::new();
+        for (_, files) in self.homes(layer).into_iter().rev() {
+            let Some(line) = files.table.disbelieved(chunk).await? else { continue };
+            for n in (0..CHUNK_BLOCKS).filter(|n| mask >> n & 1 == 1) {
+                let BlockSum::Data(sum) = line.get(n as usize) else { continue };
+                let block = BlockIndex(chunk.first_block().0 + n);
+                let mut data = vec![0; BLOCK_BYTES];
+                let unreadable = self.read_home_blocks(&files, block, &mut data).await;
+                if unreadable.is_empty() && block_checksum(block, &data) == sum {
+                    out.push((block, data.into()));
+                }
+            }
+            out.iter().for_each(|(block, _)| mask &= !(1 << block.within_chunk()));
+        }
+        out.sort_by_key(|(block, _)| *block);
+        Ok(out)
+    }
+
+    /// Whether there are pages that are not believed any more, or whose newest copy is lost.
+    pub fn awaits_pages(&self) -> bool {
+        self.0
+            .chain
+            .all()
+            .iter()
+            .filter_map(|piece| piece.files())
+            .any(|files| !files.table.stale().is_empty())
     }
 
     /// Whether content of another replica may stand here. INV-HEAL: its last change is applied and durable here (the

@@ -590,6 +590,19 @@ impl Table {
         self.owners.clear();
     }
 
+    /// A chunk's line of a page that is not believed. It may be old; but what matches it was written once.
+    pub(super) async fn disbelieved(&self, chunk: ChunkIndex) -> Result<Option<Chunk>, StoreError> {
+        let (number, within) = place_of(chunk);
+        if !self.stale.borrow().contains(&number) {
+            return Ok(None);
+        }
+        match self.copies(number).await {
+            Ok(copies) => Ok(Some(copies.page.chunks[within].clone())),
+            Err(StoreError::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether both copies of a chunk's page are lost: what it said must come from another replica.
     pub(super) async fn is_lost(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
         match self.page(place_of(chunk).0).await {

@@ -341,3 +341,27 @@ fn a_page_whose_writes_were_lost_is_written_again_while_memory_knows_it() {
         assert_eq!((disk.block(&table, 0), disk.block(&table, 1)), (new.clone(), new));
     });
 }
+
+/// What a page says that is not believed may be old; what matches a checksum that another replica knows is right there.
+#[test]
+fn a_page_that_is_not_believed_gives_blocks_to_who_knows_their_checksums() {
+    let (disk, reference) = rested();
+    let (twin, twin_reference) = rested();
+    twin.rot(&file(&twin, "/home"), BLOCK * 4096 + 17, 4);
+    disk.rot(&file(&disk, "/home"), 6 * 4096 + 17, 4);
+    on(async {
+        let replica = open(&disk, &reference).await;
+        let old = async |mask| replica.data.old_blocks(LayerMark::ONLY, CHUNK, mask).await.expect("is read");
+        assert_eq!(old(1 << BLOCK).await, [], "it is believed");
+        assert!(!replica.data.awaits_pages());
+        assert!(replica.data.distrust(LayerMark::ONLY, CHUNK).await.expect("is noted"));
+        assert!(replica.data.awaits_pages());
+        let blocks = old(1 << BLOCK | 1 << 6).await;
+        assert_eq!(blocks.len(), 1, "one that rotted is not given");
+        let twin = open(&twin, &twin_reference).await;
+        let bad = Finding::Bad(vec![BlockIndex(BLOCK)]);
+        assert_eq!(twin.data.verify_chunk(LayerId::BASE, CHUNK).await.expect("is read"), bad);
+        let healed = twin.data.heal_blocks(LayerId::BASE, CHUNK, &blocks).await;
+        assert_eq!(healed.expect("is healed"), Finding::Whole);
+    });
+}
