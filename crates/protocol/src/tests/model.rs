@@ -436,7 +436,7 @@ fn the_model_reaches_every_answer() {
 #[test]
 fn every_planted_fault_is_found() {
     // These are of the parts around it, whose own tests find them.
-    let elsewhere = ["INV-LEASE", "INV-TERM", "INV-CHECKED", "INV-GRAY"];
+    let elsewhere = ["INV-LEASE", "INV-TERM", "INV-CHECKED", "INV-GRAY", "INV-ROLLBACK", "INV-SPACE"];
     for (fault, invariant) in planted::KNOWN.into_iter().filter(|(_, broken)| !elsewhere.contains(broken)) {
         planted::plant(&[fault]);
         let result = runner(400).run(&any_ops(), |ops| run(&ops, false).map(drop));
