@@ -3,7 +3,8 @@
 //! What a failed write or flush left behind is unknown, and asking once more may get an answer that is not true (the
 //! kernel drops what it could not write, and calls the next flush a success). So nothing is tried again: the store
 //! stops, and comes back by the recovery of its next start. Every file of a store beside its journal is opened through
-//! this directory, so that nobody who writes one has to remember it.
+//! this directory, so that nobody who writes one has to remember it; but not the reserve, in which nothing is written, and
+//! which belongs to the journal.
 
 use std::io;
 use std::rc::Rc;
