@@ -9,6 +9,7 @@ pub mod past_file;
 mod recent;
 mod reserve;
 pub mod scrub_file;
+mod sealed;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

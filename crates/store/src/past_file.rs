@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, OpenMode};
-use holdfast_types::{ClusterId, DecodeError, GroupId, LogIndex, Reader, ReplicaId, StoreId, Term, Writer};
+use holdfast_types::{DecodeError, LogIndex, Reader, ReplicaId, Term, Writer};
 use tokio::sync::Mutex;
 
+use crate::sealed::Seal;
 use crate::state_file::StateIdentity;
 use crate::{ReplicaIdentity, StoreError};
 
-const MAGIC: u64 = 0x6873_6166_7073_3031;
-const VERSION: u16 = 1;
+const SEAL: Seal = Seal { magic: 0x6873_6166_7073_3031, version: 1, body_bytes_max: BODY_BYTES_MAX };
 /// Room for one generation.
 const SLOT_BYTES: usize = ALIGNMENT;
 /// Replicas of which a file can tell: as many as a membership may have.
@@ -82,10 +82,7 @@ pub struct PastFile {
 fn encode(identity: &StateIdentity, generation: u64, lines: &Lines) -> AlignedBuffer {
     assert!(lines.len() <= LINES_MAX, "the lines are bounded");
     let mut out = Writer::new();
-    identity.cluster.encode(&mut out);
-    identity.store.encode(&mut out);
-    identity.id.group.encode(&mut out);
-    identity.id.replica.encode(&mut out);
+    identity.encode(&mut out);
     out.u64(generation);
     out.u32(lines.len() as u32);
     for (replica, known) in lines {
@@ -93,36 +90,13 @@ fn encode(identity: &StateIdentity, generation: u64, lines: &Lines) -> AlignedBu
         known.encode(&mut out);
     }
     let body = out.finish();
-    let mut whole = Writer::new();
-    whole.u64(MAGIC);
-    whole.u16(VERSION);
-    whole.u32(body.len() as u32);
-    whole.u32(crc32fast::hash(&body));
-    whole.raw(&body);
-    AlignedBuffer::copy_of(whole.as_slice())
+    SEAL.close(&body)
 }
 
 fn decode(slot: &[u8]) -> Result<(StateIdentity, u64, Lines), DecodeError> {
-    let mut input = Reader::new(slot);
-    let magic = input.u64()?;
-    if magic != MAGIC {
-        return Err(DecodeError::Unknown { what: "past magic", value: magic });
-    }
-    let version = input.u16()?;
-    if version != VERSION {
-        return Err(DecodeError::Unknown { what: "past version", value: version.into() });
-    }
-    let length = input.count("past", BODY_BYTES_MAX)?;
-    let crc = input.u32()?;
-    let body = input.raw(length)?;
-    if crc32fast::hash(body) != crc {
-        return Err(DecodeError::Unknown { what: "past checksum", value: crc.into() });
-    }
+    let body = SEAL.open(slot)?;
     let mut input = Reader::new(body);
-    let cluster = ClusterId::decode(&mut input)?;
-    let store = StoreId::decode(&mut input)?;
-    let (group, replica) = (GroupId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
-    let identity = StateIdentity { cluster, store, id: ReplicaIdentity { group, replica } };
+    let identity = StateIdentity::decode(&mut input)?;
     let generation = input.u64()?;
     let mut lines = Lines::new();
     for _ in 0..input.count("lines", LINES_MAX)? {
@@ -135,12 +109,7 @@ fn decode(slot: &[u8]) -> Result<(StateIdentity, u64, Lines), DecodeError> {
 /// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
 #[cfg(any(test, feature = "testing"))]
 pub(crate) fn fuzz(body: &[u8]) {
-    let mut whole = Writer::new();
-    whole.u64(MAGIC);
-    whole.u16(VERSION);
-    whole.u32(body.len() as u32);
-    whole.u32(crc32fast::hash(body));
-    whole.raw(body);
+    let whole = SEAL.close(body);
     if let Ok((identity, generation, lines)) = decode(whole.as_slice()) {
         let again = decode(encode(&identity, generation, &lines).as_slice());
         assert_eq!(again, Ok((identity, generation, lines)), "a past is written otherwise");
@@ -242,6 +211,8 @@ impl PastFile {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_types::{ClusterId, GroupId, StoreId};
+
     use super::*;
     use crate::testing::{MemoryDisk, simulate};
 

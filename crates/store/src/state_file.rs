@@ -10,11 +10,11 @@ use holdfast_types::{
 };
 
 use crate::journal::planted;
+use crate::sealed::Seal;
 use crate::volume::Checkpoint;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
-const MAGIC: u64 = 0x6873_6166_7374_3031;
-const VERSION: u16 = 1;
+const SEAL: Seal = Seal { magic: 0x6873_6166_7374_3031, version: 1, body_bytes_max: SLOT_BYTES };
 /// Room for one generation: the largest state, its membership and the head.
 const SLOT_BYTES: usize = limits::CATALOG_BYTES_MAX + (1 << 20);
 
@@ -29,6 +29,23 @@ pub struct StateIdentity {
     pub id: ReplicaIdentity,
 }
 
+impl StateIdentity {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        self.cluster.encode(out);
+        self.store.encode(out);
+        self.id.group.encode(out);
+        self.id.replica.encode(out);
+    }
+
+    pub(crate) fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            cluster: ClusterId::decode(input)?,
+            store: StoreId::decode(input)?,
+            id: ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? },
+        })
+    }
+}
+
 /// The file.
 pub struct StateFile {
     file: Rc<dyn File>,
@@ -40,10 +57,7 @@ pub struct StateFile {
 
 fn encode(identity: &StateIdentity, generation: u64, checkpoint: &Checkpoint) -> AlignedBuffer {
     let mut out = Writer::new();
-    identity.cluster.encode(&mut out);
-    identity.store.encode(&mut out);
-    identity.id.group.encode(&mut out);
-    identity.id.replica.encode(&mut out);
+    identity.encode(&mut out);
     out.u64(generation);
     checkpoint.id.term.encode(&mut out);
     checkpoint.id.leader.encode(&mut out);
@@ -52,37 +66,13 @@ fn encode(identity: &StateIdentity, generation: u64, checkpoint: &Checkpoint) ->
     out.bytes(&checkpoint.membership);
     out.bytes(&checkpoint.state);
     let body = out.finish();
-    let mut whole = Writer::new();
-    whole.u64(MAGIC);
-    whole.u16(VERSION);
-    whole.u32(body.len() as u32);
-    whole.u32(crc32fast::hash(&body));
-    whole.raw(&body);
-    AlignedBuffer::copy_of(whole.as_slice())
+    SEAL.close(&body)
 }
 
 fn decode(slot: &[u8]) -> Result<(StateIdentity, u64, Checkpoint), DecodeError> {
-    let mut input = Reader::new(slot);
-    let magic = input.u64()?;
-    if magic != MAGIC {
-        return Err(DecodeError::Unknown { what: "state magic", value: magic });
-    }
-    let version = input.u16()?;
-    if version != VERSION {
-        return Err(DecodeError::Unknown { what: "state version", value: version.into() });
-    }
-    let length = input.count("state", SLOT_BYTES)?;
-    let crc = input.u32()?;
-    let body = input.raw(length)?;
-    if crc32fast::hash(body) != crc {
-        return Err(DecodeError::Unknown { what: "state checksum", value: crc.into() });
-    }
+    let body = SEAL.open(slot)?;
     let input = &mut Reader::new(body);
-    let identity = StateIdentity {
-        cluster: ClusterId::decode(input)?,
-        store: StoreId::decode(input)?,
-        id: ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? },
-    };
+    let identity = StateIdentity::decode(input)?;
     let generation = input.u64()?;
     let id = EntryId {
         term: Term::decode(input)?,
@@ -98,12 +88,7 @@ fn decode(slot: &[u8]) -> Result<(StateIdentity, u64, Checkpoint), DecodeError> 
 /// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
 #[cfg(any(test, feature = "testing"))]
 pub(crate) fn fuzz(body: &[u8]) {
-    let mut whole = Writer::new();
-    whole.u64(MAGIC);
-    whole.u16(VERSION);
-    whole.u32(body.len() as u32);
-    whole.u32(crc32fast::hash(body));
-    whole.raw(body);
+    let whole = SEAL.close(body);
     if let Ok((identity, generation, checkpoint)) = decode(whole.as_slice()) {
         let again = decode(encode(&identity, generation, &checkpoint).as_slice());
         assert_eq!(again, Ok((identity, generation, checkpoint)), "a state is written otherwise");

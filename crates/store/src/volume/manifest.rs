@@ -13,11 +13,11 @@ use super::Checkpoint;
 use super::layers::{LayerId, LayerMark};
 use super::table::PageMark;
 use crate::journal::planted;
+use crate::sealed::Seal;
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
-const MAGIC: u64 = 0x6873_6166_6d66_3031;
 /// Versions 1 and 2 were never released: they listed no table pages, and no layers.
-const VERSION: u16 = 3;
+const SEAL: Seal = Seal { magic: 0x6873_6166_6d66_3031, version: 3, body_bytes_max: SLOT_BYTES };
 /// Layers that a manifest names at most, those that are to be merged included.
 const PIECES_NAMED_MAX: usize = 8192;
 /// Pages that a manifest lists at most: those that were just written, and those that are lost.
@@ -111,13 +111,7 @@ impl Manifest {
             out.u64(page.generation);
         }
         let body = out.finish();
-        let mut whole = Writer::new();
-        whole.u64(MAGIC);
-        whole.u16(VERSION);
-        whole.u32(body.len() as u32);
-        whole.u32(crc32fast::hash(&body));
-        whole.raw(&body);
-        AlignedBuffer::copy_of(whole.as_slice())
+        SEAL.close(&body)
     }
 
     /// No less than the bytes of this manifest with another checkpoint, and lists of so many pieces and pages.
@@ -134,21 +128,7 @@ impl Manifest {
     }
 
     fn decode(slot: &[u8]) -> Result<Self, DecodeError> {
-        let mut input = Reader::new(slot);
-        let magic = input.u64()?;
-        if magic != MAGIC {
-            return Err(DecodeError::Unknown { what: "manifest magic", value: magic });
-        }
-        let version = input.u16()?;
-        if version != VERSION {
-            return Err(DecodeError::Unknown { what: "manifest version", value: version.into() });
-        }
-        let length = input.count("manifest", SLOT_BYTES)?;
-        let crc = input.u32()?;
-        let body = input.raw(length)?;
-        if crc32fast::hash(body) != crc {
-            return Err(DecodeError::Unknown { what: "manifest checksum", value: crc.into() });
-        }
+        let body = SEAL.open(slot)?;
         let input = &mut Reader::new(body);
         let identity = ReplicaFileIdentity {
             cluster: ClusterId::decode(input)?,
@@ -193,12 +173,7 @@ fn check_pieces(pieces: &[LayerMark]) -> Result<(), DecodeError> {
 /// For fuzzing: reads `body` as if a manifest held it; what is read is written as it was meant.
 #[cfg(any(test, feature = "testing"))]
 pub(crate) fn fuzz(body: &[u8]) {
-    let mut whole = Writer::new();
-    whole.u64(MAGIC);
-    whole.u16(VERSION);
-    whole.u32(body.len() as u32);
-    whole.u32(crc32fast::hash(body));
-    whole.raw(body);
+    let whole = SEAL.close(body);
     if let Ok(found) = Manifest::decode(whole.as_slice()) {
         assert_eq!(Manifest::decode(found.encode().as_slice()), Ok(found), "a manifest is written otherwise");
     }
