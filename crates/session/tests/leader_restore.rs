@@ -7,30 +7,12 @@ mod group;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
 
 use group::stalling::Stall;
+use group::steps::{copy, within};
 use group::{GROUP, Member, Switch, attach, begin, block, first_leads, start, start_on};
 use holdfast_protocol::planted;
 use holdfast_types::{BlockIndex, BlockRange, StoreId};
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("makes a directory");
-    for entry in std::fs::read_dir(from).expect("lists") {
-        let entry = entry.expect("an entry");
-        let there = to.join(entry.file_name());
-        if entry.file_type().expect("a type").is_dir() {
-            copy(&entry.path(), &there);
-        } else {
-            std::fs::copy(entry.path(), there).expect("copies");
-        }
-    }
-}
-
-async fn within<T>(seconds: u64, what: &str, work: impl Future<Output = T>) -> Result<T, String> {
-    let done = holdfast_env::timeout(Duration::from_secs(seconds), work).await;
-    done.map_err(|_| format!("{what}: not within {seconds} s"))
-}
 
 /// A leader whose disk stalls has a write acknowledged by its followers, is killed, and starts again on what its disk
 /// held. What was acknowledged must be there, and the replicas equal.

@@ -8,58 +8,15 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use group::{GROUP, Member, Switch, attach, block, first_leads, members, start, start_on};
+use group::steps::{Outcome, attached, copy, expect, leads, runs, test, until, within, write};
+use group::{GROUP, Member, Switch, first_leads, members, start, start_on};
 use holdfast_env::disk::Directory;
 use holdfast_env::net::Frame;
 use holdfast_env::real::powercut::{Mode, PowerCutDirectory};
 use holdfast_protocol::planted;
 use holdfast_replica::messages;
-use holdfast_session::Session;
-use holdfast_types::{BlockIndex, BlockRange, ReplicaId, StoreId};
+use holdfast_types::{ReplicaId, StoreId};
 use holdfast_wire::rpc::CallHead;
-
-type Outcome<T> = Result<T, String>;
-
-async fn within<T>(seconds: u64, what: &str, work: impl Future<Output = T>) -> Outcome<T> {
-    let done = holdfast_env::timeout(Duration::from_secs(seconds), work).await;
-    done.map_err(|_| format!("{what}: not within {seconds} s"))
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Outcome<()> {
-    let waiting = async {
-        while !is_so() {
-            holdfast_env::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    within(40, what, waiting).await
-}
-
-async fn write(session: &Session, number: u64, value: u8) -> Outcome<()> {
-    let at = BlockRange::new(BlockIndex(number), 1);
-    let written = within(20, "a write", session.write(at, block(value, 1))).await?;
-    written.map_err(|error| error.to_string())
-}
-
-async fn expect(session: &Session, number: u64, value: u8) -> Outcome<()> {
-    let at = BlockRange::new(BlockIndex(number), 1);
-    let read = within(20, "a read", session.read(at)).await?.map_err(|error| error.to_string())?;
-    if read == block(value, 1) {
-        return Ok(());
-    }
-    Err(format!("an acknowledged write was lost: block {number} holds {} and not {value}", read[0]))
-}
-
-async fn attached(member: &Member) -> Outcome<Rc<Session>> {
-    within(30, "an attachment", attach(member, true)).await?.map_err(|error| error.to_string())
-}
-
-fn runs(member: &Member) -> bool {
-    member.host.volume(GROUP).is_some()
-}
-
-fn leads(member: &Member) -> bool {
-    member.host.volume(GROUP).is_some_and(|volume| volume.group().is_leader())
-}
 
 /// Why its replica does not run, and whether it is to be replaced.
 fn fault(member: &Member) -> Option<(String, bool)> {
@@ -75,19 +32,6 @@ async fn has_everything(first: &Member, other: &Member) -> Outcome<()> {
     let log = |member: &Member| member.host.volume(GROUP).expect("runs").log().clone();
     until("a follower has everything", || log(other).flushed() >= log(first).last().expect("entries").index)
         .await
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("makes a directory");
-    for entry in std::fs::read_dir(from).expect("lists") {
-        let entry = entry.expect("an entry");
-        let there = to.join(entry.file_name());
-        if entry.file_type().expect("a type").is_dir() {
-            copy(&entry.path(), &there);
-        } else {
-            std::fs::copy(entry.path(), there).expect("copies");
-        }
-    }
 }
 
 /// Keeps a copy of a stopped member's directory.
@@ -116,12 +60,6 @@ async fn copied(place: &Path, switch: &Rc<Switch>, group: &mut Vec<Member>, numb
     keep(place, number);
     group.insert(at, start(place, switch, number, false).await);
     Ok(())
-}
-
-fn test(work: impl AsyncFnOnce(&Path) -> Outcome<()>) {
-    let place = tempfile::tempdir().expect("a place");
-    let result = holdfast_env::real::run(async { work(place.path()).await });
-    assert_eq!(result, Ok(()));
 }
 
 #[test]

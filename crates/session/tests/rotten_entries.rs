@@ -8,46 +8,13 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
 
-use group::{GROUP, Member, Switch, attach, block, first_leads, members, start};
+use group::steps::{Outcome, at, attached, expect, leads, runs, test, until, within, write};
+use group::{GROUP, Member, Switch, block, first_leads, members, start};
 use holdfast_replica::Faulty;
 use holdfast_replica::repair::RepairUsage;
 use holdfast_session::Session;
 use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, LogIndex, ReplicaId, StoreId};
-
-type Outcome<T> = Result<T, String>;
-
-async fn within<T>(seconds: u64, what: &str, work: impl Future<Output = T>) -> Outcome<T> {
-    let done = holdfast_env::timeout(Duration::from_secs(seconds), work).await;
-    done.map_err(|_| format!("{what}: not within {seconds} s"))
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Outcome<()> {
-    let waiting = async {
-        while !is_so() {
-            holdfast_env::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    within(40, what, waiting).await
-}
-
-fn at(block: u64) -> BlockRange {
-    BlockRange::new(BlockIndex(block), 1)
-}
-
-async fn write(session: &Session, number: u64, value: u8) -> Outcome<()> {
-    let written = within(20, "a write", session.write(at(number), block(value, 1))).await?;
-    written.map_err(|error| error.to_string())
-}
-
-async fn expect(session: &Session, number: u64, value: u8) -> Outcome<()> {
-    let read = within(20, "a read", session.read(at(number))).await?.map_err(|error| error.to_string())?;
-    if read == block(value, 1) {
-        return Ok(());
-    }
-    Err(format!("an acknowledged write was lost: block {number} holds {} and not {value}", read[0]))
-}
 
 fn cut(switch: &Switch, number: u64) {
     for other in (1..=3).filter(|other| *other != number) {
@@ -81,14 +48,6 @@ fn rot(place: &Path, number: u64, value: u8) -> usize {
     flipped
 }
 
-fn runs(member: &Member) -> bool {
-    member.host.volume(GROUP).is_some()
-}
-
-fn leads(member: &Member) -> bool {
-    member.host.volume(GROUP).is_some_and(|volume| volume.group().is_leader())
-}
-
 fn damage(member: &Member) -> Option<Faulty> {
     member.host.faulty().into_iter().next()
 }
@@ -113,19 +72,9 @@ async fn equal(members: &[&Member]) -> Outcome<()> {
     if digests.len() == 1 { Ok(()) } else { Err(format!("the replicas differ: {digests:?}")) }
 }
 
-async fn attached(member: &Member) -> Outcome<Rc<Session>> {
-    within(30, "an attachment", attach(member, true)).await?.map_err(|error| error.to_string())
-}
-
 /// Ends a session without a word, as a killed daemon does.
 fn abort(session: Rc<Session>) {
     session.abort();
-}
-
-fn test(work: impl AsyncFnOnce(&Path) -> Outcome<()>) {
-    let place = tempfile::tempdir().expect("a place");
-    let result = holdfast_env::real::run(async { work(place.path()).await });
-    assert_eq!(result, Ok(()));
 }
 
 /// Row 5.

@@ -5,6 +5,7 @@
 pub mod damage;
 mod slow;
 pub mod stalling;
+pub mod steps;
 pub mod unreadable;
 
 use std::cell::{Cell, RefCell};
