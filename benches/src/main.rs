@@ -1,15 +1,20 @@
-//! Measures the data path beside the floors of the machine that it runs on: `cargo xtask bench first`; and one store
-//! alone: `cargo xtask bench store`.
+//! Measures the data path beside the floors of the machine that it runs on: `cargo xtask bench first`; one store alone:
+//! `cargo xtask bench store`; what happens when leaders go: `cargo xtask bench failover`; what idle replicas cost:
+//! `cargo xtask bench idle`.
 //!
 //! In the first table everything that is measured is a child process that is told what to do line by line; floor and subject take turns
 //! in every round, so that what disturbs the machine disturbs both. Nothing here passes or fails on time.
 
 mod child;
 mod client;
+mod cluster;
 mod daemons;
+mod disk;
 mod echo;
+mod failover;
 mod first;
 mod floors;
+mod idle;
 mod load;
 mod member;
 mod report;
@@ -37,6 +42,10 @@ enum Command {
     First(first::Plan),
     /// The store's table: one store alone, without Raft and network.
     Store(store::Plan),
+    /// The table of failover: stalls, a slow follower, bytes that healing sends.
+    Failover(failover::Plan),
+    /// What replicas cost while nothing happens.
+    Idle(idle::Plan),
     /// What a store needs of memory (a part of `store`).
     #[command(hide = true)]
     StoreMemory {
@@ -79,6 +88,8 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::First(plan) => first::run(&plan),
         Command::Store(plan) => store::run(&plan),
+        Command::Failover(plan) => failover::run(&plan),
+        Command::Idle(plan) => idle::run(&plan),
         Command::StoreMemory { question, directory } => store::memory::answer(question, &directory),
         Command::Member { directory, number } => member::run(&directory, number),
         Command::Client { socket, export } => client::run(&socket, &export),

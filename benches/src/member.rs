@@ -20,6 +20,7 @@ use holdfast_wire::tls::Tls;
 
 use crate::Outcome;
 use crate::child::{requests, say};
+use crate::disk::Stalls;
 use crate::load::{self, Target};
 use crate::trio::{Order, TrioConfig};
 use crate::usage::Usage;
@@ -50,6 +51,7 @@ struct Member {
     number: usize,
     host: Rc<Host>,
     rpc: Rpc,
+    stalls: Stalls,
     sessions: Rc<Sessions>,
     session: Option<Rc<Attached>>,
     /// Held for as long as the member runs.
@@ -63,7 +65,8 @@ impl Member {
         let config: TrioConfig = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
         let me = config.members.get(number - 1).ok_or("there is no member of that number")?.clone();
         let place = directory.join(me.node.as_str());
-        let real = RealDirectory::open(&place.join("store")).map_err(|error| wrong(&error))?;
+        let stalls = Stalls::default();
+        let real = stalls.over(RealDirectory::open(&place.join("store")).map_err(|error| wrong(&error))?);
         let identity = StoreIdentity { cluster: config.cluster, node: me.node.clone(), store: me.store };
         let options = StoreOptions::default();
         Journal::format(real.clone(), &identity, &options).await.map_err(|error| wrong(&error))?;
@@ -92,7 +95,7 @@ impl Member {
         };
         host.create(&new).await.map_err(|error| wrong(&error))?;
         let sessions = Sessions::serve(&rpc);
-        Ok(Self { config, number, host, rpc, sessions, session: None, _network: network })
+        Ok(Self { config, number, host, rpc, stalls, sessions, session: None, _network: network })
     }
 
     async fn attach(&mut self) -> Outcome<()> {
@@ -144,6 +147,10 @@ impl Member {
                 Some(session) => say(&load::run(session, &work).await),
                 None => say(&Err::<(), _>("nothing is attached".to_owned())),
             },
+            Order::Stall(stalls) => {
+                self.stalls.set(stalls);
+                say(&Ok(()))
+            }
             Order::Usage => say(&self.usage()),
         }
     }

@@ -57,6 +57,8 @@ pub enum Order {
     Attach,
     /// Run a load on it.
     Work(Work),
+    /// Let the disk stall from now on, or not any more.
+    Stall(bool),
     /// Tell the counters.
     Usage,
 }
@@ -126,6 +128,11 @@ impl Trio {
     /// Runs a load.
     pub fn work(&mut self, work: &Work) -> Outcome<Figures> {
         self.0[0].ask(&Order::Work(work.clone()))
+    }
+
+    /// Lets the disk of one of them stall from now on, or not any more.
+    pub fn stall(&mut self, member: usize, stalls: bool) -> Outcome<()> {
+        self.0[member].ask(&Order::Stall(stalls))
     }
 
     /// Counters of all.

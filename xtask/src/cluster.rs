@@ -6,7 +6,7 @@ use std::process::Command;
 /// How it is called.
 pub const USAGE: &str = "cargo xtask cluster [--kills N] [--seed S] [--disk plain|discard|tear|lie] \
 [--all-at-once] [--keep DIR] [--profile release|dev]
-       cargo xtask cluster --scenarios | --scenario NAME [--scenario NAME ...] [--rounds N] [--seed S] \
+       cargo xtask cluster --list | --scenarios | --scenario NAME [--scenario NAME ...] [--rounds N] [--seed S] \
 [--keep DIR] [--profile release|dev]";
 
 struct Arguments {
@@ -16,6 +16,8 @@ struct Arguments {
     all_at_once: bool,
     /// `Some`: these scenarios instead of the kill loop; all of them if empty.
     scenarios: Option<Vec<String>>,
+    /// Only say which there are.
+    list: bool,
     rounds: String,
     keep: Option<String>,
     profile: String,
@@ -28,6 +30,7 @@ fn parse(given: &[&str]) -> Option<Arguments> {
         disk: "plain".into(),
         all_at_once: false,
         scenarios: None,
+        list: false,
         rounds: "1".into(),
         keep: None,
         profile: "release".into(),
@@ -40,6 +43,10 @@ fn parse(given: &[&str]) -> Option<Arguments> {
         }
         if *flag == "--scenarios" {
             out.scenarios = Some(Vec::new());
+            continue;
+        }
+        if *flag == "--list" {
+            out.list = true;
             continue;
         }
         let value = rest.next()?.to_string();
@@ -77,7 +84,9 @@ fn try_run(arguments: &Arguments) -> Result<bool, String> {
     if let Some(keep) = &arguments.keep {
         command.args(["--keep", keep]);
     }
-    if let Some(names) = &arguments.scenarios {
+    if arguments.list {
+        command.arg("list");
+    } else if let Some(names) = &arguments.scenarios {
         command.args(["scenarios", "--seed", &arguments.seed, "--rounds", &arguments.rounds]).args(names);
     } else {
         let Arguments { kills, seed, disk, .. } = arguments;

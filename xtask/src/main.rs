@@ -1,13 +1,16 @@
 //! Development tasks: `cargo xtask test` runs every suite, prints each one's seconds and ends with how many passed;
 //! `cargo xtask cluster` is the kill loop over real processes, as long as one likes; `cargo xtask sim` is the
 //! deterministic simulation, and `cargo xtask mutants sim` proves that it finds planted faults, `cargo xtask mutants
-//! store` that the tests of the store do; `cargo xtask bench
-//! first` and `bench store` measure.
+//! store` that the tests of the store do; `cargo xtask model` checks the models; `cargo xtask fuzz`
+//! looks for inputs that no test has; `cargo xtask bench
+//! first`, `bench store`, `bench failover` and `bench idle` measure.
 
 mod bench;
 mod cluster;
 mod csi;
+mod fuzz;
 mod interop;
+mod model;
 mod mutants;
 mod powercut;
 mod sim;
@@ -81,6 +84,17 @@ const ATTACKS: &[&str] = &[
     "snapshots",
     "--scenario",
     "copies",
+    "--scenario",
+    "witness",
+    // Scripts, which the simulation plays, too.
+    "--scenario",
+    "leader-in-the-minority",
+    "--scenario",
+    "partial-partition",
+    "--scenario",
+    "membership-change-crashes",
+    "--scenario",
+    "removed-replica-returns",
 ];
 
 const SUITES: &[Suite] = &[
@@ -206,9 +220,13 @@ fn main() -> ExitCode {
         ["test", "--suite", name] => test(Some(name)),
         ["bench", "first", ref rest @ ..] => success(bench::run(bench::Table::First, rest)),
         ["bench", "store", ref rest @ ..] => success(bench::run(bench::Table::Store, rest)),
+        ["bench", "failover", ref rest @ ..] => success(bench::run(bench::Table::Failover, rest)),
+        ["bench", "idle", ref rest @ ..] => success(bench::run(bench::Table::Idle, rest)),
         ["cluster", ref rest @ ..] => success(cluster::run(rest)),
+        ["fuzz", ref rest @ ..] => success(fuzz::run(rest)),
         ["interop", ref rest @ ..] => success(interop::run(rest)),
         ["sim", ref rest @ ..] => success(sim::run(rest)),
+        ["model", ref rest @ ..] => success(model::run(rest)),
         ["mutants", "sim"] => success(sim::mutants()),
         ["mutants", "store", ref only @ ..] => success(store::mutants(only)),
         ["sanity", ref rest @ ..] => success(csi::sanity(rest)),
@@ -218,9 +236,11 @@ fn main() -> ExitCode {
         ["mutants", ref rest @ ..] => success(mutants::run(rest)),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}\n       {}\n       {}",
+                "usage: cargo xtask test [--suite NAME]\n       {}\n       {}\n       {}\n       {}\n       {}\n       cargo xtask mutants sim\n       {}\n       {}\n       {}\n       {}\n       {}",
                 cluster::USAGE,
+                fuzz::USAGE,
                 interop::USAGE,
+                model::USAGE,
                 mutants::USAGE,
                 sim::USAGE,
                 store::USAGE,

@@ -91,6 +91,18 @@ const MUTANTS: &[Mutant] = &[
         "damage::a_batch_that_lost_both_lists_makes_every_group_unknown_for_good",
     ),
     ("foreign-store", "INV-TERM", "volume", "lost::a_store_of_somebody_else_is_refused"),
+    (
+        "forget-destroyed",
+        "INV-TERM",
+        "holdfast_store",
+        "destroyed_file::tests::what_was_destroyed_is_known_whenever_the_power_goes",
+    ),
+    (
+        "destroyed-in-one-copy",
+        "INV-TERM",
+        "holdfast_store",
+        "destroyed_file::tests::either_copy_is_as_new_as_what_was_answered",
+    ),
     ("move-unflushed-home", "INV-ACK", "volume", "crashes::what_is_not_flushed_is_not_moved_home"),
     ("checkpoint-before-home-flush", "INV-ACK", "volume", CUT_CLEANING),
     (

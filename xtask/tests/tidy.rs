@@ -252,7 +252,8 @@ fn exists(sources: &BTreeMap<String, String>, name: &str) -> bool {
         return sources.iter().any(|(path, text)| is_it(path) && text.contains("#[test]"));
     }
     let is_scenario = |path: &str, text: &str| {
-        path.starts_with("tests/cluster/src/scenarios/") && text.contains(&format!("\"{name}\""))
+        let of_scenarios = ["tests/cluster/src/scenarios/", "tests/scenario/src/scripts/"];
+        of_scenarios.iter().any(|place| path.starts_with(place)) && text.contains(&format!("\"{name}\""))
     };
     sources.iter().any(|(path, text)| text.contains(&format!("fn {name}(")) || is_scenario(path, text))
 }
@@ -296,4 +297,38 @@ fn every_fault_of_the_store_is_planted_somewhere_and_looked_for() {
     };
     let wrong = known.iter().filter(|name| !in_table(name) || !is_planted(name)).cloned().collect::<Vec<_>>();
     none("faults that are not planted, or that nothing looks for", &wrong);
+}
+
+/// Rows of the list of faults that no test is named for yet.
+const ROWS_WITHOUT_A_TEST: &[u32] = &[31, 32, 33, 35];
+
+/// The rows that a line of the page names: `(row 5)`, `(rows 10, 11)`.
+fn rows_of(line: &str) -> BTreeSet<u32> {
+    let named = line.split("(row").skip(1).filter_map(|rest| rest.trim_start_matches('s').split(')').next());
+    named.flat_map(|numbers| numbers.split(',')).filter_map(|number| number.trim().parse().ok()).collect()
+}
+
+/// A fault of the list is attacked by something that exists, or is listed here as one that nothing attacks.
+#[test]
+fn every_row_of_the_faults_has_a_test_that_exists() {
+    let text = std::fs::read_to_string(root().join("docs/FAULTS.md")).expect("the page is there");
+    let sources = sources();
+    let (mut named, mut wrong) = (BTreeSet::new(), Vec::new());
+    for line in text.lines().filter(|line| line.starts_with('|')) {
+        let attacked_by = line.trim_end_matches('|').rsplit('|').next().unwrap_or_default();
+        let names: Vec<&str> = attacked_by.split('`').skip(1).step_by(2).collect();
+        let is_test = |name: &&str| name.contains(['_', '-']) && !name.contains(['/', '.', ' ', ':']);
+        let missing = names.iter().filter(|name| is_test(name) && !exists(&sources, name));
+        wrong.extend(missing.map(|name| format!("there is no test {name}")));
+        if !names.is_empty() || attacked_by.contains("kill loop") {
+            named.extend(rows_of(line));
+        }
+    }
+    let (rows, debt) = (1..=37, ROWS_WITHOUT_A_TEST.iter().copied().collect::<BTreeSet<u32>>());
+    let without = rows.filter(|row| !named.contains(row)).collect::<BTreeSet<u32>>();
+    wrong.extend(without.difference(&debt).map(|row| format!("no test is named for row {row}")));
+    wrong.extend(
+        debt.difference(&without).map(|row| format!("row {row} has a test, and is no debt any more")),
+    );
+    none("docs/FAULTS.md", &wrong);
 }

@@ -10,7 +10,7 @@ mod place;
 mod raw;
 mod reads;
 mod recovery;
-mod text;
+pub mod text;
 mod writes;
 
 use std::path::{Path, PathBuf};

@@ -14,6 +14,7 @@ mod messages;
 mod reconciler;
 pub mod seat;
 mod snapshots;
+mod timers;
 pub mod volumes;
 
 pub use client::CatalogClient;

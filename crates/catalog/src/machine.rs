@@ -137,8 +137,8 @@ mod tests {
     use holdfast_store::ReplicaIdentity;
     use holdfast_store::state_file::StateIdentity;
     use holdfast_types::{
-        AccessFrom, ByteSize, GroupId, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, Survive, TopologyTerm,
-        VolumeId, VolumeSpec,
+        AccessFrom, ByteSize, GroupId, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, Survive, TimersPolicy,
+        TopologyTerm, VolumeId, VolumeSpec,
     };
 
     use super::*;
@@ -155,6 +155,7 @@ mod tests {
             on_quorum_loss: OnQuorumLoss::Suspend,
             read_policy: ReadPolicy::Nearest,
             access_from: AccessFrom::Anywhere,
+            timers: TimersPolicy::Auto,
         };
         let (id, group) = (VolumeId(1), GroupId(1));
         CatalogCommand::CreateVolume {

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, SourceOrder, VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogReply, CatalogState, Placed, ReplicaPhase, ReplicaRecord, SourceOrder,
+    VolumePhase, VolumeRecord,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::user_error;
@@ -26,6 +27,7 @@ use tokio::sync::Mutex;
 
 use crate::machine::{CatalogMachine, decode_reply, encode_command};
 use crate::messages::{CatalogAnswer, CatalogRequest};
+use crate::timers::Ledger;
 use crate::{reconciler, snapshots, volumes};
 
 /// Entries between checkpoints.
@@ -61,6 +63,10 @@ pub struct Member {
     pub(crate) working_snapshots: RefCell<BTreeMap<SnapshotId, Rc<Mutex<()>>>>,
     /// Since when a node has not answered.
     pub(crate) silent: RefCell<BTreeMap<NodeName, Instant>>,
+    /// Where the log of its group stood when a replica that leaves was first seen to vote no more.
+    pub(crate) left_at: RefCell<BTreeMap<ReplicaId, LogIndex>>,
+    /// What is known of the timers of volumes.
+    pub(crate) timers: RefCell<Ledger>,
 }
 
 fn failed(error: impl std::fmt::Display) -> UserError {
@@ -109,6 +115,8 @@ impl Member {
             working: RefCell::default(),
             working_snapshots: RefCell::default(),
             silent: RefCell::default(),
+            left_at: RefCell::default(),
+            timers: RefCell::default(),
         });
         holdfast_env::spawn("catalog-checkpoint", Self::keep_checkpoints(Rc::downgrade(&member)));
         holdfast_env::spawn("catalog-reconcile", reconciler::run(Rc::downgrade(&member)));
@@ -310,7 +318,7 @@ impl Member {
             .replicas
             .iter()
             .filter(|replica| replica.phase != ReplicaPhase::Leaving && Some(replica.id) != replacing)
-            .map(|replica| Placed { store: replica.store, location: replica.location.clone() })
+            .map(ReplicaRecord::placed)
             .collect();
         let mut candidates = self.candidates(&state).await;
         if !node.is_empty() {
@@ -318,7 +326,9 @@ impl Member {
         }
         let leaving = |store| record.replicas.iter().any(|replica| replica.store == store);
         candidates.retain(|candidate| !leaving(candidate.store));
-        let placed = placement::place_one(&record.spec, &candidates, &staying)?;
+        let replaced = record.replicas.iter().find(|replica| Some(replica.id) == replacing);
+        let witness = replaced.is_some_and(|replica| replica.witness);
+        let placed = placement::place_one(&record.spec, &candidates, &staying, witness)?;
         let revision = record.revision;
         let command = match replacing {
             Some(old) => CatalogCommand::ReplaceReplica { id, revision, old, placed },

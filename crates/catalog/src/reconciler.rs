@@ -3,20 +3,24 @@
 //! Every decision is a catalog command that names the revision it was made on, so a leader that has lost its place
 //! decides nothing. What a step does to a replica bears repetition: a new leader begins again where it cannot know.
 
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use holdfast_env::Instant;
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogState, Placed, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogState, Placed, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord, gives_way,
+    target_voters,
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
 use holdfast_replica::administration::{ShardRequest, StoreReport};
 use holdfast_replica::messages::ReplicaReport;
 use holdfast_store::ReplicaIdentity;
-use holdfast_types::{ErrorCode, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, UserError, VolumeId};
+use holdfast_types::{
+    ErrorCode, NodeName, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, UserError, VolumeId,
+};
 
 use crate::member::{AnswerError, Member};
 use crate::volumes;
@@ -30,6 +34,9 @@ const STEPS_MAX: usize = 32;
 /// Entries that a joining replica may be behind when it becomes a voter.
 const CAUGHT_UP_WITHIN: u64 = 1024;
 
+/// How the stores of the nodes that answer are.
+type StoreReports = BTreeMap<NodeName, StoreReport>;
+
 /// What a step came to.
 #[derive(PartialEq, Eq)]
 pub(crate) enum Step {
@@ -42,6 +49,7 @@ pub(crate) enum Step {
 /// Whether a faulty replica may be removed to make place.
 #[derive(PartialEq, Eq)]
 enum GivesWay {
+    /// The others vote without it.
     Now,
     /// Too few others are there.
     Later,
@@ -56,6 +64,8 @@ pub(crate) async fn run(member: Weak<Member>) {
         if !this.is_leader() {
             // Whoever leads counts anew: what was seen in an earlier term says nothing of the time between.
             this.silent.borrow_mut().clear();
+            this.left_at.borrow_mut().clear();
+            this.timers.borrow_mut().forget();
         }
         if this.is_leader()
             && let Ok(state) = this.read().await
@@ -72,6 +82,7 @@ pub(crate) async fn run(member: Weak<Member>) {
                 }
             }
             this.settle_snapshots(&state).await;
+            this.settle_timers(&state).await;
         }
         drop(this);
         holdfast_env::sleep(PERIOD).await;
@@ -116,15 +127,22 @@ impl Member {
         }
     }
 
+    /// A step with the first of its replicas that allows one: none holds the others up.
     async fn replicas(&self, record: &VolumeRecord) -> Result<Step, AnswerError> {
-        let find = |phase| record.replicas.iter().find(|replica| replica.phase == phase);
-        if let Some(joining) = find(ReplicaPhase::Joining) {
-            return self.join(record, joining).await;
+        let mut outcome = Ok(Step::Rest);
+        let phase = |phase| record.replicas.iter().filter(move |replica| replica.phase == phase);
+        for replica in phase(ReplicaPhase::Joining).chain(phase(ReplicaPhase::Leaving)) {
+            let stepped = match replica.phase {
+                ReplicaPhase::Joining => self.join(record, replica).await,
+                _ => self.leave(record, replica).await,
+            };
+            match stepped {
+                Ok(Step::Rest) => {}
+                Err(AnswerError::Refused(error)) => outcome = Err(AnswerError::Refused(error)),
+                stepped => return stepped,
+            }
         }
-        match find(ReplicaPhase::Leaving) {
-            Some(leaving) => self.leave(record, leaving).await,
-            None => Ok(Step::Rest),
-        }
+        outcome
     }
 
     async fn create_replica(
@@ -137,6 +155,7 @@ impl Member {
             id: ReplicaIdentity { group: record.group, replica: replica.id },
             size: record.first_size,
             spec_json: volumes::spec_json(record)?,
+            witness: replica.witness,
         };
         volumes::shard(&self.rpc, replica.store, &request).await?;
         Ok(())
@@ -147,9 +166,11 @@ impl Member {
         for result in join_all(made).await {
             result?;
         }
-        let first = record.replicas.first().ok_or_else(|| retry_later("the volume has no replicas"))?;
+        let first = record.data().next().ok_or_else(|| retry_later("the volume has no replicas"))?;
         let voters = record.replicas.iter().map(|replica| (replica.id, replica.store)).collect();
-        let bootstrap = ShardRequest::Bootstrap { group: record.group, voters };
+        let witnesses = record.replicas.iter().filter(|replica| replica.witness).map(|replica| replica.id);
+        let bootstrap =
+            ShardRequest::Bootstrap { group: record.group, voters, witnesses: witnesses.collect() };
         volumes::shard(&self.rpc, first.store, &bootstrap).await?;
         let led = async {
             while volumes::leader_of(&volumes::replica_reports(&self.rpc, record).await).is_none() {
@@ -177,13 +198,15 @@ impl Member {
         replica: &ReplicaRecord,
     ) -> Result<(), AnswerError> {
         let id = ReplicaIdentity { group: record.group, replica: replica.id };
-        volumes::shard(&self.rpc, replica.store, &ShardRequest::Destroy { id }).await?;
+        let destroy = ShardRequest::Destroy { id, revision: record.revision };
+        volumes::shard(&self.rpc, replica.store, &destroy).await?;
         Ok(())
     }
 
     async fn drop_replica(&self, record: &VolumeRecord, replica: ReplicaId) -> Result<Step, AnswerError> {
         let command = CatalogCommand::DropReplica { id: record.id, revision: record.revision, replica };
         self.apply(&command).await?;
+        self.left_at.borrow_mut().remove(&replica);
         Ok(Step::Progress)
     }
 
@@ -214,29 +237,47 @@ impl Member {
         let reports = volumes::replica_reports(&self.rpc, record).await;
         let (id, report) =
             volumes::leader_of(&reports).ok_or_else(|| retry_later("no replica of the volume leads now"))?;
+        if report.is_witness {
+            return Err(retry_later("a witness leads the volume until a data replica has everything"));
+        }
         let store = record.replicas.iter().find(|replica| replica.id == id).map(|replica| replica.store);
         Ok((store.ok_or_else(|| retry_later("the volume's leader is not in the catalog"))?, report.clone()))
     }
 
     async fn join(&self, record: &VolumeRecord, joining: &ReplicaRecord) -> Result<Step, AnswerError> {
-        // A faulty replica on the same store gives way first.
         for old in &record.replicas {
             if old.phase == ReplicaPhase::Leaving && old.store == joining.store {
-                match self.gives_way(record, old).await? {
-                    GivesWay::Now => self.destroy_replica(record, old).await?,
+                match self.make_way(record, old).await? {
+                    GivesWay::Now => {
+                        self.destroy_replica(record, old).await?;
+                        return self.drop_replica(record, old.id).await;
+                    }
                     GivesWay::Later => return Ok(Step::Rest),
                     GivesWay::Never => return self.call_off(record, old, joining).await,
                 }
             }
         }
-        self.create_replica(record, joining).await?;
+        if !joining.made {
+            self.create_replica(record, joining).await?;
+            let (id, revision, replica) = (record.id, record.revision, joining.id);
+            self.apply(&CatalogCommand::ReplicaMade { id, revision, replica }).await?;
+            return Ok(Step::Progress);
+        }
         let (store, report) = self.leader(record).await?;
+        if let Some(step) = self.take_back_strays(record, &report).await? {
+            return Ok(step);
+        }
         let group = record.group;
         // A change that was interrupted half-way is taken up again: both configurations count until then.
         if !report.voters.contains(&joining.id) || !report.settled_membership {
             let is_learner = report.learners.contains(&joining.id);
             if !report.voters.contains(&joining.id) && !is_learner {
-                let add = ShardRequest::AddLearner { group, replica: joining.id, store: joining.store };
+                let add = ShardRequest::AddLearner {
+                    group,
+                    replica: joining.id,
+                    store: joining.store,
+                    witness: joining.witness,
+                };
                 volumes::shard(&self.rpc, store, &add).await?;
                 return Ok(Step::Progress);
             }
@@ -244,10 +285,7 @@ impl Member {
             if matched + CAUGHT_UP_WITHIN < report.last_log.0 || matched == 0 {
                 return Ok(Step::Rest);
             }
-            let mut voters = wanted_voters(record);
-            voters.push(joining.id);
-            let change = ShardRequest::ChangeVoters { group, voters };
-            volumes::shard(&self.rpc, store, &change).await?;
+            self.change_voters(record, store, &report, Some(joining.id)).await?;
         }
         let command = CatalogCommand::SetReplica {
             id: record.id,
@@ -259,21 +297,89 @@ impl Member {
         Ok(Step::Progress)
     }
 
-    /// Whether a faulty replica may be removed before the one that takes its place is there. Only while the others are
-    /// a quorum without it: what it holds may be the second copy of what was acknowledged.
-    async fn gives_way(&self, record: &VolumeRecord, old: &ReplicaRecord) -> Result<GivesWay, AnswerError> {
+    /// INV-MEMBER: one change, of exactly the voters that it was decided on.
+    async fn change_voters(
+        &self,
+        record: &VolumeRecord,
+        leader: StoreId,
+        report: &ReplicaReport,
+        joining: Option<ReplicaId>,
+    ) -> Result<(), AnswerError> {
+        let wanted = placement::voters(&record.spec)?;
+        let answers = |replica: &ReplicaRecord| self.answers(replica);
+        let voters = target_voters(record, &report.voters, joining, wanted, answers);
+        self.set_voters(record, leader, report, voters).await
+    }
+
+    fn answers(&self, replica: &ReplicaRecord) -> bool {
+        !self.silent.borrow().contains_key(&replica.location.node)
+    }
+
+    /// A replica that is to vote and is no member of its group: a change that was decided on before it was kept came
+    /// late. It joins again, with what it has. INV-MEMBER: its store hears of it first, for whoever removed it may have
+    /// told the store to destroy it. INV-TERM: it is not made there if it is gone.
+    async fn take_back_strays(
+        &self,
+        record: &VolumeRecord,
+        report: &ReplicaReport,
+    ) -> Result<Option<Step>, AnswerError> {
+        let is_stray = |replica: &&ReplicaRecord| {
+            replica.phase == ReplicaPhase::Voter && !report.voters.contains(&replica.id)
+        };
+        let Some(stray) = record.replicas.iter().find(is_stray).filter(|_| report.settled_membership) else {
+            return Ok(None);
+        };
+        tracing::warn!(volume = record.spec.name, replica = %stray.id, "a voter is no member of its group: it joins again");
+        let (id, revision, replica, phase) = (record.id, record.revision, stray.id, ReplicaPhase::Joining);
+        let identity = ReplicaIdentity { group: record.group, replica };
+        volumes::shard(&self.rpc, stray.store, &ShardRequest::Keep { id: identity, revision }).await?;
+        if !stray.made {
+            self.apply(&CatalogCommand::ReplicaMade { id, revision, replica }).await?;
+            return Ok(Some(Step::Progress));
+        }
+        self.apply(&CatalogCommand::SetReplica { id, revision, replica, phase }).await?;
+        Ok(Some(Step::Progress))
+    }
+
+    async fn set_voters(
+        &self,
+        record: &VolumeRecord,
+        leader: StoreId,
+        report: &ReplicaReport,
+        voters: Vec<ReplicaId>,
+    ) -> Result<(), AnswerError> {
+        let expected = report.voters.clone();
+        let change = ShardRequest::ChangeVoters { group: record.group, expected, voters };
+        volumes::shard(&self.rpc, leader, &change).await?;
+        Ok(())
+    }
+
+    /// Has a faulty replica removed from the voters before the one that takes its place is there: what it holds may be
+    /// the second copy of what was acknowledged, and once the change is committed it is not. Only while the others can
+    /// commit it.
+    async fn make_way(&self, record: &VolumeRecord, old: &ReplicaRecord) -> Result<GivesWay, AnswerError> {
         let reports = volumes::replica_reports(&self.rpc, record).await;
-        if reports.get(&old.id).is_some_and(|report| report.as_ref().is_ok_and(|r| r.fault.is_empty())) {
+        let (leading, leader) =
+            volumes::leader_of(&reports).ok_or_else(|| retry_later("no replica of the volume leads now"))?;
+        if !leader.voters.contains(&old.id) {
+            // One that votes no more is kept by nobody, though it runs; and it stays while that may still be undone.
+            return Ok(if leader.settled_membership { GivesWay::Now } else { GivesWay::Later });
+        }
+        let fine = |id: ReplicaId| {
+            reports.get(&id).is_some_and(|report| report.as_ref().is_ok_and(|r| r.fault.is_empty()))
+        };
+        if fine(old.id) {
             return Ok(GivesWay::Never);
         }
-        let (_, leader) =
-            volumes::leader_of(&reports).ok_or_else(|| retry_later("no replica of the volume leads now"))?;
-        let is_healthy = |id: &&ReplicaId| {
-            **id != old.id
-                && reports.get(id).is_some_and(|r| r.as_ref().is_ok_and(|report| report.fault.is_empty()))
-        };
-        let healthy = leader.voters.iter().filter(is_healthy).count();
-        Ok(if healthy > leader.voters.len() / 2 { GivesWay::Now } else { GivesWay::Later })
+        // What a witness has and no data replica has may be on the faulty one, too.
+        if leader.is_witness || !stands_without(leader, leading, old.id, fine) {
+            return Ok(GivesWay::Later);
+        }
+        let store = record.replicas.iter().find(|replica| replica.id == leading).map(|replica| replica.store);
+        let store = store.ok_or_else(|| retry_later("the volume's leader is not in the catalog"))?;
+        let others = leader.voters.iter().copied().filter(|id| *id != old.id).collect();
+        self.set_voters(record, store, leader, others).await?;
+        Ok(GivesWay::Now)
     }
 
     /// The replica that was to give way runs after all.
@@ -285,24 +391,64 @@ impl Member {
     ) -> Result<Step, AnswerError> {
         tracing::info!(volume = record.spec.name, replica = %old.id, "the replica runs again and is kept");
         let (id, revision) = (record.id, record.revision);
-        let set = |revision, replica, phase| CatalogCommand::SetReplica { id, revision, replica, phase };
-        self.apply(&set(revision, joining.id, ReplicaPhase::Leaving)).await?;
-        self.apply(&set(revision + 1, old.id, ReplicaPhase::Voter)).await?;
+        self.apply(&CatalogCommand::KeepReplica { id, revision, old: old.id, joining: joining.id }).await?;
         Ok(Step::Progress)
     }
 
     async fn leave(&self, record: &VolumeRecord, leaving: &ReplicaRecord) -> Result<Step, AnswerError> {
+        if gives_way(record, leaving) {
+            // The one that joins there sees to it.
+            return Ok(Step::Rest);
+        }
         let (store, report) = self.leader(record).await?;
-        if report.voters.contains(&leaving.id) || report.learners.contains(&leaving.id) {
-            let voters = wanted_voters(record);
-            if voters.len() < placement::voters(&record.spec)? {
-                return Err(retry_later("a replica leaves only when enough others vote"));
+        if let Some(step) = self.take_back_strays(record, &report).await? {
+            return Ok(step);
+        }
+        // Nothing is destroyed by a change that may still be undone.
+        if report.voters.contains(&leaving.id) || !report.settled_membership {
+            // What was noted when it left before says nothing of what it has acknowledged since.
+            self.left_at.borrow_mut().remove(&leaving.id);
+            let wanted = placement::voters(&record.spec)?;
+            let answers = |replica: &ReplicaRecord| self.answers(replica);
+            if target_voters(record, &report.voters, None, wanted, answers).contains(&leaving.id) {
+                let joins = record.replicas.iter().any(|replica| replica.phase == ReplicaPhase::Joining);
+                let why = "a replica leaves only when enough others vote";
+                return if joins { Ok(Step::Rest) } else { Err(retry_later(why)) };
             }
-            let change = ShardRequest::ChangeVoters { group: record.group, voters };
-            volumes::shard(&self.rpc, store, &change).await?;
+            self.change_voters(record, store, &report, None).await?;
+            return Ok(Step::Progress);
+        }
+        if report.learners.contains(&leaving.id) {
+            let remove = ShardRequest::RemoveLearner { group: record.group, replica: leaving.id };
+            volumes::shard(&self.rpc, store, &remove).await?;
+            return Ok(Step::Progress);
+        }
+        // It is destroyed when its node is back; nobody waits for that. And not before the others have what it had.
+        if !self.answers(leaving) || !self.others_have_all(record, leaving, &report) {
+            return Ok(Step::Rest);
         }
         self.destroy_replica(record, leaving).await?;
         self.drop_replica(record, leaving.id).await
+    }
+
+    /// Whether the voters that stay have everything that was in the log when this replica was first seen to vote no more:
+    /// a majority of them, and beside a witness, which may have purged what the one before had, all that hold data.
+    fn others_have_all(
+        &self,
+        record: &VolumeRecord,
+        leaving: &ReplicaRecord,
+        report: &ReplicaReport,
+    ) -> bool {
+        let noted = *self.left_at.borrow_mut().entry(leaving.id).or_insert(report.last_log);
+        let has_all = |replica: &&ReplicaRecord| {
+            let matched = report.matched.iter().find(|(id, _)| *id == replica.id).map_or(0, |(_, at)| at.0);
+            replica.id == report.replica || matched >= noted.0
+        };
+        let data = || record.data().filter(|replica| report.voters.contains(&replica.id));
+        let have = data().filter(has_all).count();
+        let beside_a_witness = data().count() < report.voters.len();
+        let wanted = if beside_a_witness { data().count() } else { report.voters.len() / 2 + 1 };
+        have >= wanted
     }
 
     /// Notes which nodes are silent, and has the replicas of lost nodes and faulty replicas placed anew.
@@ -323,31 +469,50 @@ impl Member {
         }
         let made = |record: &&VolumeRecord| matches!(record.phase, VolumePhase::Ready | VolumePhase::Filling);
         for record in state.volumes.values().filter(made) {
-            if record.replicas.iter().any(|replica| replica.phase == ReplicaPhase::Joining) {
-                continue;
-            }
-            let voters = || record.replicas.iter().filter(|replica| replica.phase == ReplicaPhase::Voter);
-            let on_lost = voters().find(|replica| lost.contains(&replica.location.node));
-            let faulty = voters().find(|replica| {
-                let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
-                // What repairs itself from its peers is let be, under its old id.
-                report.is_some_and(|report| {
-                    !runs_on(report, record, replica.id) && !is_repairing(report, record, replica.id)
-                })
-            });
-            let result = match (faulty, on_lost) {
-                (Some(replica), _) => self.replace_in_place(record, replica).await,
-                (None, Some(replica)) => self.replace_elsewhere(record, replica, state, &reports).await,
-                (None, None) => Ok(()),
-            };
-            if let Err(AnswerError::Refused(error)) = result {
+            if let Err(AnswerError::Refused(error)) = self.replace_one(record, &lost, state, &reports).await {
                 tracing::warn!(volume = record.spec.name, %error, "a lost replica is not replaced yet");
             }
         }
     }
 
+    /// Has one replica of a volume placed anew that is lost or faulty; also one that was to take another's place.
+    async fn replace_one(
+        &self,
+        record: &VolumeRecord,
+        lost: &[NodeName],
+        state: &CatalogState,
+        reports: &StoreReports,
+    ) -> Result<(), AnswerError> {
+        // With one full copy left, a data replica that does not answer is lost now, if there is another place for it.
+        let phase = |phase| record.replicas.iter().filter(move |replica| replica.phase == phase);
+        let one_copy = phase(ReplicaPhase::Voter).any(|replica| has_one_copy(reports, record, replica));
+        let silent = |node: &NodeName| one_copy && self.silent.borrow().contains_key(node);
+        let is_lost = |replica: &&ReplicaRecord| {
+            let node = &replica.location.node;
+            lost.contains(node) || (!replica.witness && silent(node))
+        };
+        let is_faulty = |replica: &&ReplicaRecord| {
+            let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
+            // What repairs itself from its peers is let be, under its old id.
+            report.is_some_and(|report| {
+                !runs_on(report, record, replica.id) && !is_repairing(report, record, replica.id)
+            })
+        };
+        let (joining, voters) = (|| phase(ReplicaPhase::Joining), || phase(ReplicaPhase::Voter));
+        if let Some(replica) = joining().find(is_lost).or_else(|| voters().find(is_lost)) {
+            return self.replace_elsewhere(record, replica, state, reports).await;
+        }
+        let faulty = joining().find(|replica| replica.made && is_faulty(replica));
+        // One at a time: the others are to be a quorum meanwhile.
+        let faulty = faulty.or_else(|| voters().find(is_faulty).filter(|_| joining().next().is_none()));
+        match faulty {
+            Some(replica) => self.replace_in_place(record, replica).await,
+            None => Ok(()),
+        }
+    }
+
     async fn replace_in_place(&self, record: &VolumeRecord, old: &ReplicaRecord) -> Result<(), AnswerError> {
-        let placed = Placed { store: old.store, location: old.location.clone() };
+        let placed = Placed { store: old.store, location: old.location.clone(), witness: old.witness };
         self.replace(record, old, placed).await
     }
 
@@ -356,15 +521,21 @@ impl Member {
         record: &VolumeRecord,
         old: &ReplicaRecord,
         state: &CatalogState,
-        reports: &std::collections::BTreeMap<holdfast_types::NodeName, StoreReport>,
+        reports: &StoreReports,
     ) -> Result<(), AnswerError> {
+        // What leaves takes up no domain, and its store is not free before it is gone.
+        let leaves = |replica: &&ReplicaRecord| replica.phase == ReplicaPhase::Leaving;
+        let taken: Vec<StoreId> =
+            record.replicas.iter().filter(leaves).map(|replica| replica.store).collect();
         let staying: Vec<Placed> = record
             .replicas
             .iter()
-            .filter(|replica| replica.id != old.id)
-            .map(|replica| Placed { store: replica.store, location: replica.location.clone() })
+            .filter(|replica| replica.id != old.id && !leaves(replica))
+            .map(ReplicaRecord::placed)
             .collect();
-        let placed = placement::place_one(&record.spec, &volumes::candidates(state, reports), &staying)?;
+        let mut candidates = volumes::candidates(state, reports);
+        candidates.retain(|candidate| !taken.contains(&candidate.store));
+        let placed = placement::place_one(&record.spec, &candidates, &staying, old.witness)?;
         self.replace(record, old, placed).await
     }
 
@@ -393,7 +564,24 @@ fn is_repairing(report: &StoreReport, record: &VolumeRecord, replica: ReplicaId)
     report.repairing.contains(&ReplicaIdentity { group: record.group, replica })
 }
 
-fn wanted_voters(record: &VolumeRecord) -> Vec<ReplicaId> {
-    let voters = record.replicas.iter().filter(|replica| replica.phase == ReplicaPhase::Voter);
-    voters.map(|replica| replica.id).collect()
+/// Whether a store says that its witness's log has gone beyond its budget.
+fn has_one_copy(reports: &StoreReports, record: &VolumeRecord, replica: &ReplicaRecord) -> bool {
+    let id = ReplicaIdentity { group: record.group, replica: replica.id };
+    reports.get(&replica.location.node).is_some_and(|report| report.one_copy.contains(&id))
+}
+
+/// Whether the others of a replica are a quorum that can commit a change without it: they run, and are not far behind.
+fn stands_without(
+    leader: &ReplicaReport,
+    leading: ReplicaId,
+    without: ReplicaId,
+    fine: impl Fn(ReplicaId) -> bool,
+) -> bool {
+    let is_near = |id: ReplicaId| {
+        let matched = leader.matched.iter().find(|(other, _)| *other == id).map_or(0, |(_, at)| at.0);
+        id == leading || matched + CAUGHT_UP_WITHIN >= leader.last_log.0
+    };
+    let others = || leader.voters.iter().copied().filter(|id| *id != without);
+    let ready = others().filter(|id| fine(*id) && is_near(*id)).count();
+    ready > others().count() / 2 && ready > leader.voters.len() / 2
 }

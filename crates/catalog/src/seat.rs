@@ -197,6 +197,12 @@ impl Seat {
             Sitting::Nobody(before, _) => *before,
         };
         if let Some(before) = before {
+            self.host.note_destroyed(before).await.map_err(failed)?;
+        }
+        // INV-TERM: the request may be an old one, of a member that was lost as well.
+        let id = identity(replica);
+        self.host.may_make(id).map_err(|error| user_error(&error))?;
+        if let Some(before) = before {
             self.host.journal().drop_group(before).await.map_err(failed)?;
         }
         for files in ["catalog-state", PAST_FILE] {
@@ -205,7 +211,6 @@ impl Seat {
             }
         }
         self.host.directory().sync().await.map_err(failed)?;
-        let id = identity(replica);
         let log = self.host.journal().create_group(id).await.map_err(failed)?;
         self.host.remember_in(id, PAST_FILE.into()).await.map_err(failed)?;
         let member = Member::run(&self.host, id, log, true, self.options).await;
@@ -268,7 +273,7 @@ impl Member {
     pub(crate) async fn look_at_seats(&self) -> Result<(), AnswerError> {
         let report = self.group.report();
         if !report.settled_membership {
-            return Ok(());
+            return Ok(self.group.finish_change().await?);
         }
         let members = self.group.members();
         let mut stores: Vec<StoreId> = members.iter().map(|(_, store)| *store).collect();

@@ -60,6 +60,7 @@ pub fn candidates(state: &CatalogState, reports: &BTreeMap<NodeName, StoreReport
             store: node.store,
             location: node.location.clone(),
             usable: report.is_some_and(|report| report.failed.is_empty()) && !node.cordoned,
+            witness: node.witness,
             available_bytes: report.map_or(0, |r| r.available_bytes.saturating_sub(RESERVE_BYTES)),
             replicas: report.map_or(0, |report| report.replicas.len()),
         }

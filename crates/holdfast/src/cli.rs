@@ -40,6 +40,12 @@ pub enum Command {
         /// How the store's files are read and written, instead of the configured way (threads).
         #[arg(long, value_name = "ENGINE")]
         io_engine: Option<holdfast_node::config::IoEngine>,
+        /// Take witnesses only: vote for volumes, and hold no data. A node is this from its first start on.
+        #[arg(long)]
+        witness: bool,
+        /// As a witness: how much the log of one volume may hold for a data replica that is away (1GiB).
+        #[arg(long, value_name = "SIZE")]
+        witness_log: Option<ByteSize>,
         /// End when the process that started this one ends.
         #[arg(long, hide = true)]
         follow_parent: bool,
@@ -138,6 +144,7 @@ impl DevOptions {
             regions: self.regions,
             zones: self.zones,
             nodes_per_zone: self.nodes_per_zone.unwrap_or(if demo { 2 } else { 1 }),
+            witness: self.witness,
             lost_after_seconds: self.lost_after,
             // A demonstration wants to see the log purged soon.
             journal_bytes: self.journal.map_or(if demo { 64 << 20 } else { 256 << 20 }, |size| size.0),
@@ -207,7 +214,14 @@ pub enum CtlAction {
         /// NODE, ZONE or REGION.
         target: String,
     },
-    /// End partitions and delays.
+    /// Drop what one of them sends to the other, silently; the other way stays open.
+    Cut {
+        /// NODE, ZONE or REGION that is not heard.
+        from: String,
+        /// NODE, ZONE or REGION that does not hear it.
+        to: String,
+    },
+    /// End partitions, cuts and delays.
     Heal,
     /// Delay peer traffic between two of them, one way each: for example 30ms.
     Delay {
@@ -274,6 +288,9 @@ pub enum VolumeCommand {
         /// Zones where its replicas may stand; the first is preferred.
         #[arg(long, value_delimiter = ',')]
         zones: Vec<String>,
+        /// How soon a dead leader is missed: auto (as the network allows) or tight.
+        #[arg(long)]
+        timers: Option<String>,
         /// A StorageClass parameter, KEY=VALUE; may be repeated.
         #[arg(long = "parameter", value_name = "KEY=VALUE")]
         parameters: Vec<String>,
@@ -323,6 +340,14 @@ pub enum VolumeCommand {
         /// The new size.
         #[arg(long)]
         size: ByteSize,
+    },
+    /// Change a volume in use.
+    Set {
+        /// Its name or id.
+        name: String,
+        /// How soon a dead leader is missed: auto (as the network allows) or tight.
+        #[arg(long, required = true)]
+        timers: String,
     },
     /// Delete a volume and its data.
     Delete {
@@ -462,19 +487,8 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 
 /// A command of the design that does not exist yet.
 pub fn not_built(words: &[String], within: &str) -> UserError {
-    const PLANNED: &[&str] = &[
-        "explain",
-        "fence",
-        "bench",
-        "kube",
-        "keeper",
-        "set",
-        "adopt",
-        "switchover",
-        "failover",
-        "recover",
-        "top",
-    ];
+    const PLANNED: &[&str] =
+        &["explain", "fence", "bench", "kube", "keeper", "adopt", "switchover", "failover", "recover", "top"];
     let first = words.first().map(String::as_str).unwrap_or_default();
     if PLANNED.contains(&first) {
         return UserError::new(ErrorCode::Unimplemented, format!("'{first}' is not built yet"))

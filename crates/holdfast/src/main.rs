@@ -58,6 +58,8 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             metrics,
             scrub_period,
             io_engine,
+            witness,
+            witness_log,
             follow_parent,
             command: None,
         } => {
@@ -65,8 +67,13 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             if follow_parent {
                 dev::follow_parent()?;
             }
-            let overrides =
-                holdfast_node::daemon::Overrides { metrics, scrub_period_seconds: scrub_period, io_engine };
+            let overrides = holdfast_node::daemon::Overrides {
+                metrics,
+                scrub_period_seconds: scrub_period,
+                io_engine,
+                witness,
+                witness_log_bytes: witness_log.map(|size| size.0),
+            };
             holdfast_node::daemon::run(&directory, overrides).map(|()| ExitCode::SUCCESS)
         }
         Command::Node { command: Some(command), .. } => commands::node::run(command, cli.admin, output),

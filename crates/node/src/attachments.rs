@@ -171,6 +171,10 @@ impl Shard {
         force: bool,
         read_only: bool,
     ) -> Result<AttachmentView, UserError> {
+        if self.config.witness {
+            let message = format!("node {} is a witness: it serves no volumes", self.config.location.node);
+            return Err(UserError::new(ErrorCode::Refused, message).hint("attach on a node that holds data"));
+        }
         let choice: FrontendChoice = frontend.parse()?;
         let frontend = choice.resolve()?;
         let state = self.catalog.state(ATTACH_PATIENCE).await?;
@@ -401,10 +405,9 @@ impl Shard {
     /// The leader follows the attachment: to the replica on this node, else to one in its zone.
     async fn lead_near(self: Rc<Self>, record: VolumeRecord) {
         let here = &self.config.location;
-        let near = record.replicas.iter().find(|replica| replica.store == self.config.store).or_else(|| {
+        let near = record.data().find(|replica| replica.store == self.config.store).or_else(|| {
             record
-                .replicas
-                .iter()
+                .data()
                 .find(|replica| replica.location.region == here.region && replica.location.zone == here.zone)
         });
         let Some(near) = near else { return };

@@ -13,6 +13,8 @@ use crate::config::{DiskMode, IoEngine, Layout, NodeConfig, PeerConfig, ScrubCon
 const CATALOG_MEMBERS: usize = 3;
 /// The port on which nodes of a loopback cluster listen; their addresses differ.
 const PORT: u16 = 7400;
+/// The region of a witness node: no other node is there.
+const WITNESS_REGION: &str = "w";
 /// The port on which they serve their metrics.
 const METRICS_PORT: u16 = 7401;
 
@@ -25,6 +27,8 @@ pub struct LoopbackPlan {
     pub zones: usize,
     /// Nodes of each zone.
     pub nodes_per_zone: usize,
+    /// A witness node in a region of its own.
+    pub witness: bool,
     /// Seconds after which a silent node is lost.
     pub lost_after_seconds: u64,
     /// Bytes of each node's journal.
@@ -58,25 +62,37 @@ fn locations(plan: &LoopbackPlan) -> Vec<Location> {
             }
         }
     }
+    if plan.witness {
+        let (region, zone) = (WITNESS_REGION.to_owned(), format!("{WITNESS_REGION}-z1"));
+        all.push(Location { region, zone, node: NodeName::new(format!("{WITNESS_REGION}-z1-n1")) });
+    }
     all
 }
 
-/// The catalog's members: spread over regions, then zones, then nodes.
+/// The catalog's members: spread over regions, then zones, then nodes. Three places with data do without the witness
+/// node; two zones, or two regions, have their third vote there.
 fn catalog(nodes: &[(Location, StoreId)]) -> BTreeMap<ReplicaId, StoreId> {
+    let members = if nodes.len() < CATALOG_MEMBERS { 1 } else { CATALOG_MEMBERS };
+    let (witnesses, data): (Vec<_>, Vec<_>) = nodes.iter().partition(|(at, _)| at.region == WITNESS_REGION);
+    let distinct = |domain: fn(&Location) -> &str| {
+        data.iter().map(|(at, _)| domain(at)).collect::<std::collections::BTreeSet<_>>().len()
+    };
+    let two_sites = distinct(|at| &at.region) == 2 || distinct(|at| &at.zone) == 2;
+    let third = witnesses.into_iter().next().filter(|_| two_sites && members > 1);
     let mut chosen: Vec<&(Location, StoreId)> = Vec::new();
-    while chosen.len() < CATALOG_MEMBERS.min(if nodes.len() < CATALOG_MEMBERS { 1 } else { CATALOG_MEMBERS })
-    {
+    while chosen.len() < members - usize::from(third.is_some()) {
         let sharing = |candidate: &Location| {
             let same_region = chosen.iter().filter(|(at, _)| at.region == candidate.region).count();
             let same_zone = chosen.iter().filter(|(at, _)| at.zone == candidate.zone).count();
             (same_zone, same_region)
         };
-        let free = nodes.iter().filter(|node| !chosen.contains(node));
+        let free = data.iter().filter(|node| !chosen.contains(node));
         match free.min_by_key(|(at, _)| sharing(at)) {
             Some(next) => chosen.push(next),
             None => break,
         }
     }
+    chosen.extend(third);
     chosen.into_iter().enumerate().map(|(n, (_, store))| (ReplicaId(n as u64 + 1), *store)).collect()
 }
 
@@ -125,6 +141,8 @@ pub fn create_loopback(
             allow_faults: true,
             disk: plan.disk,
             io_engine: plan.io_engine,
+            witness: location.region == WITNESS_REGION,
+            witness_log_bytes: holdfast_types::limits::WITNESS_LOG_BYTES,
         };
         let path = directory.join(location.node.as_str());
         std::fs::create_dir_all(&path).map_err(|error| failed(&error))?;
@@ -145,6 +163,7 @@ mod tests {
             regions: 1,
             zones: 3,
             nodes_per_zone: 2,
+            witness: false,
             lost_after_seconds: 600,
             journal_bytes: 64 << 20,
             disk: DiskMode::Plain,
@@ -155,5 +174,29 @@ mod tests {
         let members = catalog(&nodes);
         assert_eq!(members.values().map(|store| store.0).collect::<Vec<_>>(), [1, 3, 5]);
         assert_eq!(catalog(&nodes[..2]).len(), 1);
+    }
+
+    #[test]
+    fn the_third_vote_of_two_sites_is_the_witness_node_s() {
+        let members = |regions, zones| {
+            let plan = LoopbackPlan {
+                regions,
+                zones,
+                nodes_per_zone: 1,
+                witness: true,
+                lost_after_seconds: 600,
+                journal_bytes: 64 << 20,
+                disk: DiskMode::Plain,
+                io_engine: IoEngine::default(),
+            };
+            let places = locations(&plan).into_iter().enumerate();
+            let nodes: Vec<_> = places.map(|(n, at)| (at, StoreId(n as u128 + 1))).collect();
+            let names = |store: &StoreId| nodes[store.0 as usize - 1].0.node.to_string();
+            catalog(&nodes).values().map(names).collect::<Vec<_>>()
+        };
+        assert_eq!(members(1, 2), ["r1-z1-n1", "r1-z2-n1", "w-z1-n1"]);
+        assert_eq!(members(2, 1), ["r1-z1-n1", "r2-z1-n1", "w-z1-n1"]);
+        assert_eq!(members(2, 2), ["r1-z1-n1", "r2-z1-n1", "w-z1-n1"], "no region has two of the three");
+        assert_eq!(members(1, 3), ["r1-z1-n1", "r1-z2-n1", "r1-z3-n1"]);
     }
 }

@@ -57,6 +57,12 @@ pub struct NodeConfig {
     /// How the store's files are read and written.
     #[serde(default)]
     pub io_engine: IoEngine,
+    /// The node takes witnesses only: it votes for volumes and holds no data.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub witness: bool,
+    /// As a witness: bytes that the log of one volume may hold for a data replica that is away.
+    #[serde(default = "default_witness_log_bytes")]
+    pub witness_log_bytes: u64,
 }
 
 /// How files are read, written and flushed.
@@ -124,6 +130,10 @@ pub enum DiskMode {
 
 fn default_lost_after() -> u64 {
     600
+}
+
+fn default_witness_log_bytes() -> u64 {
+    holdfast_types::limits::WITNESS_LOG_BYTES
 }
 
 fn default_journal_bytes() -> u64 {

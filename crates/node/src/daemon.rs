@@ -10,7 +10,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::admin::pb::admin_server::AdminServer;
 use crate::admin::service::AdminService;
-use crate::config::{IoEngine, Layout};
+use crate::config::{IoEngine, Layout, NodeConfig};
 use crate::handle::{self, ShardHandle};
 use crate::metrics;
 use crate::shard::Shard;
@@ -33,21 +33,33 @@ pub struct Overrides {
     pub scrub_period_seconds: Option<u64>,
     /// How the store's files are read and written.
     pub io_engine: Option<IoEngine>,
+    /// It takes witnesses only.
+    pub witness: bool,
+    /// As a witness: bytes that the log of one volume may hold for a data replica that is away.
+    pub witness_log_bytes: Option<u64>,
+}
+
+impl Overrides {
+    /// A configuration as the command line wants it.
+    pub(crate) fn apply(&self, mut config: NodeConfig) -> NodeConfig {
+        config.io_engine = self.io_engine.unwrap_or(config.io_engine);
+        config.witness |= self.witness;
+        config.witness_log_bytes = self.witness_log_bytes.unwrap_or(config.witness_log_bytes);
+        config.scrub.period_seconds = self.scrub_period_seconds.unwrap_or(config.scrub.period_seconds);
+        config.metrics = self.metrics.clone().or(config.metrics);
+        config
+    }
 }
 
 /// Runs the node of a data directory until SIGTERM or SIGINT. What `overrides` leaves out its configuration tells.
 pub fn run(directory: &Path, overrides: Overrides) -> Result<(), UserError> {
-    let Overrides { metrics, scrub_period_seconds, io_engine } = overrides;
     crate::planted::plant()?;
     let layout = Layout::new(directory);
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {
-        let shard = Shard::start(layout.clone(), io_engine).await?;
-        let mut scrub = shard.config.scrub;
-        scrub.period_seconds = scrub_period_seconds.unwrap_or(scrub.period_seconds);
-        shard.host.start_scrub(scrub.options());
-        let metrics = metrics.or_else(|| shard.config.metrics.clone());
-        let metrics = metrics.as_deref().map(metrics::bind).transpose()?;
+        let shard = Shard::start(layout.clone(), &overrides).await?;
+        shard.host.start_scrub(shard.config.scrub.options());
+        let metrics = shard.config.metrics.as_deref().map(metrics::bind).transpose()?;
         if let Some(metrics) = &metrics {
             tracing::info!(url = %format_args!("http://{}/metrics", metrics.address()), "serving metrics");
         }

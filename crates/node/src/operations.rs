@@ -245,7 +245,7 @@ impl Shard {
             let state = self.catalog.state(PATIENCE).await?;
             let reports = volumes::store_reports(&self.rpc, &state).await;
             let more = size.0 - record.spec.size.0;
-            for replica in &record.replicas {
+            for replica in record.data() {
                 let room = reports.get(&replica.location.node).map(|report| report.available_bytes);
                 if room.is_some_and(|room| room < more) {
                     let message = format!("node {} has no room for {more} bytes more", replica.location.node);
@@ -264,6 +264,20 @@ impl Shard {
             tracing::info!(volume = shown.name, %error, "the device does not show yet that its volume has grown");
         }
         Ok(shown)
+    }
+
+    /// Changes what may be changed of a volume in use. The reconciler brings it about.
+    pub(crate) async fn set_volume(
+        self: Rc<Self>,
+        request: pb::SetVolumeRequest,
+    ) -> Result<pb::Volume, UserError> {
+        let record = self.record(&request.name).await?;
+        if request.timers.is_empty() {
+            return Ok(self.show(&record).await);
+        }
+        let timers = parameters::timers(&request.timers)?;
+        let reply = self.catalog.apply(CatalogCommand::SetTimers { id: record.id, timers }, PATIENCE).await?;
+        Ok(self.show(&expect_volume(reply)?).await)
     }
 
     async fn show_size_at(
@@ -447,7 +461,7 @@ impl Shard {
         let record = self.record(&name).await?;
         let before = self.show(&record).await;
         let request = ShardRequest::Scrub { group: record.group };
-        let asked = record.replicas.iter().map(|at| volumes::shard(&self.rpc, at.store, &request));
+        let asked = record.data().map(|at| volumes::shard(&self.rpc, at.store, &request));
         let answers = join_all(asked).await;
         let told = answers.iter().filter(|answer| answer.is_ok()).count();
         match answers.into_iter().find_map(Result::err) {
@@ -465,7 +479,7 @@ impl Shard {
         let (_, leader) = volumes::leader_of(&reports).ok_or_else(unled)?;
         let index = LogIndex(leader.committed.0.max(1));
         let request = DataRequest::Digest { group: record.group, index };
-        let asked = record.replicas.iter().map(|replica| {
+        let asked = record.data().map(|replica| {
             let request = &request;
             async move {
                 let node = replica.location.node.to_string();
@@ -582,8 +596,8 @@ impl Shard {
     ) -> Result<pb::Volume, UserError> {
         let record = self.record(&volume).await?;
         let to = ReplicaId(replica);
-        if !record.replicas.iter().any(|at| at.id == to && at.phase == ReplicaPhase::Voter) {
-            let message = format!("volume {volume} has no voting replica {replica}");
+        if !record.data().any(|at| at.id == to && at.phase == ReplicaPhase::Voter) {
+            let message = format!("volume {volume} has no voting replica {replica} with data");
             return Err(UserError::new(ErrorCode::NotFound, message)
                 .hint(format!("`holdfast replica list {volume}` shows them")));
         }

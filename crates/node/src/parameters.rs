@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use holdfast_types::{
-    AccessFrom, ByteSize, ErrorCode, OnQuorumLoss, ReadPolicy, Survive, TopologyTerm, UserError, VolumeSpec,
-    limits,
+    AccessFrom, ByteSize, ErrorCode, OnQuorumLoss, ReadPolicy, Survive, TimersPolicy, TopologyTerm,
+    UserError, VolumeSpec, limits,
 };
 
 use crate::admin::pb;
@@ -72,6 +72,7 @@ pub(crate) fn spec(request: &pb::CreateVolumeRequest) -> Result<VolumeSpec, User
         on_quorum_loss: OnQuorumLoss::Suspend,
         read_policy: ReadPolicy::Nearest,
         access_from: AccessFrom::Anywhere,
+        timers: TimersPolicy::Auto,
     };
     parameters(&mut spec, &request.parameters)?;
     if !request.survive.is_empty() {
@@ -87,7 +88,9 @@ pub(crate) fn spec(request: &pb::CreateVolumeRequest) -> Result<VolumeSpec, User
 }
 
 fn survive(text: &str) -> Result<Survive, UserError> {
-    text.parse().map_err(|why| wrong(why, "survive: zone needs three zones, survive: none keeps one copy"))
+    text.parse().map_err(|why| {
+        wrong(why, "survive: zone needs three zones, or two and a witness; survive: none keeps one copy")
+    })
 }
 
 /// Takes StorageClass parameters into a specification.
@@ -101,7 +104,7 @@ pub(crate) fn parameters(
             "survive" => spec.survive = survive(value)?,
             "replicas" => {
                 let number = value.parse().map_err(|_| {
-                    wrong(format!("replicas: '{value}' is no number"), "use replicas: 1, 3 or 5")
+                    wrong(format!("replicas: '{value}' is no number"), "use replicas: 1, 2, 3 or 5")
                 })?;
                 spec.replicas = Some(number);
             }
@@ -113,9 +116,9 @@ pub(crate) fn parameters(
                 return Err(wrong(format!("the file system '{value}' is not supported"), "use ext4 or xfs"));
             }
             metadata if METADATA.contains(&metadata) => {}
-            "timers" if value == "auto" => {}
+            "timers" => spec.timers = timers(value)?,
             "encryption" if value == "none" => {}
-            "asyncReplicas" | "timers" | "encryption" | "iops" | "bandwidth" => return Err(not_built(key)),
+            "asyncReplicas" | "encryption" | "iops" | "bandwidth" => return Err(not_built(key)),
             unknown => {
                 return Err(wrong(
                     format!("there is no parameter '{unknown}'"),
@@ -125,6 +128,10 @@ pub(crate) fn parameters(
         }
     }
     Ok(())
+}
+
+pub(crate) fn timers(text: &str) -> Result<TimersPolicy, UserError> {
+    text.parse().map_err(|why| wrong(why, "use timers: auto, or timers: tight where the network is fast"))
 }
 
 fn access_from(text: &str) -> Result<AccessFrom, UserError> {
@@ -181,9 +188,14 @@ mod tests {
 
     #[test]
     fn what_is_asked_is_understood_or_refused_by_name() {
-        let spec =
-            spec(&request(&[("survive", "node"), ("onQuorumLoss", "error:30s"), (METADATA[0], "claim")]))
-                .expect("is understood");
+        let spec = spec(&request(&[
+            ("survive", "node"),
+            ("onQuorumLoss", "error:30s"),
+            ("timers", "tight"),
+            (METADATA[0], "claim"),
+        ]))
+        .expect("is understood");
+        assert_eq!(spec.timers, TimersPolicy::Tight);
         assert_eq!((spec.size, spec.survive), (ByteSize(8192), Survive::Node));
         assert_eq!(spec.on_quorum_loss, OnQuorumLoss::Error { after_seconds: 30 });
         for (parameters, code, word) in [
@@ -191,6 +203,7 @@ mod tests {
             (("survive", "comet"), ErrorCode::InvalidArgument, "comet"),
             (("replicas", "many"), ErrorCode::InvalidArgument, "many"),
             (("onQuorumLoss", "error:soon"), ErrorCode::InvalidArgument, "soon"),
+            (("timers", "loose"), ErrorCode::InvalidArgument, "loose"),
             (("encryption", "aes-xts"), ErrorCode::Unimplemented, "encryption"),
             (("csi.storage.k8s.io/fstype", "ntfs"), ErrorCode::InvalidArgument, "ntfs"),
         ] {

@@ -22,7 +22,8 @@ use holdfast_wire::tcp::{Faults, Peer, TcpNetwork, answers_as};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
-use crate::config::{DiskMode, IoEngine, Layout, NodeConfig, load_credentials};
+use crate::config::{DiskMode, Layout, NodeConfig, load_credentials};
+use crate::daemon::Overrides;
 use crate::filling::{self, Fillings};
 use crate::forward;
 
@@ -131,9 +132,8 @@ async fn refuse_second(config: &NodeConfig, tls: &Tls) -> Result<(), UserError> 
 
 impl Shard {
     /// Opens the store, starts its replicas, and listens.
-    pub(crate) async fn start(layout: Layout, io_engine: Option<IoEngine>) -> Result<Rc<Self>, UserError> {
-        let mut config = NodeConfig::load(&layout)?;
-        config.io_engine = io_engine.unwrap_or(config.io_engine);
+    pub(crate) async fn start(layout: Layout, overrides: &Overrides) -> Result<Rc<Self>, UserError> {
+        let config = overrides.apply(NodeConfig::load(&layout)?);
         let (directory, identity, fresh) = open_store(&config, &layout).await?;
         let credentials = load_credentials(&layout)?;
         let tls = Tls::new(config.cluster, &credentials)
@@ -159,6 +159,9 @@ impl Shard {
             GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
         let host =
             Host::open(environment, directory, identity, &options(&config)).await.map_err(store_error)?;
+        if config.witness {
+            host.take_witnesses_only(config.witness_log_bytes);
+        }
         let member_options = MemberOptions { lost_after: Duration::from_secs(config.lost_after_seconds) };
         let stood = layout.catalog_stood().exists();
         let seat = Seat::start(&host, &config.catalog, member_options, stood).await?;
@@ -207,6 +210,7 @@ impl Shard {
                 peer_address: own.map_or_else(|| this.config.listen.clone(), |peer| peer.address.clone()),
                 admin: format!("unix:{}", this.layout.admin_socket().display()),
                 cordoned: false,
+                witness: this.config.witness,
             };
             let command = CatalogCommand::PutNode { cluster: this.config.cluster, node };
             match this.catalog.apply(command, Duration::from_secs(5)).await {

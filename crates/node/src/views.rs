@@ -37,7 +37,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
         .values()
         .filter_map(|report| report.as_ref().ok())
         .max_by_key(|report| (report.epoch, report.applied));
-    let locations: Vec<_> = record.replicas.iter().map(|at| at.location.clone()).collect();
+    let locations: Vec<_> = record.data().map(|at| at.location.clone()).collect();
     let source = record.source.as_ref();
     pb::Volume {
         id: record.id.to_string(),
@@ -70,6 +70,9 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
             VolumePhase::Deleting => "deleting",
         }
         .into(),
+        timers: record.spec.timers.as_str().into(),
+        heartbeat_ms: leader.map_or(0, |(_, report)| report.runs.heartbeat.as_millis() as u32),
+        timers_changing: leader.is_some_and(|(_, report)| report.timers.change().is_some()),
         waits_for_room: leader.is_some_and(|(_, report)| report.waits_for_room),
         source_volume: source.map(|source| source.volume.to_string()).unwrap_or_default(),
         source_snapshot: source
@@ -114,6 +117,9 @@ fn replica(
     if at.phase == ReplicaPhase::Joining {
         shown.role = "learner".into();
     }
+    if at.witness {
+        shown.role = "witness".into();
+    }
     if at.phase == ReplicaPhase::Leaving {
         shown.state = "removing".into();
     }
@@ -125,13 +131,14 @@ fn replica(
         ReplicaPhase::Voter if report.repairing => "repairing",
         ReplicaPhase::Voter if !report.fault.is_empty() => "faulty",
         ReplicaPhase::Voter if report.is_full => "full",
+        ReplicaPhase::Voter if !report.past_budget.is_empty() => "past-budget",
         ReplicaPhase::Voter if behind > LAG_HEALTHY => "catching-up",
         ReplicaPhase::Voter => "healthy",
     }
     .into();
-    if leader.is_some_and(|(id, _)| id == at.id) {
+    if leader.is_some_and(|(id, _)| id == at.id) && !at.witness {
         shown.role = "leader".into();
-    } else if report.voters.contains(&at.id) {
+    } else if report.voters.contains(&at.id) && !at.witness {
         shown.role = "voter".into();
     }
     shown.term = report.term.0;
@@ -141,6 +148,7 @@ fn replica(
     shown.lag_bytes = behind * BYTES_PER_ENTRY;
     shown.used_bytes = report.used_bytes;
     shown.snapshot_bytes = report.snapshot_bytes;
+    shown.allocated_bytes = report.allocated_bytes;
     shown.purged_index = report.purged.0;
     shown.healed_by = report.healed_by.clone();
     shown.healed_bytes = report.healed_bytes;
@@ -150,6 +158,7 @@ fn replica(
     shown.scrub_passes = report.scrub_passes;
     shown.since_scrub_seconds = (report.scrub_passes > 0).then_some(report.since_scrub_seconds);
     shown.unsettled_chunks = report.unsettled_chunks;
+    shown.past_budget = report.past_budget.clone();
     shown
 }
 
@@ -189,6 +198,7 @@ pub(crate) fn node(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Nod
         state: state.into(),
         admin_address: record.admin.clone(),
         cordoned: record.cordoned,
+        witness: record.witness,
         stores: vec![store(record, report)],
         last_seen: String::new(),
     }
@@ -246,6 +256,12 @@ pub(crate) fn status(
         for replica in volume.replicas.iter().filter(|replica| replica.bad_blocks > 0) {
             let what = format!("{} blocks are bad on node {}", replica.bad_blocks, replica.node);
             let doing = "they are read elsewhere, and healed from the other replicas";
+            problem(format!("volume {}", volume.name), what, doing);
+        }
+        for replica in volume.replicas.iter().filter(|replica| !replica.past_budget.is_empty()) {
+            let what =
+                format!("one full copy: the witness on node {} says: {}", replica.node, replica.past_budget);
+            let doing = "the data replica that is behind catches up from the full copy, or is placed anew where it can be";
             problem(format!("volume {}", volume.name), what, doing);
         }
         // One that is being filled has nothing wrong with it.

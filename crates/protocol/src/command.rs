@@ -5,19 +5,24 @@
 
 use bytes::Bytes;
 use holdfast_types::{
-    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, NodeName, OnQuorumLoss, ReadPolicy,
-    Reader, Seq, SessionId, SnapshotId, StoreId, Writer, limits,
+    AttachmentId, BLOCK_BYTES, BlockRange, ByteSize, DecodeError, Epoch, LogIndex, NodeName, OnQuorumLoss,
+    ReadPolicy, Reader, Seq, SessionId, SnapshotId, StoreId, Writer, limits,
 };
 
 use crate::refusal::Refusal;
+use crate::timers::Timers;
 use crate::window::SEQ_MAX;
 
 /// The newest feature level that this version knows.
-pub const FEATURE_LEVEL: u16 = LEVEL_SNAPSHOTS;
+pub const FEATURE_LEVEL: u16 = LEVEL_WITNESS;
 /// The level of everything that is not newer.
 pub(crate) const LEVEL_FIRST: u16 = 1;
 /// The level of snapshots.
 pub(crate) const LEVEL_SNAPSHOTS: u16 = 2;
+/// The level of timers other than the defaults.
+pub(crate) const LEVEL_TIMERS: u16 = 3;
+/// The level of memberships that name witnesses.
+pub const LEVEL_WITNESS: u16 = 4;
 
 /// Who sends a data command, and which one it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,6 +140,16 @@ pub enum VolumeCommand {
         /// throw away what that wrote.
         epoch: Epoch,
     },
+    /// Begin to change the timers of the group.
+    ChangeTimers {
+        /// The timers that there will be.
+        to: Timers,
+    },
+    /// End a change of timers. A leader proposes it only once it has waited (INV-TIMERS).
+    TimersSettled {
+        /// Where the change began: one that speaks of another change ends nothing.
+        since: LogIndex,
+    },
 }
 
 const WRITE: u8 = 1;
@@ -148,6 +163,8 @@ const SET_POLICY: u8 = 8;
 const SNAPSHOT: u8 = 9;
 const DROP_SNAPSHOT: u8 = 10;
 const RESTORE_SNAPSHOT: u8 = 11;
+const CHANGE_TIMERS: u8 = 12;
+const TIMERS_SETTLED: u8 = 13;
 
 fn malformed(why: String) -> Result<(), Refusal> {
     Err(Refusal::Malformed(why))
@@ -227,7 +244,7 @@ pub(crate) fn get_policy(input: &mut Reader<'_>) -> Result<(OnQuorumLoss, ReadPo
 }
 
 /// Refuses an encoding that this version must not read, by name.
-pub(crate) fn check_level(level: u16) -> Result<(), DecodeError> {
+pub fn check_level(level: u16) -> Result<(), DecodeError> {
     if level == 0 || level > FEATURE_LEVEL {
         return Err(DecodeError::Unknown { what: "feature level (upgrade this node)", value: level.into() });
     }
@@ -249,6 +266,7 @@ impl VolumeCommand {
             Self::Snapshot { .. } | Self::DropSnapshot { .. } | Self::RestoreSnapshot { .. } => {
                 LEVEL_SNAPSHOTS
             }
+            Self::ChangeTimers { .. } | Self::TimersSettled { .. } => LEVEL_TIMERS,
             _ => LEVEL_FIRST,
         }
     }
@@ -328,7 +346,11 @@ impl VolumeCommand {
                 limits::check_name("snapshot", name).or_else(|error| malformed(error.to_string()))
             }
             Self::DropSnapshot { .. } | Self::RestoreSnapshot { .. } => Ok(()),
-            Self::Detach { .. } | Self::Settled { .. } | Self::SetPolicy { .. } => Ok(()),
+            Self::ChangeTimers { to } => to.check(),
+            Self::Detach { .. }
+            | Self::Settled { .. }
+            | Self::SetPolicy { .. }
+            | Self::TimersSettled { .. } => Ok(()),
         }
     }
 
@@ -398,6 +420,14 @@ impl VolumeCommand {
                 id.encode(&mut out);
                 epoch.encode(&mut out);
             }
+            Self::ChangeTimers { to } => {
+                out.u8(CHANGE_TIMERS);
+                to.encode(&mut out);
+            }
+            Self::TimersSettled { since } => {
+                out.u8(TIMERS_SETTLED);
+                since.encode(&mut out);
+            }
         }
         out.finish()
     }
@@ -451,6 +481,8 @@ impl VolumeCommand {
             RESTORE_SNAPSHOT => {
                 Self::RestoreSnapshot { id: SnapshotId::decode(input)?, epoch: Epoch::decode(input)? }
             }
+            CHANGE_TIMERS => Self::ChangeTimers { to: Timers::decode(input)? },
+            TIMERS_SETTLED => Self::TimersSettled { since: LogIndex::decode(input)? },
             other => return Err(DecodeError::Unknown { what: "volume command", value: other.into() }),
         };
         if level < command.level() {

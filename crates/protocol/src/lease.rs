@@ -17,13 +17,14 @@ use holdfast_types::{Epoch, SessionId};
 use crate::command::VolumeCommand;
 use crate::planted::is_planted;
 use crate::refusal::Refusal;
+use crate::timers::{Change, ChangeWatch};
 use crate::volume::{Unsettled, VolumeState};
 
 /// Renewals that may be unanswered at once; the oldest is forgotten first.
 const PENDING_MAX: usize = 16;
 
 /// A lease and the drift that clocks may have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct LeaseTerms {
     /// Its length.
     pub lease: Duration,
@@ -34,6 +35,9 @@ pub struct LeaseTerms {
 impl LeaseTerms {
     /// What a holder may count on by its own clock: no more true time than the lease, however slow that clock is.
     pub fn held(&self) -> Duration {
+        if is_planted("lease-too-long") {
+            return self.lease + self.lease / 8;
+        }
         self.lease.saturating_sub(self.drift())
     }
     /// What others must wait by their own clock: no less true time than the lease, however fast that clock is.
@@ -56,7 +60,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// The session's side.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SessionLease {
     terms: LeaseTerms,
     next: u64,
@@ -79,13 +83,18 @@ impl SessionLease {
         }
         self.next
     }
-    /// A renewal was granted: the lease counts from when it was sent, however long the answer took.
-    pub fn on_renewed(&mut self, number: u64) {
+    /// A renewal was granted for so long: the lease counts from when it was sent, however long the answer took.
+    pub fn on_renewed(&mut self, number: u64, lease: Duration) {
         if let Some(sent) = self.sent.remove(&number) {
+            self.terms.lease = lease;
             let until = sent.saturating_add(nanoseconds(self.terms.held()));
             self.until = Some(self.until.map_or(until, |before| before.max(until)));
             self.sent.retain(|other, _| *other > number);
         }
+    }
+    /// The length of the lease that was granted last.
+    pub fn length(&self) -> Duration {
+        self.terms.lease
     }
     /// The session is over. Only after this may its end be confirmed to anybody.
     pub fn end(&mut self) {
@@ -98,7 +107,7 @@ impl SessionLease {
 }
 
 /// The leader's side: whether the holder may still be alive. Made anew for each term in which the leader leads.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct HolderWatch {
     terms: LeaseTerms,
     /// The holder may be alive until then; `None` before it is known when the leader began to lead.
@@ -107,12 +116,17 @@ pub struct HolderWatch {
     epoch: Option<Epoch>,
     renewing: bool,
     ended: Option<SessionId>,
+    change: ChangeWatch,
 }
 
 impl HolderWatch {
     /// Nothing is known: a leader says when it began to lead before anything else, and until then nobody is dead.
     pub fn new(terms: LeaseTerms) -> Self {
-        Self { terms, until: None, epoch: None, renewing: false, ended: None }
+        Self { terms, until: None, epoch: None, renewing: false, ended: None, change: ChangeWatch::default() }
+    }
+    /// The volume's timers may have changed: from here on these count. What is waited for already stays. INV-TIMERS.
+    pub fn follow(&mut self, terms: LeaseTerms) {
+        self.terms = terms;
     }
     /// A new leader does not know what the one before granted: it waits one full lease.
     pub fn began_leading(&mut self, now: u64) {
@@ -134,6 +148,10 @@ impl HolderWatch {
     /// Whether a renewal may be granted.
     pub fn may_renew(&self) -> bool {
         self.renewing
+    }
+    /// Whether the leader may end this change of timers, which it has applied: INV-TIMERS.
+    pub fn may_end(&mut self, change: Change, now: u64) -> bool {
+        self.change.until(change, now, self.terms.waited()) <= now
     }
     /// The session has confirmed its end: it serves nothing any more, and never will.
     pub fn confirmed_end(&mut self, session: SessionId) {
@@ -159,6 +177,44 @@ impl HolderWatch {
     pub fn lease_with_drift(terms: &LeaseTerms) -> Duration {
         terms.waited()
     }
+}
+
+/// Why a replica does not serve a reader.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NotServed {
+    /// The reader's epoch is over.
+    OldEpoch,
+    /// A former holder may still be served by others (INV-SETTLE); later it may be different.
+    Unsettled,
+    /// This replica has not heard of the epoch yet; another may have.
+    UnknownEpoch,
+    /// The epoch is current, and the reader's session does not hold it.
+    NotHolder,
+}
+
+/// Whether a replica serves a reader, as far as its applied state says. That it has applied up to the reader's floor,
+/// and that the reader's lease lives, are for others to see to.
+pub fn admit_read(state: &VolumeState, epoch: Epoch, session: SessionId) -> Result<(), NotServed> {
+    if epoch < state.epoch() {
+        return Err(NotServed::OldEpoch);
+    }
+    if state.unsettled().is_some() && !is_planted("unsettled-ignored") {
+        return Err(NotServed::Unsettled);
+    }
+    if epoch > state.epoch() {
+        return Err(NotServed::UnknownEpoch);
+    }
+    if state.holder().is_some_and(|holder| holder.session == session) {
+        Ok(())
+    } else {
+        Err(NotServed::NotHolder)
+    }
+}
+
+/// Whether a leader renews the lease of a session. `state` is what it has applied, up to a point that it has confirmed
+/// to be current after the request arrived (INV-LEASE).
+pub fn admit_renewal(state: &VolumeState, epoch: Epoch, session: SessionId) -> bool {
+    epoch == state.epoch() && state.holder().is_some_and(|holder| holder.session == session)
 }
 
 /// What a leader does with an Attach.
@@ -214,7 +270,7 @@ pub fn decide_attach(
 
 /// When a leader may propose `Settled`: every former holder has confirmed its end, or one full lease has passed
 /// since the commit of the change. INV-SETTLE.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SettleWait {
     epoch: Epoch,
     waiting: Vec<SessionId>,
@@ -248,7 +304,7 @@ impl SettleWait {
 
 /// Whether a voter still owes silence: it neither grants votes nor campaigns for one full lease after its daemon
 /// started, because leases that it acknowledged before are forgotten. INV-LEASE.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct StartupSilence {
     until: u64,
 }

@@ -86,6 +86,9 @@ pub enum Refusal {
         /// How many more there are.
         more: u32,
     },
+    /// The volume's timers are being changed to others, or the change cannot end before a lease has. Ask again.
+    #[error("the volume's timers are being changed: ask again when that has ended")]
+    TimersChanging,
     /// Somebody holds the volume, and what is asked for needs that nobody does.
     #[error("the volume is attached to node {node}: detach it first")]
     Attached {
@@ -108,7 +111,7 @@ fn held(holder: &Option<NodeName>) -> String {
 impl Refusal {
     /// Whether the very same command may succeed later. Everything else is final for this command.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::Unsettled | Self::BeyondWindow)
+        matches!(self, Self::Unsettled | Self::BeyondWindow | Self::TimersChanging)
     }
 
     pub(crate) fn encode(&self, out: &mut Writer) {
@@ -167,6 +170,7 @@ impl Refusal {
                 out.u8(18);
                 node.encode(out);
             }
+            Self::TimersChanging => out.u8(19),
         }
     }
 
@@ -198,6 +202,7 @@ impl Refusal {
                 Self::NewerSnapshots { names, more: input.u32()? }
             }
             18 => Self::Attached { node: NodeName::decode(input)? },
+            19 => Self::TimersChanging,
             other => return Err(DecodeError::Unknown { what: "refusal", value: other.into() }),
         })
     }

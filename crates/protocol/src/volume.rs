@@ -15,13 +15,14 @@ use holdfast_types::{
 };
 
 use crate::command::{
-    AttachMode, LEVEL_FIRST, LEVEL_SNAPSHOTS, Tag, VolumeCommand, check_level, get_mode, get_policy,
-    put_mode, put_policy,
+    AttachMode, LEVEL_FIRST, LEVEL_SNAPSHOTS, LEVEL_TIMERS, Tag, VolumeCommand, check_level, get_mode,
+    get_policy, put_mode, put_policy,
 };
 use crate::planted::is_planted;
 pub use crate::refusal::Refusal;
 use crate::snapshots::Snapshots;
 pub use crate::snapshots::{Layer, Snapshot};
+use crate::timers::VolumeTimers;
 use crate::window::{Admission, Window};
 
 /// Former holders that one change leaves unsettled, at most: one, and two once migration has two live epochs.
@@ -160,6 +161,7 @@ pub struct VolumeState {
     window_of: AttachmentId,
     policy: VolumePolicy,
     snapshots: Snapshots,
+    timers: VolumeTimers,
 }
 
 impl VolumeState {
@@ -176,6 +178,7 @@ impl VolumeState {
             window_of: AttachmentId::NIL,
             policy: VolumePolicy::default(),
             snapshots: Snapshots::default(),
+            timers: VolumeTimers::default(),
         }
     }
 
@@ -210,6 +213,10 @@ impl VolumeState {
     /// Which replica serves reads.
     pub fn read_policy(&self) -> ReadPolicy {
         self.policy.read_policy
+    }
+    /// The timers of its group.
+    pub fn timers(&self) -> VolumeTimers {
+        self.timers
     }
     /// The living snapshots in the order in which they were made.
     pub fn snapshots(&self) -> &[Snapshot] {
@@ -252,6 +259,12 @@ impl VolumeState {
             }
             VolumeCommand::DropSnapshot { id } => Ok(VolumeReply::Done { fresh: self.snapshots.remove(*id) }),
             VolumeCommand::RestoreSnapshot { id, epoch } => self.restore(index, *id, *epoch),
+            VolumeCommand::ChangeTimers { to } => {
+                self.timers.begin(index, *to).map(|fresh| VolumeReply::Done { fresh })
+            }
+            VolumeCommand::TimersSettled { since } => {
+                Ok(VolumeReply::Done { fresh: self.timers.end(*since) })
+            }
         });
         assert!(self.epoch >= before, "INV-FENCE: an epoch only grows");
         assert!(
@@ -283,7 +296,13 @@ impl VolumeState {
         if !unchecked {
             self.check_epoch(tag.epoch)?;
         }
-        let Some(holder) = &self.holder else { return Err(Refusal::NotAttached) };
+        let Some(holder) = &self.holder else {
+            if is_planted("data-after-detach") && self.detached == Some(tag.epoch) {
+                let admission = self.window.admit(tag.seq, tag.oldest)?;
+                return Ok(VolumeReply::Done { fresh: admission == Admission::Fresh });
+            }
+            return Err(Refusal::NotAttached);
+        };
         if holder.session != tag.session && !unchecked {
             return Err(Refusal::NotHolder);
         }
@@ -319,7 +338,12 @@ impl VolumeState {
         }
         let attachment = match &self.holder {
             // A daemon that has restarted takes its node's attachment again, with its window, and needs no force.
-            Some(holder) if holder.node == *node => holder.attachment,
+            Some(holder) if holder.node == *node => {
+                if is_planted("window-forgotten") {
+                    self.window = Window::default();
+                }
+                holder.attachment
+            }
             Some(holder) if !force && !confirmed => {
                 return Err(Refusal::HeldBy { node: holder.node.clone(), epoch: holder.epoch });
             }
@@ -406,11 +430,18 @@ impl VolumeState {
         Ok(VolumeReply::Done { fresh: self.snapshots.restore(index, id, epoch)? })
     }
 
-    /// The state as bytes; see docs/FORMAT.md. A volume that never had a snapshot needs no newer version to read it.
+    /// The state as bytes; see docs/FORMAT.md. A volume that never had a snapshot, or has the default timers, needs no
+    /// newer version to read it.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::new();
-        let untouched = self.snapshots.is_untouched();
-        out.u16(if untouched { LEVEL_FIRST } else { LEVEL_SNAPSHOTS });
+        let level = if !self.timers.is_default() {
+            LEVEL_TIMERS
+        } else if !self.snapshots.is_untouched() {
+            LEVEL_SNAPSHOTS
+        } else {
+            LEVEL_FIRST
+        };
+        out.u16(level);
         out.u64(self.size.0);
         self.epoch.encode(&mut out);
         self.attached_at.encode(&mut out);
@@ -431,8 +462,11 @@ impl VolumeState {
         self.window.encode(&mut out);
         self.window_of.encode(&mut out);
         put_policy(&mut out, self.policy.on_quorum_loss, self.policy.read_policy);
-        if !untouched {
+        if level >= LEVEL_SNAPSHOTS {
             self.snapshots.encode(&mut out);
+        }
+        if level >= LEVEL_TIMERS {
+            self.timers.encode(&mut out);
         }
         out.finish()
     }
@@ -462,6 +496,8 @@ impl VolumeState {
         let policy = VolumePolicy { on_quorum_loss, read_policy };
         let snapshots =
             if level >= LEVEL_SNAPSHOTS { Snapshots::decode(input)? } else { Snapshots::default() };
+        let timers =
+            if level >= LEVEL_TIMERS { VolumeTimers::decode(input)? } else { VolumeTimers::default() };
         reader.end()?;
         let state = Self {
             size,
@@ -474,6 +510,7 @@ impl VolumeState {
             window_of,
             policy,
             snapshots,
+            timers,
         };
         state.check()?;
         Ok(state)

@@ -13,7 +13,8 @@ use holdfast_types::{
 };
 use holdfast_wire::rpc::{Handler, Responder, Service};
 
-use crate::group::GroupError;
+use crate::config::Peer;
+use crate::group::{Group, GroupError};
 use crate::host::{Host, NewReplica, Voters};
 
 /// Calls of the reconciler to a shard.
@@ -34,6 +35,8 @@ pub enum ShardRequest {
         size: ByteSize,
         /// The volume's specification as JSON.
         spec_json: Bytes,
+        /// It is a witness.
+        witness: bool,
     },
     /// Begin the group with these voters.
     Bootstrap {
@@ -41,11 +44,22 @@ pub enum ShardRequest {
         group: GroupId,
         /// Its voters.
         voters: Voters,
+        /// Those among them that are witnesses.
+        witnesses: Vec<ReplicaId>,
     },
     /// Remove a replica for good.
     Destroy {
         /// The replica.
         id: ReplicaIdentity,
+        /// The revision of the volume that this was decided on; refused if the replica was taken back on a later one.
+        revision: u64,
+    },
+    /// A replica that stands there is taken back into its group: whatever was decided before does not end it.
+    Keep {
+        /// The replica.
+        id: ReplicaIdentity,
+        /// The revision of the volume that this was decided on.
+        revision: u64,
     },
     /// As leader: add a learner.
     AddLearner {
@@ -55,13 +69,24 @@ pub enum ShardRequest {
         replica: ReplicaId,
         /// Its store.
         store: StoreId,
+        /// It is a witness.
+        witness: bool,
     },
     /// As leader: change the voters.
     ChangeVoters {
         /// The group.
         group: GroupId,
+        /// The voters that this was decided on, of every configuration; with others nothing is changed.
+        expected: Vec<ReplicaId>,
         /// The voters afterwards.
         voters: Vec<ReplicaId>,
+    },
+    /// As leader: forget a learner.
+    RemoveLearner {
+        /// The group.
+        group: GroupId,
+        /// The learner.
+        replica: ReplicaId,
     },
     /// As leader: give the leadership to a voter.
     Transfer {
@@ -69,6 +94,11 @@ pub enum ShardRequest {
         group: GroupId,
         /// The voter.
         to: ReplicaId,
+    },
+    /// Let Raft run with the timers that the volume's state asks for.
+    TakeUpTimers {
+        /// The group.
+        group: GroupId,
     },
     /// Let the scrub look at a volume's replica next.
     Scrub {
@@ -104,6 +134,8 @@ pub struct StoreReport {
     pub replicas: Vec<(VolumeId, ReplicaIdentity, String)>,
     /// Those among them that do not run because their log is being repaired from their peers.
     pub repairing: Vec<ReplicaIdentity>,
+    /// Witnesses here whose volumes have one full copy, since their logs have gone beyond their budget.
+    pub one_copy: Vec<ReplicaIdentity>,
 }
 
 const CREATE: u8 = 1;
@@ -114,6 +146,9 @@ const CHANGE_VOTERS: u8 = 5;
 const TRANSFER: u8 = 6;
 const REPORT: u8 = 7;
 const SCRUB: u8 = 8;
+const TAKE_UP_TIMERS: u8 = 9;
+const REMOVE_LEARNER: u8 = 10;
+const KEEP: u8 = 11;
 const REPLICAS_MAX: usize = 100_000;
 
 fn put_id(out: &mut Writer, id: &ReplicaIdentity) {
@@ -125,19 +160,30 @@ fn get_id(input: &mut Reader<'_>) -> Result<ReplicaIdentity, DecodeError> {
     Ok(ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? })
 }
 
+fn put_replicas(out: &mut Writer, replicas: &[ReplicaId]) {
+    out.u32(replicas.len() as u32);
+    replicas.iter().for_each(|replica| replica.encode(out));
+}
+
+fn get_replicas(input: &mut Reader<'_>) -> Result<Vec<ReplicaId>, DecodeError> {
+    let count = input.count("replicas", MEMBERS_MAX)?;
+    (0..count).map(|_| ReplicaId::decode(input)).collect()
+}
+
 impl ShardRequest {
     /// The request as a frame's head.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::new();
         match self {
-            Self::Create { volume, id, size, spec_json } => {
+            Self::Create { volume, id, size, spec_json, witness } => {
                 out.u8(CREATE);
                 volume.encode(&mut out);
                 put_id(&mut out, id);
                 out.u64(size.0);
                 out.bytes(spec_json);
+                out.bool(*witness);
             }
-            Self::Bootstrap { group, voters } => {
+            Self::Bootstrap { group, voters, witnesses } => {
                 out.u8(BOOTSTRAP);
                 group.encode(&mut out);
                 out.u32(voters.len() as u32);
@@ -145,27 +191,44 @@ impl ShardRequest {
                     replica.encode(&mut out);
                     store.encode(&mut out);
                 }
+                put_replicas(&mut out, witnesses);
             }
-            Self::Destroy { id } => {
+            Self::Destroy { id, revision } => {
                 out.u8(DESTROY);
                 put_id(&mut out, id);
+                out.u64(*revision);
             }
-            Self::AddLearner { group, replica, store } => {
+            Self::Keep { id, revision } => {
+                out.u8(KEEP);
+                put_id(&mut out, id);
+                out.u64(*revision);
+            }
+            Self::AddLearner { group, replica, store, witness } => {
                 out.u8(ADD_LEARNER);
                 group.encode(&mut out);
                 replica.encode(&mut out);
                 store.encode(&mut out);
+                out.bool(*witness);
             }
-            Self::ChangeVoters { group, voters } => {
+            Self::ChangeVoters { group, expected, voters } => {
                 out.u8(CHANGE_VOTERS);
                 group.encode(&mut out);
-                out.u32(voters.len() as u32);
-                voters.iter().for_each(|voter| voter.encode(&mut out));
+                put_replicas(&mut out, expected);
+                put_replicas(&mut out, voters);
+            }
+            Self::RemoveLearner { group, replica } => {
+                out.u8(REMOVE_LEARNER);
+                group.encode(&mut out);
+                replica.encode(&mut out);
             }
             Self::Transfer { group, to } => {
                 out.u8(TRANSFER);
                 group.encode(&mut out);
                 to.encode(&mut out);
+            }
+            Self::TakeUpTimers { group } => {
+                out.u8(TAKE_UP_TIMERS);
+                group.encode(&mut out);
             }
             Self::Scrub { group } => {
                 out.u8(SCRUB);
@@ -186,6 +249,7 @@ impl ShardRequest {
                 id: get_id(input)?,
                 size: ByteSize(input.u64()?),
                 spec_json: Bytes::copy_from_slice(input.bytes(limits::LOG_HEAD_BYTES_MAX)?),
+                witness: input.bool()?,
             },
             BOOTSTRAP => {
                 let group = GroupId::decode(input)?;
@@ -193,22 +257,27 @@ impl ShardRequest {
                 let voters = (0..count)
                     .map(|_| Ok((ReplicaId::decode(input)?, StoreId::decode(input)?)))
                     .collect::<Result<_, DecodeError>>()?;
-                Self::Bootstrap { group, voters }
+                Self::Bootstrap { group, voters, witnesses: get_replicas(input)? }
             }
-            DESTROY => Self::Destroy { id: get_id(input)? },
+            DESTROY => Self::Destroy { id: get_id(input)?, revision: input.u64()? },
+            KEEP => Self::Keep { id: get_id(input)?, revision: input.u64()? },
             ADD_LEARNER => Self::AddLearner {
                 group: GroupId::decode(input)?,
                 replica: ReplicaId::decode(input)?,
                 store: StoreId::decode(input)?,
+                witness: input.bool()?,
             },
             CHANGE_VOTERS => {
                 let group = GroupId::decode(input)?;
-                let count = input.count("voters", MEMBERS_MAX)?;
-                let voters = (0..count).map(|_| ReplicaId::decode(input)).collect::<Result<_, _>>()?;
-                Self::ChangeVoters { group, voters }
+                let (expected, voters) = (get_replicas(input)?, get_replicas(input)?);
+                Self::ChangeVoters { group, expected, voters }
+            }
+            REMOVE_LEARNER => {
+                Self::RemoveLearner { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? }
             }
             TRANSFER => Self::Transfer { group: GroupId::decode(input)?, to: ReplicaId::decode(input)? },
             SCRUB => Self::Scrub { group: GroupId::decode(input)? },
+            TAKE_UP_TIMERS => Self::TakeUpTimers { group: GroupId::decode(input)? },
             REPORT => Self::Report,
             other => return Err(DecodeError::Unknown { what: "shard request", value: other.into() }),
         };
@@ -238,8 +307,10 @@ impl StoreReport {
             put_id(out, id);
             out.text(fault);
         }
-        out.u32(self.repairing.len() as u32);
-        self.repairing.iter().for_each(|id| put_id(out, id));
+        for ids in [&self.repairing, &self.one_copy] {
+            out.u32(ids.len() as u32);
+            ids.iter().for_each(|id| put_id(out, id));
+        }
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -253,8 +324,11 @@ impl StoreReport {
                 Ok((VolumeId::decode(input)?, get_id(input)?, input.text(limits::FRAME_HEAD_BYTES_MAX)?))
             })
             .collect::<Result<_, DecodeError>>()?;
-        let count = input.count("replicas", REPLICAS_MAX)?;
-        let repairing = (0..count).map(|_| get_id(input)).collect::<Result<_, _>>()?;
+        let mut ids = || {
+            let count = input.count("replicas", REPLICAS_MAX)?;
+            (0..count).map(|_| get_id(input)).collect::<Result<Vec<_>, DecodeError>>()
+        };
+        let (repairing, one_copy) = (ids()?, ids()?);
         Ok(Self {
             total_bytes,
             available_bytes,
@@ -267,6 +341,7 @@ impl StoreReport {
             leading,
             replicas,
             repairing,
+            one_copy,
         })
     }
 }
@@ -368,24 +443,50 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
             .ok_or_else(|| UserError::new(ErrorCode::NotFound, "no replica of that group runs here"))
     };
     match request {
-        ShardRequest::Create { volume, id, size, spec_json } => {
+        ShardRequest::Create { volume, id, size, spec_json, witness } => {
             let new = NewReplica { volume, id, size, spec_json };
-            host.create(&new).await.map_err(|error| user_error(&error))?;
+            let made = match witness {
+                true => host.create_witness(&new).await.map(drop),
+                false => host.create(&new).await.map(drop),
+            };
+            made.map_err(|error| user_error(&error))?;
         }
-        ShardRequest::Bootstrap { group, voters } => {
-            volume(group)?.group().bootstrap(&voters).await.map_err(|error| user_error(&error))?;
+        ShardRequest::Bootstrap { group, voters, witnesses } => {
+            let peer =
+                |(id, store): (ReplicaId, StoreId)| (id.0, Peer { store, witness: witnesses.contains(&id) });
+            let members = voters.into_iter().map(peer).collect();
+            let begun = volume(group)?.group().bootstrap_with(members).await;
+            begun.map_err(|error| user_error(&error))?;
         }
         ShardRequest::Scrub { group } => {
             volume(group)?;
             host.scrub_now(group);
         }
-        ShardRequest::Destroy { id } => host.destroy(id).await.map_err(|error| user_error(&error))?,
-        ShardRequest::AddLearner { group, replica, store } => {
-            let volume = volume(group)?;
-            volume.group().add_learner(replica, store).await.map_err(|error| user_error(&error))?;
+        ShardRequest::TakeUpTimers { group } => {
+            let taken = match host.witness(group) {
+                Some(witness) => witness.take_up_timers().await,
+                None => volume(group)?.take_up_timers().await,
+            };
+            taken.map_err(|error| user_error(&error))?;
         }
-        ShardRequest::ChangeVoters { group, voters } => {
-            volume(group)?.group().change_voters(&voters).await.map_err(|error| user_error(&error))?;
+        ShardRequest::Destroy { id, revision } => {
+            host.destroy(id, revision).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::Keep { id, revision } => {
+            host.keep(id, revision).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::AddLearner { group, replica, store, witness } => {
+            let volume = volume(group)?;
+            let peer = Peer { store, witness };
+            volume.group().add_learner(replica, peer).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::ChangeVoters { group, expected, voters } => {
+            let volume = volume(group)?;
+            check_voters(volume.group(), expected)?;
+            volume.group().change_voters(&voters).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::RemoveLearner { group, replica } => {
+            volume(group)?.group().remove_learner(replica).await.map_err(|error| user_error(&error))?;
         }
         ShardRequest::Transfer { group, to } => {
             volume(group)?.group().transfer_to(to).await.map_err(|error| user_error(&error))?;
@@ -393,6 +494,18 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
         ShardRequest::Report => return Ok(Some(report(host).await?)),
     }
     Ok(None)
+}
+
+/// INV-MEMBER: a change is made only of the voters that it was decided on; whoever decided late changes nothing.
+fn check_voters(group: &Group, expected: Vec<ReplicaId>) -> Result<(), UserError> {
+    let (mut found, mut expected) = (group.voters(), expected);
+    found.sort_unstable();
+    expected.sort_unstable();
+    if found == expected {
+        return Ok(());
+    }
+    let message = format!("the volume's voters are {found:?} by now, not {expected:?}");
+    Err(UserError::new(ErrorCode::Refused, message).hint("decide anew"))
 }
 
 async fn report(host: &Host) -> Result<StoreReport, UserError> {
@@ -407,6 +520,10 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
     })?;
     let running = host.volumes().into_iter();
     let running = running.map(|(of, volume)| (of, volume.group().id(), volume.fault().unwrap_or_default()));
+    let witnesses = host.witnesses().into_iter();
+    let witnesses =
+        witnesses.map(|witness| (witness.of(), witness.group().id(), witness.fault().unwrap_or_default()));
+    let one_copy = host.witnesses().into_iter().filter(|witness| witness.barred(host).is_some());
     let repairing = host.faulty().into_iter().filter(|faulty| faulty.repairing).map(|faulty| faulty.id);
     let faulty = host.faulty().into_iter().map(|faulty| (faulty.volume, faulty.id, faulty.why));
     let journal = host.journal();
@@ -426,7 +543,8 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
         available_bytes: space.available.saturating_sub(owed),
         journal_bytes: host.journal().usage().bytes_total,
         failed: host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
-        replicas: running.chain(faulty).collect(),
+        replicas: running.chain(witnesses).chain(faulty).collect(),
         repairing: repairing.collect(),
+        one_copy: one_copy.map(|witness| witness.group().id()).collect(),
     })
 }

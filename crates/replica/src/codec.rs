@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use holdfast_protocol::command::{LEVEL_WITNESS, check_level};
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::{EntryId, LogEntry};
 use holdfast_types::limits;
@@ -94,6 +96,14 @@ fn put_membership(out: &mut Writer, membership: &Membership) {
         out.u64(*id);
         peer.store.encode(out);
     }
+    // A membership without a witness is written as it was before there were any, and read by whoever knows none.
+    let witnesses: Vec<u64> =
+        membership.nodes().filter(|(_, peer)| peer.witness).map(|(id, _)| *id).collect();
+    if !witnesses.is_empty() {
+        out.u16(LEVEL_WITNESS);
+        out.u32(witnesses.len() as u32);
+        witnesses.iter().for_each(|id| out.u64(*id));
+    }
 }
 
 fn get_membership(input: &mut Reader<'_>) -> Result<Membership, DecodeError> {
@@ -108,10 +118,34 @@ fn get_membership(input: &mut Reader<'_>) -> Result<Membership, DecodeError> {
     let mut nodes = BTreeMap::new();
     for _ in 0..input.count("members", MEMBERS_MAX)? {
         let id = input.u64()?;
-        nodes.insert(id, Peer { store: StoreId::decode(input)? });
+        nodes.insert(id, Peer::data(StoreId::decode(input)?));
+    }
+    if input.remaining() > 0 {
+        get_witnesses(input, &mut nodes)?;
+    }
+    if is_planted("joint-not-understood") && configs.len() > 1 {
+        configs.remove(0);
     }
     RaftMembership::new(configs, nodes)
         .map_err(|_| DecodeError::Unknown { what: "membership without its members", value: 0 })
+}
+
+/// What follows the members of a membership: who of them are witnesses. Refused by name where this version does not
+/// know it: a replica that took a witness for data would believe in copies that are not there.
+fn get_witnesses(input: &mut Reader<'_>, nodes: &mut BTreeMap<u64, Peer>) -> Result<(), DecodeError> {
+    check_level(input.u16()?)?;
+    let count = input.count("witnesses", MEMBERS_MAX)?;
+    for _ in 0..count {
+        let id = input.u64()?;
+        match nodes.get_mut(&id) {
+            Some(peer) if !peer.witness => peer.witness = true,
+            _ => return Err(DecodeError::Unknown { what: "witness", value: id }),
+        }
+    }
+    if count == 0 {
+        return Err(DecodeError::Unknown { what: "number of witnesses", value: 0 });
+    }
+    Ok(())
 }
 
 /// The term of a vote; `None` if it is none.
@@ -399,6 +433,52 @@ pub(crate) fn snapshot_meta_from(input: &mut Reader<'_>) -> Result<crate::config
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn written(witnesses: &[u64]) -> Bytes {
+        let peer = |id: u64| Peer { store: StoreId(id.into()), witness: witnesses.contains(&id) };
+        let nodes: BTreeMap<u64, Peer> = (1..=3).map(|id| (id, peer(id))).collect();
+        let membership = RaftMembership::new(vec![BTreeSet::from([1, 2, 3])], nodes).expect("is well formed");
+        membership_bytes(&StoredMembership::new(None, membership))
+    }
+
+    #[test]
+    fn a_membership_without_a_witness_is_as_it_was_before_there_were_any() {
+        // No log id; one configuration of three voters; three members with their stores.
+        let mut before = Writer::new();
+        before.bool(false);
+        before.u32(1);
+        before.u32(3);
+        (1..=3).for_each(|id| before.u64(id));
+        before.u32(3);
+        for id in 1..=3 {
+            before.u64(id);
+            StoreId(id.into()).encode(&mut before);
+        }
+        let before = before.finish();
+        assert_eq!(written(&[]), before);
+        let read = membership_from(&before).expect("is read");
+        assert!(read.membership().nodes().all(|(_, peer)| !peer.witness));
+        let with = written(&[3]);
+        assert_eq!(&with[..before.len()], &before[..]);
+        let read = membership_from(&with).expect("is read");
+        let witnesses: Vec<u64> =
+            read.membership().nodes().filter(|(_, peer)| peer.witness).map(|(id, _)| *id).collect();
+        assert_eq!(witnesses, [3]);
+        assert_eq!(membership_bytes(&read), with);
+    }
+
+    #[test]
+    fn a_membership_of_a_later_version_is_refused_by_name() {
+        let mut later = written(&[3]).to_vec();
+        let level = later.len() - 8 - 4 - 2;
+        later[level..level + 2].copy_from_slice(&u16::MAX.to_le_bytes());
+        let why = membership_from(&later).expect_err("is refused").to_string();
+        assert!(why.contains("upgrade this node"), "{why}");
+        let mut stranger = written(&[3]).to_vec();
+        let id = stranger.len() - 8;
+        stranger[id] = 9;
+        assert!(membership_from(&stranger).is_err(), "a witness that is no member");
+    }
 
     #[test]
     fn configurations_that_are_over_do_not_decide_any_more() {

@@ -101,7 +101,7 @@ pub(crate) async fn judge(
         let Some(ours) = heal::look(volume, layer, chunk).await? else { return Ok(Verdict::Unsettled) };
         let own = volume.rpc().local();
         let ours = ours.now.filter(|_| !bad).map(|now| Voice { store: own, now, applied: ours.applied });
-        let voters = volume.group().report().voters.len();
+        let voters = volume.group().data_voters().len();
         verdict = decide(layer.id, ours.as_ref(), &others, voters);
         if verdict != Verdict::Unsettled {
             break;
@@ -110,14 +110,14 @@ pub(crate) async fn judge(
     Ok(verdict)
 }
 
-/// Whether a majority of the voters, without this one, tells what every chunk of a chunk's page holds in a layer.
+/// Whether a majority of the voters that hold data, without this one, tells what every chunk of a chunk's page holds in a layer.
 pub(crate) async fn others_hold_page(volume: &Volume, layer: LayerMark, chunk: ChunkIndex) -> bool {
     let group = volume.group();
     let first = chunk.0 - chunk.0 % PAGE_CHUNKS;
     let chunks: Vec<ChunkIndex> = (first..first + PAGE_CHUNKS).map(ChunkIndex).collect();
-    let voters = group.report().voters;
+    let voters = group.data_voters();
     let mut hold = 0;
-    for (id, store) in group.members() {
+    for (id, store) in group.data_members() {
         if id == group.id().replica || !voters.contains(&id) {
             continue;
         }

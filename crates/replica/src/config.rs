@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_protocol::planted::is_planted;
+pub use holdfast_protocol::timers::Timers;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_types::StoreId;
 use openraft::SnapshotPolicy;
@@ -51,6 +52,32 @@ impl fmt::Display for AppReply {
 pub struct Peer {
     /// Its store, which is also its network address.
     pub store: StoreId,
+    /// It votes and keeps the log, and holds no data (INV-WITNESS).
+    pub witness: bool,
+}
+
+impl Peer {
+    /// One that holds data.
+    pub fn data(store: StoreId) -> Self {
+        Self { store, witness: false }
+    }
+}
+
+/// What a replica of a group is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// It holds what the group's entries say.
+    Full,
+    /// It votes and keeps the log. It leads only to bring another up to date, and when it campaigns its owner decides
+    /// (INV-WITNESS).
+    Witness,
+}
+
+/// Who only says where it stands holds data.
+impl From<StoreId> for Peer {
+    fn from(store: StoreId) -> Self {
+        Self::data(store)
+    }
 }
 
 openraft::declare_raft_types!(
@@ -72,40 +99,6 @@ pub(crate) type StoredMembership = openraft::type_config::alias::StoredMembershi
 pub(crate) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Types>;
 pub(crate) type Snapshot = openraft::type_config::alias::SnapshotOf<Types, crate::machine::SnapshotData>;
 pub(crate) type Raft = openraft::Raft<Types, crate::machine::Machine>;
-
-/// The timers of a group, equal on all its voters (DESIGN: unequal voter leases would be unsafe for reads).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Timers {
-    /// Between heartbeats of a leader.
-    pub heartbeat: Duration,
-    /// Shortest election timeout.
-    pub election_min: Duration,
-    /// Longest election timeout; also the voters' lease for their leader.
-    pub election_max: Duration,
-    /// The lease of a session.
-    pub session_lease: Duration,
-}
-
-impl Default for Timers {
-    /// Inside a region: a killed leader is replaced within one second.
-    fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_millis(50),
-            election_min: Duration::from_millis(150),
-            election_max: Duration::from_millis(300),
-            session_lease: Duration::from_millis(1000),
-        }
-    }
-}
-
-impl Timers {
-    /// How long a restarted voter neither grants nor campaigns: until every lease that it may have granted before
-    /// has ended. openraft's voter leases are volatile, so this stands in for remembering them.
-    pub fn startup_silence(&self) -> Duration {
-        let longest = self.session_lease.max(self.election_max);
-        longest + longest / 50
-    }
-}
 
 fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)

@@ -83,7 +83,7 @@ impl Acks {
         let now = Instant::now();
         self.0.borrow_mut().entry(from).or_default().record(now, now.since(sent));
     }
-    fn sustained(&self, of: ReplicaId) -> Option<Duration> {
+    pub(crate) fn sustained(&self, of: ReplicaId) -> Option<Duration> {
         self.0.borrow().get(&of)?.sustained(Instant::now())
     }
 }
@@ -144,9 +144,11 @@ impl Group {
     }
 
     /// Those of `voters` that are there to lead, best first: what they have of the log decides.
-    fn by_progress(&self, voters: &BTreeSet<u64>) -> Vec<ReplicaId> {
+    pub(crate) fn by_progress(&self, voters: &BTreeSet<u64>) -> Vec<ReplicaId> {
         let matched = self.matched();
-        let mut voters: Vec<u64> = voters.iter().copied().collect();
+        // A witness would only hand the leadership on.
+        let mut voters: Vec<u64> =
+            voters.iter().copied().filter(|voter| !self.is_witness(ReplicaId(*voter))).collect();
         voters.sort_by_key(|voter| std::cmp::Reverse(matched.get(voter).copied().flatten()));
         voters.into_iter().map(ReplicaId).collect()
     }

@@ -5,16 +5,14 @@
 //! ([`crate::config::raft_config`]).
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::Either;
 use holdfast_env::Instant;
-use holdfast_env::net::{Frame, Lane};
+use holdfast_env::net::Frame;
 use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::{EntryId, ReplicaIdentity, StoreError};
@@ -24,25 +22,25 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::AppendEntriesRequest;
 use openraft::raft::linearizable_read::LinearizerOption;
-use openraft::{ChangeMembers, ReadPolicy, ServerState};
-use tokio::sync::{Notify, mpsc, oneshot};
+use openraft::{ReadPolicy, ServerState};
+use tokio::sync::Notify;
 
+use crate::append_streams::AppendStreams;
 use crate::catch_up::{CatchUp, Heard};
 use crate::codec;
-use crate::config::{AppData, AppReply, Entry, Peer, Raft, Timers, Types, raft_config};
+use crate::config::{AppData, AppReply, Entry, LeaderId, Raft, Role, Timers, Types};
 use crate::confirm;
+use crate::core::Core;
 use crate::gray::{Acks, Damping, Mute};
-use crate::log::Log;
 use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
 use crate::past::Grants;
 use crate::space::Fulls;
-use crate::stall::{Stall, Stalled};
+use crate::stall::Stalled;
+use crate::transfer::Transfer;
 use crate::usage::{Counters, GroupUsage};
 
-/// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
-const STREAM_QUEUE_MAX: usize = 64;
 /// What a leader is told whose data is not taken.
 const NO_ROOM: &str = "the medium is full";
 /// How long a proposal may take before its outcome is called unknown.
@@ -82,29 +80,24 @@ pub enum GroupError {
     Refused(String),
 }
 
-struct AppendStream {
-    id: u64,
-    requests: mpsc::Sender<(AppendEntriesRequest<Types>, Responder)>,
-    /// Dropped with the stream: what it still holds goes then. A disk that hangs would gather one stream after another.
-    _ended: oneshot::Sender<()>,
-}
-
 /// A running replica.
 pub struct Group {
     id: ReplicaIdentity,
-    raft: Raft,
+    role: Role,
+    core: RefCell<Core>,
+    reloading: Cell<bool>,
     networks: Networks,
     log: GroupLog,
     machine: Machine,
-    timers: Timers,
-    stalled: Stalled,
     damping: Damping,
+    started: Instant,
+    /// When the last append of a leader came, which is no sooner than the leader counts its lease from.
+    acknowledged: Cell<Option<Instant>>,
     silent_until: Cell<Instant>,
-    /// The newest stream of each peer and lane: heartbeats have one of their own.
-    streams: RefCell<BTreeMap<(ReplicaId, Lane), AppendStream>>,
+    streams: AppendStreams,
     leading_since: Cell<Option<(Term, Instant)>>,
     leadership: Notify,
-    transferring: Cell<bool>,
+    transfer: Transfer,
     catch_up: RefCell<CatchUp>,
     /// Bytes of the last catch-up by log that has ended.
     caught_up: Cell<Option<u64>>,
@@ -126,7 +119,19 @@ impl Group {
         position: Rc<Position>,
         fresh: bool,
     ) -> Result<Rc<Self>, GroupError> {
-        let config = raft_config(&environment.timers, &id.group.to_string());
+        Self::start_as(Role::Full, environment, id, log, machine, position, fresh).await
+    }
+
+    /// As [`Self::start`], in a role.
+    pub(crate) async fn start_as(
+        role: Role,
+        environment: &GroupEnvironment,
+        id: ReplicaIdentity,
+        log: GroupLog,
+        machine: Rc<dyn StateMachine>,
+        position: Rc<Position>,
+        fresh: bool,
+    ) -> Result<Rc<Self>, GroupError> {
         let counters = Counters::default();
         let networks = Networks {
             rpc: environment.rpc.clone(),
@@ -137,6 +142,8 @@ impl Group {
             acks: Acks::default(),
             grants: Grants::default(),
             fulls: Fulls::default(),
+            round_trips: Acks::default(),
+            role,
         };
         let machine = Machine {
             inner: machine,
@@ -144,64 +151,81 @@ impl Group {
             log: log.clone(),
             counters: counters.clone(),
             captures: Rc::default(),
+            retired: Rc::default(),
+            installing: Rc::default(),
         };
-        let (stall, stalled) = Stall::new();
-        let storage = Log::new(log.clone(), position, stall);
-        let raft = Raft::new(id.replica.0, config, networks.clone(), storage, machine.clone())
-            .await
-            .map_err(stopped)?;
-        let silent_until = if fresh { Instant::now() } else { environment.silent_until };
+        let core = Core::start(id, environment.timers, &networks, &log, &machine, 1).await?;
+        let talks = fresh || is_planted("silence-skipped");
+        let silent_until = if talks { Instant::now() } else { environment.silent_until };
         let group = Rc::new(Self {
             id,
-            raft,
+            role,
+            core: RefCell::new(core),
+            reloading: Cell::new(false),
             networks,
             log,
             machine,
-            timers: environment.timers,
-            stalled: stalled.clone(),
             damping: Damping::default(),
+            started: Instant::now(),
+            acknowledged: Cell::new(None),
             silent_until: Cell::new(silent_until),
-            streams: RefCell::default(),
+            streams: AppendStreams::default(),
             leading_since: Cell::new(None),
             leadership: Notify::new(),
-            transferring: Cell::new(false),
+            transfer: Transfer::default(),
             catch_up: RefCell::default(),
             caught_up: Cell::new(None),
             counters,
         });
-        holdfast_env::spawn("group-silence", Self::end_silence(Rc::downgrade(&group), silent_until));
-        holdfast_env::spawn("group-ticks", Self::tick_unless_stalled(Rc::downgrade(&group), stalled));
-        holdfast_env::spawn("group-leadership", Self::watch_leadership(Rc::downgrade(&group)));
+        group.watch();
         Ok(group)
     }
 
-    async fn end_silence(group: std::rc::Weak<Self>, until: Instant) {
+    /// Looks after the Raft that runs now, until there is another one.
+    pub(crate) fn watch(self: &Rc<Self>) {
+        let weak = Rc::downgrade(self);
+        let (number, stalled) = {
+            let core = self.core.borrow();
+            (core.number, core.stalled.clone())
+        };
+        holdfast_env::spawn("group-silence", Self::end_silence(weak.clone(), number));
+        holdfast_env::spawn("group-ticks", Self::tick_unless_stalled(weak.clone(), number, stalled));
+        holdfast_env::spawn("group-leadership", Self::watch_leadership(weak, number));
+    }
+
+    /// The group, while its Raft is the one of that number.
+    fn of_core(group: &std::rc::Weak<Self>, number: u64) -> Option<Rc<Self>> {
+        group.upgrade().filter(|group| group.core.borrow().number == number)
+    }
+
+    async fn end_silence(group: std::rc::Weak<Self>, number: u64) {
+        let Some(until) = Self::of_core(&group, number).map(|group| group.silent_until.get()) else { return };
         holdfast_env::sleep_until(until).await;
-        if let Some(group) = group.upgrade() {
-            group.raft.runtime_config().elect(true);
+        if let Some(group) = Self::of_core(&group, number).filter(|group| group.role == Role::Full) {
+            group.raft().runtime_config().elect(true);
         }
     }
 
-    async fn tick_unless_stalled(group: std::rc::Weak<Self>, stalled: Stalled) {
+    async fn tick_unless_stalled(group: std::rc::Weak<Self>, number: u64, stalled: Stalled) {
         let mut stalls = true;
         while stalled.until(stalls).await {
-            let Some(group) = group.upgrade() else { return };
-            group.raft.runtime_config().tick(!stalls);
+            let Some(group) = Self::of_core(&group, number) else { return };
+            group.raft().runtime_config().tick(!stalls);
             stalls = !stalls;
         }
     }
 
     /// Notes when this replica began to lead, which leases and settling count from.
-    async fn watch_leadership(group: std::rc::Weak<Self>) {
+    async fn watch_leadership(group: std::rc::Weak<Self>, number: u64) {
         let Some((mut metrics, mute)) =
-            group.upgrade().map(|group| (group.raft.server_metrics(), group.mute().clone()))
+            Self::of_core(&group, number).map(|group| (group.raft().server_metrics(), group.mute().clone()))
         else {
             return;
         };
         loop {
             let muted_or_not = mute.changed();
             {
-                let Some(group) = group.upgrade() else { return };
+                let Some(group) = Self::of_core(&group, number) else { return };
                 let leading = {
                     let now = metrics.borrow_watched();
                     let leads = now.state == ServerState::Leader && !mute.is_set();
@@ -220,7 +244,7 @@ impl Group {
             let woken = futures_util::future::select(changed, muted_or_not).await;
             if let Either::Left((Err(_), _)) = woken {
                 // Raft has stopped, whatever it last said.
-                let Some(group) = group.upgrade() else { return };
+                let Some(group) = Self::of_core(&group, number) else { return };
                 group.leading_since.set(None);
                 return group.leadership.notify_waiters();
             }
@@ -231,9 +255,13 @@ impl Group {
     pub fn id(&self) -> ReplicaIdentity {
         self.id
     }
-    /// The group's timers.
-    pub fn timers(&self) -> &Timers {
-        &self.timers
+    /// The timers that Raft runs with.
+    pub fn timers(&self) -> Timers {
+        self.core.borrow().timers
+    }
+    /// Whether it neither votes nor campaigns yet.
+    pub fn owes_silence(&self) -> bool {
+        Instant::now() < self.silent_until.get()
     }
     /// How far it has applied.
     pub fn position(&self) -> &Position {
@@ -260,17 +288,37 @@ impl Group {
     }
     /// Whether it is giving its leadership away: then it renews no lease.
     pub fn is_transferring(&self) -> bool {
-        self.transferring.get() || self.mute().is_set()
+        self.transfer.is_under_way() || self.mute().is_set()
     }
     /// Whether it has fallen silent, because the disk below hangs and others can write.
     pub fn is_silent(&self) -> bool {
         self.mute().is_set()
     }
-    pub(crate) fn transferring(&self) -> &Cell<bool> {
-        &self.transferring
+    pub(crate) fn transfer(&self) -> &Transfer {
+        &self.transfer
     }
-    pub(crate) fn raft(&self) -> &Raft {
-        &self.raft
+    pub(crate) fn raft(&self) -> Raft {
+        self.core.borrow().raft.clone()
+    }
+    pub(crate) fn core(&self) -> &RefCell<Core> {
+        &self.core
+    }
+    pub(crate) fn reloading(&self) -> &Cell<bool> {
+        &self.reloading
+    }
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+    pub(crate) fn acknowledged(&self) -> Option<Instant> {
+        self.acknowledged.get()
+    }
+    /// It is silent until then, at least.
+    pub(crate) fn silent(&self, until: Instant) {
+        self.silent_until.set(self.silent_until.get().max(until));
+    }
+    /// What still waits in streams of appends is refused.
+    pub(crate) fn forget_streams(&self) {
+        self.streams.clear();
     }
     pub(crate) fn networks(&self) -> &Networks {
         &self.networks
@@ -289,20 +337,7 @@ impl Group {
     }
     /// Whether Raft's core waits for the disk.
     pub(crate) fn core_waits(&self) -> bool {
-        self.stalled.waits()
-    }
-
-    /// Begins a new group with these voters. Called once, on one replica of it; a repeat is refused by Raft and that
-    /// is fine.
-    pub async fn bootstrap(&self, voters: &BTreeMap<ReplicaId, StoreId>) -> Result<(), GroupError> {
-        let members: BTreeMap<u64, Peer> =
-            voters.iter().map(|(id, store)| (id.0, Peer { store: *store })).collect();
-        match self.raft.initialize(members).await {
-            Ok(()) => Ok(()),
-            Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
-            Err(RaftError::APIError(error)) => Err(GroupError::Refused(error.to_string())),
-            Err(RaftError::Fatal(error)) => Err(stopped(error)),
-        }
+        self.core.borrow().stalled.waits()
     }
 
     /// Puts a command into the log and waits until it is applied here.
@@ -311,11 +346,18 @@ impl Group {
             CheckError::Damaged(why) => GroupError::Damaged(why),
             CheckError::Malformed(why) => GroupError::Refused(why),
         })?;
-        if self.is_transferring() {
+        if self.transfer.is_under_way() {
+            self.transfer.over().await;
+            if !self.is_leader() {
+                return Err(self.not_leader());
+            }
+        }
+        if self.mute().is_set() {
             return Err(GroupError::NotLeader { leader: None });
         }
         self.counters.count(|usage| usage.proposals += 1);
-        let write = holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.client_write(data));
+        let raft = self.raft();
+        let write = holdfast_env::timeout(PROPOSE_DEADLINE, raft.client_write(data));
         let silent = std::pin::pin!(self.mute().begun());
         match futures_util::future::select(std::pin::pin!(write), silent).await {
             Either::Left((Err(_), _)) => Err(GroupError::TimedOut),
@@ -326,7 +368,7 @@ impl Group {
         }
     }
 
-    fn write_error(&self, error: RaftError<Types, ClientWriteError<Types>>) -> GroupError {
+    pub(crate) fn write_error(&self, error: RaftError<Types, ClientWriteError<Types>>) -> GroupError {
         match error {
             // Discarded with its outcome unknown, or never appended: either way it is repeated under the same tag.
             RaftError::APIError(
@@ -342,18 +384,20 @@ impl Group {
         let confirmed = async {
             // Waits while openraft holds its heartbeats back: a leader that hears nobody must fall silent, and the
             // question below is an append like any other. From here on it has given its vote to nobody else.
-            let index = match self.raft.get_read_log_id(self.reading()).await {
-                Ok((read, _)) => LogIndex(read.log_id().index),
+            let (leader, index) = match self.raft().get_read_log_id(self.reading()).await {
+                Ok((read, _)) => (read.log_id().leader_id, LogIndex(read.log_id().index)),
                 Err(RaftError::Fatal(error)) => return Err(stopped(error)),
                 Err(RaftError::APIError(_)) => return Err(self.not_leader()),
             };
-            if is_planted("append-clock") || self.majority_follows().await {
+            if is_planted("append-clock") || self.majority_follows(leader).await {
                 Ok(index)
             } else {
                 Err(self.not_leader())
             }
         };
-        holdfast_env::timeout(self.timers.election_max, confirmed).await.unwrap_or(Err(GroupError::TimedOut))
+        holdfast_env::timeout(self.timers().election_max, confirmed)
+            .await
+            .unwrap_or(Err(GroupError::TimedOut))
     }
 
     fn not_leader(&self) -> GroupError {
@@ -361,17 +405,17 @@ impl Group {
         GroupError::NotLeader { leader: another.map(|(_, store)| store) }
     }
 
-    /// Whether a majority answers, from now on, that it follows this leader.
-    async fn majority_follows(&self) -> bool {
+    /// Whether a majority answers, from now on, that it follows this replica as the leader that it was when it was asked.
+    async fn majority_follows(&self, leader: LeaderId) -> bool {
         let (vote, membership) = {
-            let metrics = self.raft.server_metrics();
+            let metrics = self.raft().server_metrics();
             let now = metrics.borrow_watched();
-            if now.state != ServerState::Leader || self.mute().is_set() {
+            if now.state != ServerState::Leader || now.vote.leader_id != leader || self.mute().is_set() {
                 return false;
             }
             (now.vote, now.membership_config.membership().clone())
         };
-        confirm::majority_follows(&self.networks, vote, &membership, self.timers.election_max).await
+        confirm::majority_follows(&self.networks, vote, &membership, self.timers().election_max).await
     }
 
     /// The majority is asked; openraft's clock need only show that the leader has heard of it lately.
@@ -382,60 +426,32 @@ impl Group {
         LinearizerOption::new(None, true)
     }
 
-    /// The leader that this replica follows, and its store.
-    pub fn leader(&self) -> Option<(ReplicaId, StoreId)> {
-        let metrics = self.raft.server_metrics();
-        let now = metrics.borrow_watched();
-        let leader = now.current_leader?;
-        let peer = now.membership_config.membership().get_node(&leader)?;
-        Some((ReplicaId(leader), peer.store))
-    }
-
     /// Whether it leads now, as far as it knows. One that has fallen silent or has stopped does not.
     pub fn is_leader(&self) -> bool {
-        let metrics = self.raft.metrics();
+        let metrics = self.raft().metrics();
         let now = metrics.borrow_watched();
         now.state == ServerState::Leader && now.running_state.is_ok() && !self.mute().is_set()
     }
 
-    /// Voters and learners with their stores, leader's view or own.
-    pub fn members(&self) -> Vec<(ReplicaId, StoreId)> {
-        let metrics = self.raft.server_metrics();
-        let now = metrics.borrow_watched();
-        now.membership_config.membership().nodes().map(|(id, peer)| (ReplicaId(*id), peer.store)).collect()
-    }
-
-    /// Adds a learner; returns when the change is committed, not when it has caught up.
-    pub async fn add_learner(&self, id: ReplicaId, store: StoreId) -> Result<(), GroupError> {
-        let added =
-            holdfast_env::timeout(PROPOSE_DEADLINE, self.raft.add_learner(id.0, Peer { store }, false)).await;
-        match added {
-            Err(_) => Err(GroupError::TimedOut),
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(self.write_error(error)),
-        }
-    }
-
-    /// Changes the voters by joint consensus; those left out are removed. INV-MEMBER: one change at a time, by
-    /// openraft's rule that a change waits for the one before it.
-    pub async fn change_voters(&self, voters: &[ReplicaId]) -> Result<(), GroupError> {
-        let ids = voters.iter().map(|id| id.0).collect();
-        let change = self.raft.change_membership(ChangeMembers::ReplaceAllVoters(ids), false);
-        match holdfast_env::timeout(PROPOSE_DEADLINE, change).await {
-            Err(_) => Err(GroupError::TimedOut),
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(self.write_error(error)),
-        }
-    }
-
     /// Shows openraft the last checkpoint, then lets it purge the log up to `upto` (never past the checkpoint).
     pub async fn purge(&self, upto: LogIndex) -> Result<(), GroupError> {
+        let number = self.core.borrow().number;
+        match self.purge_now(upto).await {
+            // Whoever purges goes on: it was the former Raft that has stopped.
+            Err(GroupError::Stopped(why)) if self.reloading.get() || self.core.borrow().number != number => {
+                Err(GroupError::Refused(format!("Raft was made anew meanwhile: {why}")))
+            }
+            purged => purged,
+        }
+    }
+
+    async fn purge_now(&self, upto: LogIndex) -> Result<(), GroupError> {
         let Some(checkpoint) = self.machine.inner.checkpoint() else { return Ok(()) };
         if checkpoint.id.index == LogIndex::ZERO {
             return Ok(());
         }
-        self.raft.trigger().snapshot().await.map_err(stopped)?;
-        let mut metrics = self.raft.metrics();
+        self.raft().trigger().snapshot().await.map_err(stopped)?;
+        let mut metrics = self.raft().metrics();
         let shown = async {
             while metrics.borrow_watched().snapshot.map(|id| id.index) < Some(checkpoint.id.index.0) {
                 metrics.changed().await.map_err(stopped)?;
@@ -449,28 +465,35 @@ impl Group {
         // covers.
         let all = upto >= checkpoint.id.index;
         let upto = if all { checkpoint.id.index.next() } else { upto };
-        self.raft.trigger().purge_log(upto.0).await.map_err(stopped)
+        self.raft().trigger().purge_log(upto.0).await.map_err(stopped)
     }
 
     /// The state machine at exactly the last applied entry, for the cleaner.
     pub fn machine(&self) -> &(impl holdfast_store::volume::CheckpointSource + Clone + use<>) {
         &self.machine
     }
+    pub(crate) fn adaptor(&self) -> &Machine {
+        &self.machine
+    }
 
     /// What the replica knows of itself and, as leader, of the others.
     pub fn report(&self) -> crate::messages::ReplicaReport {
-        let metrics = self.raft.metrics();
+        let metrics = self.raft().metrics();
         let now = metrics.borrow_watched();
         let membership = now.membership_config.membership();
         let index = |id: Option<u64>| LogIndex(id.unwrap_or(0));
         let matched = now.replication.iter().flatten();
+        let leads = now.state == ServerState::Leader && now.running_state.is_ok() && !self.mute().is_set();
+        // Whoever votes alone is its own quorum, and nobody's answer ever says so.
+        let is_alone = membership.voter_ids().eq([self.id.replica.0]) && !self.log.is_hung();
+        let has_answers = now
+            .last_quorum_acked
+            .as_ref()
+            .is_some_and(|at| openraft::Instant::elapsed(&**at) <= self.timers().election_max);
         crate::messages::ReplicaReport {
             replica: self.id.replica,
-            is_leader: now.state == ServerState::Leader && now.running_state.is_ok() && !self.mute().is_set(),
-            has_quorum: now
-                .last_quorum_acked
-                .as_ref()
-                .is_some_and(|at| openraft::Instant::elapsed(&**at) <= self.timers.election_max),
+            is_leader: leads,
+            has_quorum: is_alone && leads || has_answers,
             leader: now.current_leader.map(ReplicaId),
             voters: membership.voter_ids().map(ReplicaId).collect(),
             learners: membership.learner_ids().map(ReplicaId).collect(),
@@ -483,20 +506,26 @@ impl Group {
             purged: index(now.purged.map(|id| id.index)),
             checkpoint: self.machine.inner.checkpoint().map_or(LogIndex::ZERO, |c| c.id.index),
             matched: matched.map(|(id, at)| (ReplicaId(*id), index(at.map(|at| at.index)))).collect(),
-            fault: now.running_state.as_ref().err().map(ToString::to_string).unwrap_or_default(),
+            fault: self.fault().unwrap_or_default(),
+            runs: self.timers(),
+            owes_silence: self.owes_silence(),
+            round_trip_us: self.farthest_voter_us(),
             ..Default::default()
         }
     }
 
     /// Why Raft has stopped here, if it has.
     pub fn fault(&self) -> Option<String> {
-        self.raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
+        if self.reloading.get() {
+            return None;
+        }
+        self.raft().metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
     }
 
     /// Stops the replica. What was acknowledged stays in the journal.
     pub async fn stop(&self) {
-        self.streams.borrow_mut().clear();
-        if let Err(error) = self.raft.shutdown().await {
+        self.streams.clear();
+        if let Err(error) = self.raft().shutdown().await {
             tracing::warn!(group = %self.id.group, %error, "the replica's task ended badly");
         }
     }
@@ -523,6 +552,7 @@ impl Group {
     ) -> Result<(), holdfast_types::DecodeError> {
         match head.method {
             Method::StreamAppend => {
+                self.acknowledged.set(Some(Instant::now()));
                 let stream = input.u64()?;
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
@@ -530,10 +560,11 @@ impl Group {
                 if !self.has_room_for(&request.entries) {
                     responder.refuse(NO_ROOM);
                 } else if self.check_entries(&request.entries) {
-                    self.stream_append(head.from, stream, request, responder);
+                    self.streams.append(&self.raft(), &self.log, (head.from, stream), request, responder);
                 }
             }
             Method::Append => {
+                self.acknowledged.set(Some(Instant::now()));
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
                 // A leader that only asks who follows it tells nothing of its log.
@@ -570,6 +601,10 @@ impl Group {
             }
             Method::TransferLeader => {
                 let request = codec::transfer_request_from(input)?;
+                if self.role == Role::Witness && *request.to_node_id() == self.id.replica.0 {
+                    responder.refuse("a witness takes no leadership: it would only hand it on");
+                    return Ok(());
+                }
                 if *request.to_node_id() == self.id.replica.0 && self.log.is_hung() {
                     responder.refuse("the disk of this store hangs");
                     return Ok(());
@@ -659,44 +694,13 @@ impl Group {
         F: Future<Output = Result<Bytes, E>> + 'static,
         E: std::fmt::Display + 'static,
     {
-        let work = call(self.raft.clone());
+        let work = call(self.raft().clone());
         holdfast_env::spawn("raft-call", async move {
             match work.await {
                 Ok(head) => responder.reply(Frame::small(head)),
                 Err(error) => responder.refuse(error.to_string()),
             }
         });
-    }
-
-    fn stream_append(
-        self: &Rc<Self>,
-        from: ReplicaId,
-        id: u64,
-        request: AppendEntriesRequest<Types>,
-        responder: Responder,
-    ) {
-        let mut streams = self.streams.borrow_mut();
-        let from = (from, responder.lane());
-        let current = streams.get(&from).filter(|stream| stream.id == id && !stream.requests.is_closed());
-        let sender = match current {
-            Some(stream) => stream.requests.clone(),
-            None => {
-                let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
-                let (_ended, replaced) = oneshot::channel::<()>();
-                streams.insert(from, AppendStream { id, requests: sender.clone(), _ended });
-                let serving = serve_stream(self.raft.clone(), self.log.clone(), receiver);
-                holdfast_env::spawn("raft-stream", async move {
-                    futures_util::pin_mut!(serving);
-                    futures_util::future::select(replaced, serving).await;
-                });
-                sender
-            }
-        };
-        drop(streams);
-        if let Err(error) = sender.try_send((request, responder)) {
-            let (_, responder) = error.into_inner();
-            responder.refuse("too many appends are waiting");
-        }
     }
 
     /// Installs a snapshot that a leader offers; the block content was staged before.
@@ -707,7 +711,7 @@ impl Group {
         data: SnapshotData,
     ) -> Result<Bytes, GroupError> {
         let snapshot = crate::config::Snapshot { meta, snapshot: data };
-        let response = self.raft.install_full_snapshot(vote, snapshot).await.map_err(stopped)?;
+        let response = self.raft().install_full_snapshot(vote, snapshot).await.map_err(stopped)?;
         Ok(codec::vote_bytes(&response.vote))
     }
 }
@@ -718,37 +722,6 @@ fn bring_data(entries: &[Entry]) -> bool {
         openraft::EntryPayload::Normal(data) => !data.payload.is_empty(),
         _ => false,
     })
-}
-
-/// Feeds one stream of appends to Raft and gives its answers to the responders, in order.
-async fn serve_stream(
-    raft: Raft,
-    log: GroupLog,
-    receiver: mpsc::Receiver<(AppendEntriesRequest<Types>, Responder)>,
-) {
-    let waiting: Rc<RefCell<std::collections::VecDeque<Responder>>> = Rc::default();
-    let (queue, answering) = (waiting.clone(), log.clone());
-    let requests = futures_util::stream::unfold(receiver, move |mut receiver| {
-        let (queue, log) = (queue.clone(), log.clone());
-        async move {
-            let (request, responder) = receiver.recv().await?;
-            if !request.entries.is_empty() {
-                log.has_room().await;
-            }
-            queue.borrow_mut().push_back(responder);
-            Some((request, receiver))
-        }
-    });
-    let mut answers = std::pin::pin!(raft.stream_append(requests));
-    while let Some(answer) = answers.next().await {
-        let Some(responder) = waiting.borrow_mut().pop_front() else { return };
-        match answer {
-            Ok(result) => {
-                responder.reply(Frame::small(codec::stream_result(&result, answering.is_full())));
-            }
-            Err(fatal) => responder.refuse(fatal.to_string()),
-        }
-    }
 }
 
 impl holdfast_store::volume::CheckpointSource for Machine {

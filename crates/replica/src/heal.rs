@@ -290,13 +290,17 @@ pub(crate) async fn ask(
     Ok(out)
 }
 
-/// Whom to ask: the leader, then the others.
+/// Whom to ask: the leader, then the other voters. A store has one voice, also while a replica that leaves and its
+/// successor both stand there.
 pub(crate) fn peers(volume: &Volume) -> Vec<StoreId> {
     let group = volume.group();
     let leader = group.leader().map(|(_, store)| store);
-    let others = group.members().into_iter().filter(|(id, _)| *id != group.id().replica);
+    let voters = group.voters();
+    let others =
+        group.data_members().into_iter().filter(|(id, _)| *id != group.id().replica && voters.contains(id));
     let mut stores: Vec<StoreId> = others.map(|(_, store)| store).collect();
     stores.sort_by_key(|store| (Some(*store) != leader, *store));
+    stores.dedup();
     stores
 }
 

@@ -15,19 +15,23 @@ use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, Recovery, Store
 use holdfast_store::past_file;
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
+use holdfast_store::witness_file::{WitnessFile, WitnessManifest};
 use holdfast_store::{EntryId, FailStop, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder};
 
 use crate::codec;
+use crate::destroy::Departures;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
+use crate::observe::observed;
 use crate::past::{self, Pasts};
 use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::volume::{Volume, VolumeMachine};
+use crate::witness::Witnesses;
 use crate::{cleaner, config, gray, heal, space};
 
 /// What a new replica of a volume is.
@@ -41,6 +45,28 @@ pub struct NewReplica {
     pub size: ByteSize,
     /// The volume's specification, for disks that must describe themselves.
     pub spec_json: Bytes,
+}
+
+/// A replica as it stands on the disk.
+#[derive(Clone, Debug)]
+pub(crate) enum Standing {
+    Data(Manifest),
+    Witness(WitnessManifest),
+}
+
+impl Standing {
+    pub(crate) fn identity(&self) -> &ReplicaFileIdentity {
+        match self {
+            Self::Data(manifest) => &manifest.identity,
+            Self::Witness(manifest) => &manifest.identity,
+        }
+    }
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        match self {
+            Self::Data(manifest) => &manifest.checkpoint,
+            Self::Witness(manifest) => &manifest.checkpoint,
+        }
+    }
 }
 
 /// A replica that stands on the disk but does not run, and why.
@@ -69,6 +95,7 @@ pub struct Host {
     directory: Rc<dyn Directory>,
     journal: Journal,
     volumes: RefCell<BTreeMap<GroupId, HostedVolume>>,
+    pub(crate) witnesses: Witnesses,
     groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
     faulty: RefCell<BTreeMap<GroupId, Faulty>>,
     /// Replicas that do not run before their peers have answered; they are in `faulty` too.
@@ -76,6 +103,7 @@ pub struct Host {
     repaired: Cell<RepairUsage>,
     pasts: Pasts,
     receivers: Rc<Receivers>,
+    pub(crate) departures: Departures,
     scrub: Rc<Scrub>,
     /// Logs that no manifest claims: the catalog's, until it is started.
     unclaimed: RefCell<Vec<RecoveredGroup>>,
@@ -97,11 +125,15 @@ impl Host {
     ) -> Result<Rc<Self>, StoreError> {
         let (journal, recovered) = Journal::open(directory.clone(), &identity, options).await?;
         journal.open_reserve(directory.clone()).await?;
+        let directory: Rc<dyn Directory> = Rc::new(FailStop::new(directory, journal.clone()));
+        let departures = Departures::open(directory.clone(), &identity).await?;
         let host = Rc::new(Self {
             identity,
-            directory: Rc::new(FailStop::new(directory, journal.clone())),
+            directory,
+            departures,
             journal,
             volumes: RefCell::default(),
+            witnesses: Witnesses::default(),
             groups: RefCell::default(),
             faulty: RefCell::default(),
             repairs: RefCell::default(),
@@ -128,16 +160,18 @@ impl Host {
     /// Starts every replica that the disk holds. One that has others to ask what they know of it, or whose log is
     /// damaged, runs when they have answered ([`Self::faulty`] shows it until then).
     pub async fn load(self: &Rc<Self>) -> Result<(), StoreError> {
-        for manifest in VolumeData::list(self.directory.clone()).await? {
-            let id = manifest.identity.id;
+        let data = VolumeData::list(self.directory.clone()).await?.into_iter().map(Standing::Data);
+        let witnesses = WitnessFile::list(&self.directory).await?.into_iter().map(Standing::Witness);
+        for standing in data.chain(witnesses) {
+            let id = standing.identity().id;
             let recovered = self.claim(id);
             let outcome = match recovered {
-                Some(recovered) => self.load_one(&manifest, recovered).await,
+                Some(recovered) => self.load_one(&standing, recovered).await,
                 None => Err("its log is not in the journal: the replica must be replaced".to_owned()),
             };
             if let Err(why) = outcome {
                 tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
-                let faulty = Faulty { id, volume: manifest.identity.volume, why, repairing: false };
+                let faulty = Faulty { id, volume: standing.identity().volume, why, repairing: false };
                 self.set_faulty(id.group, Some(faulty));
             }
         }
@@ -164,30 +198,42 @@ impl Host {
         Some(claimed)
     }
 
-    async fn load_one(self: &Rc<Self>, manifest: &Manifest, recovered: RecoveredGroup) -> Result<(), String> {
-        self.remember(manifest.identity.id).await.map_err(|error| error.to_string())?;
+    async fn load_one(self: &Rc<Self>, standing: &Standing, recovered: RecoveredGroup) -> Result<(), String> {
+        let id = standing.identity().id;
+        self.remember(id).await.map_err(|error| error.to_string())?;
         let is_damaged = matches!(recovered.state, Recovery::Faulty(_));
         if recovered.vote_lost || !is_damaged {
             usable(&recovered)?;
         }
-        let members = codec::members_of(&manifest.checkpoint.membership, &recovered.log);
+        let members = codec::members_of(&standing.checkpoint().membership, &recovered.log);
         let members = members.map_err(|error| format!("its memberships are not understood: {error}"))?;
-        if !is_damaged && past::is_alone(manifest.identity.id, &members) {
-            return self.open_and_run(manifest, recovered.log).await.map(drop);
+        if !is_damaged && past::is_alone(id, &members) {
+            return self.open_and_run(standing, recovered.log).await.map(drop);
         }
-        repair::begin(self, manifest.clone(), recovered.log);
+        repair::begin(self, standing.clone(), recovered.log);
         Ok(())
     }
 
-    async fn open_and_run(self: &Rc<Self>, manifest: &Manifest, log: GroupLog) -> Result<Rc<Volume>, String> {
+    /// The volume, if it is one that holds data.
+    async fn open_and_run(
+        self: &Rc<Self>,
+        standing: &Standing,
+        log: GroupLog,
+    ) -> Result<Option<Rc<Volume>>, String> {
+        let manifest = match standing {
+            Standing::Data(manifest) => manifest,
+            Standing::Witness(manifest) => {
+                self.open_and_run_witness(manifest, log).await?;
+                return Ok(None);
+            }
+        };
         let data = self.open_data(manifest, &log).await.map_err(|error| error.to_string())?;
         reaches(&log, &data.checkpoint())?;
-        self.run(manifest.identity.volume, manifest.identity.id, log, data, false)
-            .await
-            .map_err(|error| error.to_string())
+        let running = self.run(manifest.identity.volume, manifest.identity.id, log, data, false).await;
+        running.map(Some).map_err(|error| error.to_string())
     }
 
-    async fn remember(&self, id: ReplicaIdentity) -> Result<(), StoreError> {
+    pub(crate) async fn remember(&self, id: ReplicaIdentity) -> Result<(), StoreError> {
         self.remember_in(id, past_file::name_of(id)).await
     }
     /// Reads what a replica knew of the others of its group, from a file of this name.
@@ -245,12 +291,12 @@ impl Host {
     /// Runs a replica that may run now, and whose log was repaired with so many bytes.
     pub(crate) async fn start_repaired(
         self: &Rc<Self>,
-        manifest: &Manifest,
+        standing: &Standing,
         log: GroupLog,
         bytes: u64,
     ) -> Result<(), String> {
-        let volume = self.open_and_run(manifest, log).await?;
-        if bytes > 0 {
+        let volume = self.open_and_run(standing, log).await?;
+        if let Some(volume) = volume.filter(|_| bytes > 0) {
             *volume.healed.borrow_mut() = ("entries".into(), bytes);
         }
         Ok(())
@@ -273,10 +319,15 @@ impl Host {
             return Err(GroupError::Stopped(why.into()));
         }
         let position = Rc::new(Position::recovered(Some(&checkpoint), log.last())?);
+        observed(|observer| observer.installed(id, checkpoint.id, &checkpoint.state));
+        // What the checkpoint tells; what the log tells beyond it is taken up like any change.
+        let defaults = self.environment.timers;
+        let timers = state.timers().with_defaults(defaults).run();
         let machine = VolumeMachine::new(state, data);
         let inner: Rc<dyn StateMachine> = machine.clone();
-        let group = Group::start(&self.environment, id, log, inner, position, fresh).await?;
-        let volume = Volume::new(group, machine, self.environment.rpc.clone());
+        let environment = self.environment.with_timers(timers, fresh);
+        let group = Group::start(&environment, id, log, inner, position, fresh).await?;
+        let volume = Volume::new(group, machine, self.environment.rpc.clone(), defaults);
         let hold = Rc::new(PurgeHold::default());
         let cleaning = cleaner::run(Rc::downgrade(&volume), self.journal.clone(), hold.clone());
         holdfast_env::spawn("cleaner", cleaning);
@@ -344,9 +395,13 @@ impl Host {
     }
 
     /// Creates a replica, durably. Creating it again gives the one that is there. Refused until everything that the
-    /// disk holds is loaded: making the files of a replica that is there would empty it.
+    /// disk holds is loaded: making the files of a replica that is there would empty it. Refused for good if it was
+    /// destroyed here.
     pub async fn create(self: &Rc<Self>, new: &NewReplica) -> Result<Rc<Volume>, GroupError> {
         self.check_loaded()?;
+        self.witnesses.check_takes(false)?;
+        let turn = self.turn(new.id.group);
+        let _one_at_a_time = turn.lock().await;
         if let Some(volume) = self.volume(new.id.group) {
             if volume.group().id() == new.id {
                 return Ok(volume);
@@ -356,31 +411,43 @@ impl Host {
                 "this store holds replica {other} of the volume; remove it before another comes here"
             )));
         }
-        if let Some(faulty) = self.faulty.borrow().get(&new.id.group) {
+        let log = self.new_log(new.id).await?;
+        let made = self.make_files(new, log.clone()).await;
+        if made.is_err() {
+            self.not_made(log);
+        }
+        made
+    }
+
+    /// The empty log of a replica that is to be made, durably.
+    pub(crate) async fn new_log(&self, id: ReplicaIdentity) -> Result<GroupLog, GroupError> {
+        self.may_make(id)?;
+        if let Some(faulty) = self.faulty.borrow().get(&id.group) {
             return Err(GroupError::Refused(format!(
                 "this store holds replica {} of the volume, which does not run: {}",
                 faulty.id.replica, faulty.why
             )));
         }
-        let log = match self.claim(new.id) {
+        match self.claim(id) {
             // A crash came between the two steps of an earlier creation.
-            Some(recovered) if recovered.log.is_unused() => recovered.log,
+            Some(recovered) if recovered.log.is_unused() => Ok(recovered.log),
             Some(used) => {
                 self.unclaimed.borrow_mut().push(used);
-                return Err(GroupError::Refused(
+                Err(GroupError::Refused(
                     "the replica's log is here, but its files are not: remove it before it is made anew"
                         .into(),
-                ));
+                ))
             }
-            None => self.journal.create_group(new.id).await?,
-        };
-        let made = self.make_files(new, log.clone()).await;
-        if made.is_err() && log.is_unused() {
-            // No room, perhaps: the next try finds the log as after a crash.
-            let (state, vote_lost) = (Recovery::Clean, false);
-            self.unclaimed.borrow_mut().push(RecoveredGroup { id: new.id, log, state, vote_lost });
+            None => Ok(self.journal.create_group(id).await?),
         }
-        made
+    }
+
+    /// No room for its files, perhaps: the next try finds the log as after a crash.
+    pub(crate) fn not_made(&self, log: GroupLog) {
+        if log.is_unused() {
+            let (id, state, vote_lost) = (log.id(), Recovery::Clean, false);
+            self.unclaimed.borrow_mut().push(RecoveredGroup { id, log, state, vote_lost });
+        }
     }
 
     async fn make_files(self: &Rc<Self>, new: &NewReplica, log: GroupLog) -> Result<Rc<Volume>, GroupError> {
@@ -399,7 +466,7 @@ impl Host {
         self.run(new.volume, new.id, log, data, true).await
     }
 
-    fn file_identity(&self, new: &NewReplica) -> ReplicaFileIdentity {
+    pub(crate) fn file_identity(&self, new: &NewReplica) -> ReplicaFileIdentity {
         ReplicaFileIdentity {
             cluster: self.identity.cluster,
             store: self.identity.store,
@@ -410,7 +477,7 @@ impl Host {
         }
     }
 
-    fn check_loaded(&self) -> Result<(), GroupError> {
+    pub(crate) fn check_loaded(&self) -> Result<(), GroupError> {
         if self.is_loaded() {
             return Ok(());
         }
@@ -422,14 +489,19 @@ impl Host {
         self.loaded.get()
     }
 
-    /// Removes a replica and gives its space back. Removing it again is fine.
-    pub async fn destroy(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
-        self.check_loaded()?;
+    /// Refuses while a replica that was repaired is being started.
+    pub(crate) fn check_not_starting(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
+        let repairs = self.repairs.borrow();
+        match repairs.get(&id.group).filter(|repair| repair.id == id && repair.is_starting.get()) {
+            Some(_) => Err(GroupError::Refused("the replica is being started: ask again".into())),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops a replica that is to be removed, whether it runs or not.
+    pub(crate) async fn stop_one(&self, id: ReplicaIdentity) {
         let repair = self.repairs.borrow().get(&id.group).filter(|repair| repair.id == id).cloned();
         if let Some(repair) = repair {
-            if repair.is_starting.get() {
-                return Err(GroupError::Refused("the replica is being started: ask again".into()));
-            }
             self.repair_ends(&repair);
         }
         let hosted = {
@@ -441,15 +513,15 @@ impl Host {
             hosted.volume.stop().await;
             self.receivers.forget(id.group).await;
         }
+        if let Some(witness) = self.witnesses.take(id) {
+            self.groups.borrow_mut().remove(&id.group);
+            witness.stop().await;
+            self.receivers.forget(id.group).await;
+        }
         let was_faulty = self.faulty.borrow().get(&id.group).is_some_and(|faulty| faulty.id == id);
         if was_faulty {
             self.faulty.borrow_mut().remove(&id.group);
         }
-        VolumeData::destroy(self.directory.clone(), id).await?;
-        self.pasts.forget(id);
-        drop(self.claim(id));
-        self.journal.drop_group(id).await?;
-        Ok(())
     }
 
     /// Begins to scrub the store, for as long as the host is there.
@@ -471,6 +543,7 @@ impl Host {
         for hosted in volumes {
             hosted.volume.stop().await;
         }
+        self.witnesses.stop().await;
         let groups: Vec<_> = self.groups.borrow_mut().split_off(&GroupId::NIL).into_values().collect();
         for group in groups {
             group.stop().await;
@@ -528,6 +601,11 @@ impl Host {
         if self.rebuilds_again.get().is_some_and(|at| Instant::now() < at) {
             return responder.refuse("the medium had no room for a rebuild: it is tried again later");
         }
+        // INV-WITNESS: it has no blocks, and what it says would be taken for all there is.
+        if group.is_witness(head.from) {
+            tracing::error!(group = %head.group, from = %head.from, "a witness offers a snapshot");
+            return responder.refuse("a witness has no blocks: its snapshots are not taken");
+        }
         let index = LogIndex(meta.last_log_id.map_or(0, |id| id.index));
         let rpc = self.environment.rpc.clone();
         let offer = Offer { replica: head.to, vote, index };
@@ -554,6 +632,10 @@ impl Host {
         let group = decoded.group();
         if let Some(volume) = self.volume(group) {
             return volume.handle(decoded, request.into_body(), responder);
+        }
+        if let Some(witness) = self.witnesses.get(group) {
+            let reply = witness.answer(self, &decoded);
+            return responder.reply(Frame::small(reply.encode()));
         }
         let faulty = self.faulty.borrow().get(&group).cloned();
         let reply = match (&decoded, faulty) {
@@ -682,7 +764,8 @@ async fn receive(
     if let Some(volume) = &volume {
         let membership = codec::membership_bytes(&meta.last_membership);
         let target = Checkpoint { id, membership, state, serve_floor: id.index };
-        let pull = rebuild::pull(volume, &rpc, from, &target);
+        let source = (ReplicaId(vote.leader_id.node_id), from);
+        let pull = rebuild::pull(volume, &rpc, source, &target);
         let received = receiving.unless_given_up(pull).await?;
         data.staged = Some(received.staged);
         data.serve_floor = received.serve_floor;

@@ -4,24 +4,30 @@
 //! [`host::Host`] holds the replicas of a store, [`volume::Volume`] is one of them, [`group::Group`] the Raft part
 //! that it shares with the catalog. Everything is single-threaded and belongs to the store's shard.
 //!
-//! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside `codec`,
-//! `config`, `confirm`, `log`, `machine`, `network`, `transfer` and `group` names an openraft type.
+//! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside
+//! `append_streams`, `codec`, `config`, `confirm`, `core`, `group`, `log`, `machine`, `membership`, `network` and
+//! `transfer` names an openraft type.
 
 pub mod administration;
+mod append_streams;
 mod catch_up;
 mod cleaner;
 mod codec;
 mod compare;
 pub mod config;
 mod confirm;
+mod core;
+mod destroy;
 mod gray;
 pub mod group;
 mod heal;
 pub mod host;
 mod log;
 pub mod machine;
+mod membership;
 pub mod messages;
 mod network;
+pub mod observe;
 pub mod past;
 pub mod rebuild;
 pub mod repair;
@@ -34,11 +40,13 @@ mod stall;
 mod transfer;
 mod usage;
 pub mod volume;
+pub mod witness;
 
-pub use config::{AppData, AppReply, Timers};
+pub use config::{AppData, AppReply, Peer, Timers};
 pub use gray::{SLOW_FACTOR, SLOW_FLOOR};
 pub use group::{Group, GroupEnvironment, GroupError};
 pub use host::{Faulty, Host, NewReplica};
 pub use machine::{ApplyError, CheckError, Position, Staged, StateMachine};
 pub use usage::GroupUsage;
 pub use volume::Volume;
+pub use witness::Witness;

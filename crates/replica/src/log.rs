@@ -8,6 +8,7 @@ use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::rc::Rc;
 
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::StoreError;
 use holdfast_store::journal::GroupLog;
 use holdfast_types::{LogIndex, limits};
@@ -53,6 +54,15 @@ impl Log {
         let end = self.journal.last().map_or(first, |id| id.index.0 + 1);
         (from.max(first), to_exclusive.min(end))
     }
+
+    /// A store that has stopped took nothing of what was appended since. What Raft was told of and cannot be read any more
+    /// is missing, not empty: it would pass for applied.
+    fn is_there(&self, from: u64, to_exclusive: u64) -> io::Result<()> {
+        match self.journal.failed() {
+            Some(error) if from < to_exclusive => Err(io_error(error)),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl RaftLogReader<Types> for Log {
@@ -88,6 +98,7 @@ impl RaftLogReader<Types> for Log {
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         let (from, to_exclusive) = self.clip(start, end);
         if from >= to_exclusive {
+            self.is_there(start, end)?;
             return Ok(Vec::new());
         }
         self.read_some(from, to_exclusive, limits::APPEND_BYTES_MAX).await
@@ -133,6 +144,11 @@ impl RaftLogStorage<Types> for Log {
         I::IntoIter: OptionalSend,
     {
         let entries = entries.into_iter().map(|entry| codec::to_log_entry(&entry)).collect();
+        if is_planted("append-acknowledged-early") {
+            self.journal.append(entries, Box::new(|_| {}));
+            callback.io_completed(Ok(()));
+            return Ok(());
+        }
         self.journal.append(entries, Box::new(move |result| callback.io_completed(result.map_err(io_error))));
         Ok(())
     }
@@ -147,11 +163,44 @@ impl RaftLogStorage<Types> for Log {
 
     /// Waits for the disk only where the log would have a gap without it.
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
-        let upto = codec::entry_id(&upto);
+        let mut upto = codec::entry_id(&upto);
+        if is_planted("purge-too-far") {
+            upto = self.position.applied().map_or(upto, |applied| applied.max(upto));
+        }
         if self.journal.purge_soon(upto).map_err(io_error)? {
             return Ok(());
         }
         let _waiting = self.stall.waiting();
         self.journal.purge(upto).await.map_err(io_error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_store::journal::{Journal, StoreOptions};
+    use holdfast_store::testing::{MemoryDisk, simulate};
+    use holdfast_store::{ReplicaIdentity, StoreIdentity};
+    use holdfast_types::{ClusterId, GroupId, NodeName, ReplicaId, StoreId};
+
+    use super::*;
+
+    #[test]
+    fn what_a_stopped_store_never_took_is_missing_and_not_empty() {
+        simulate(1, async {
+            let (disk, options) = (MemoryDisk::new(1), StoreOptions { segment_bytes: 2 << 20, segments: 5 });
+            let identity =
+                StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(2) };
+            Journal::format(disk.directory(), &identity, &options).await.expect("formats");
+            let (journal, _) = Journal::open(disk.directory(), &identity, &options).await.expect("opens");
+            let who = ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) };
+            let group = journal.create_group(who).await.expect("is made");
+            let mut log = Log::new(group, Rc::default(), Stall::new().0);
+            // Nobody misses what was never appended.
+            assert!(log.limited_get_log_entries(1, 2).await.expect("reads").is_empty());
+            journal.stop(&StoreError::Failed("a flush failed".into()));
+            let missing = log.limited_get_log_entries(1, 2).await.expect_err("it is missing");
+            assert!(missing.to_string().contains("a flush failed"), "{missing}");
+            assert!(log.limited_get_log_entries(1, 1).await.expect("asks for nothing").is_empty());
+        });
     }
 }

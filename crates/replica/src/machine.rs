@@ -11,6 +11,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use futures_util::{Stream, TryStreamExt};
+use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::Checkpoint;
 use holdfast_store::{EntryId, StoreError};
@@ -22,6 +23,7 @@ use tokio::sync::Notify;
 
 use crate::codec;
 use crate::config::{AppData, AppReply, LogId, Snapshot, SnapshotMeta, StoredMembership, Types};
+use crate::observe::{Brought, observed};
 use crate::usage::Counters;
 
 /// Why an entry could not be applied. Fatal: a replica that skipped an entry would diverge, so it stops.
@@ -131,7 +133,15 @@ impl Position {
     }
     /// The index that must be applied before anything is served.
     pub fn serve_floor(&self) -> LogIndex {
+        if is_planted("serve-floor-ignored") {
+            return LogIndex::ZERO;
+        }
         self.lasting_floor.get().max(self.recovered_floor.get())
+    }
+    /// The part of it that a checkpoint has to keep. That of the recovered log is found anew at every start, and kept
+    /// here it would outlive the truncation of that log: a replica that waits for entries that never come.
+    pub(crate) fn lasting_floor(&self) -> LogIndex {
+        self.lasting_floor.get()
     }
     pub(crate) fn truncated_after(&self, index: LogIndex) {
         self.recovered_floor.set(self.recovered_floor.get().min(index));
@@ -170,6 +180,30 @@ pub(crate) struct Machine {
     pub(crate) counters: Counters,
     /// States of the near past, for a cleaner that has to stay behind the local flush.
     pub(crate) captures: Rc<Captures>,
+    /// The Raft that this one serves has ended: nothing of it may be applied any more, another one does.
+    pub(crate) retired: Rc<Cell<bool>>,
+    /// A checkpoint of the leader is being switched in.
+    pub(crate) installing: Rc<Cell<bool>>,
+}
+
+/// While a checkpoint of the leader is being switched in.
+struct Installing {
+    flag: Rc<Cell<bool>>,
+    position: Rc<Position>,
+}
+
+impl Installing {
+    fn begin(machine: &Machine) -> Self {
+        machine.installing.set(true);
+        Self { flag: machine.installing.clone(), position: machine.position.clone() }
+    }
+}
+
+impl Drop for Installing {
+    fn drop(&mut self) {
+        self.flag.set(false);
+        self.position.changed.notify_waiters();
+    }
 }
 
 /// States of the near past, by index: those that wait for the local flush, and the newest that does not.
@@ -227,7 +261,7 @@ impl Machine {
             id: self.position.applied().unwrap_or_default(),
             membership: self.position.membership_bytes(),
             state: self.inner.encode_state(),
-            serve_floor: self.position.serve_floor(),
+            serve_floor: self.position.lasting_floor(),
         }
     }
 
@@ -241,6 +275,28 @@ impl Machine {
         let data =
             SnapshotData { state: checkpoint.state, staged: None, serve_floor: checkpoint.serve_floor };
         Ok(Some(Snapshot { meta, snapshot: data }))
+    }
+
+    pub(crate) fn is_installing(&self) -> bool {
+        self.installing.get()
+    }
+    /// Ends when nothing of a leader's is being switched in.
+    pub(crate) async fn installed(&self) {
+        loop {
+            let changed = self.position.changed.notified();
+            if !self.is_installing() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Raft ends with its core; what it had asked of its machine may still be under way.
+    fn check_serves(&self) -> io::Result<()> {
+        if self.retired.get() {
+            return Err(io::Error::other("Raft was made anew with other timers; this one has ended"));
+        }
+        Ok(())
     }
 
     fn apply_one(
@@ -262,7 +318,35 @@ impl Machine {
         };
         self.position.advance(id);
         self.counters.count(|usage| usage.entries_applied += 1);
+        observed(|observer| {
+            let state = self.inner.encode_state();
+            observer.applied(self.log.id(), id, &brought(payload, &reply), &state);
+        });
+        self.tell_whether_it_serves();
         Ok(reply)
+    }
+
+    fn tell_whether_it_serves(&self) {
+        observed(|observer| {
+            if self.position.has_reached(LogIndex::ZERO) {
+                observer.serves(self.log.id(), self.position.applied_index());
+            }
+        });
+    }
+}
+
+/// An applied entry, for whoever watches.
+fn brought<'e>(
+    payload: &'e EntryPayload<AppData, u64, crate::config::Peer>,
+    reply: &'e AppReply,
+) -> Brought<'e> {
+    match payload {
+        EntryPayload::Blank => Brought::Blank,
+        EntryPayload::Membership(membership) => Brought::Membership {
+            voters: membership.get_joint_config().iter().map(|set| set.iter().copied().collect()).collect(),
+            learners: membership.learner_ids().collect(),
+        },
+        EntryPayload::Normal(data) => Brought::Command(data, reply),
     }
 }
 
@@ -289,6 +373,7 @@ impl RaftStateMachine<Types> for Machine {
         S: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + OptionalSend,
     {
         while let Some((entry, responder)) = entries.try_next().await? {
+            self.check_serves()?;
             let reply = self.apply_one(codec::entry_id(&entry.log_id()), &entry.payload)?;
             if let Some(responder) = responder {
                 responder.send(reply);
@@ -311,6 +396,8 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), io::Error> {
+        self.check_serves()?;
+        let _installing = Installing::begin(self);
         let Some(last) = meta.last_log_id else { return Ok(()) };
         let id = codec::entry_id(&last);
         if id.index <= self.position.applied_index() {
@@ -324,15 +411,49 @@ impl RaftStateMachine<Types> for Machine {
             serve_floor: data.serve_floor,
         };
         // INV-STAGE: from here on nothing is served until everything that is being switched in is applied.
-        self.position.lasting_floor.set(checkpoint.serve_floor.max(id.index));
+        if !is_planted("rebuilt-serves-at-once") {
+            self.position.lasting_floor.set(checkpoint.serve_floor.max(id.index));
+        }
+        observed(|observer| observer.rebuilding(self.log.id(), checkpoint.serve_floor));
+        self.tell_whether_it_serves();
         self.captures.clear();
         self.inner.install(checkpoint.clone(), data.staged).await.map_err(crate::log::io_error)?;
         self.position.set_checkpoint(&checkpoint).map_err(crate::log::io_error)?;
+        observed(|observer| {
+            observer.installed(self.log.id(), id, &checkpoint.state);
+            observer.rebuilt(self.log.id(), checkpoint.serve_floor);
+        });
+        self.tell_whether_it_serves();
         self.inner.after_apply(self.position.applied_index());
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
         self.snapshot()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_types::{ReplicaId, Term};
+
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_keeps_no_floor_of_a_log_that_may_be_cut() {
+        let last = EntryId { term: Term(3), leader: ReplicaId(1), index: LogIndex(100) };
+        let position = Position::recovered(None, Some(last)).expect("there is nothing to read");
+        assert_eq!(position.serve_floor(), LogIndex(100));
+        assert_eq!(position.lasting_floor(), LogIndex::ZERO, "a checkpoint made now");
+        position.truncated_after(LogIndex(90));
+        assert_eq!(position.serve_floor(), LogIndex(90));
+        let rebuilt = Checkpoint {
+            id: EntryId { index: LogIndex(40), ..last },
+            membership: position.membership_bytes(),
+            state: Bytes::new(),
+            serve_floor: LogIndex(60),
+        };
+        let position = Position::recovered(Some(&rebuilt), Some(last)).expect("it is readable");
+        assert_eq!(position.lasting_floor(), LogIndex(60), "what a rebuild brought shows up to here");
     }
 }

@@ -1,6 +1,7 @@
 //! What shards say to each other: Raft's calls, and the calls of sessions to replicas.
 
 use bytes::Bytes;
+use holdfast_protocol::timers::{Timers, VolumeTimers};
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_types::{
     BlockRange, DecodeError, Epoch, GroupId, LogIndex, Reader, ReplicaId, SessionId, StoreId, Term, Writer,
@@ -219,6 +220,8 @@ pub enum DataReply {
         size: u64,
         /// What the volume does without a quorum, in seconds; zero waits for ever.
         error_after_seconds: u32,
+        /// For how long, in milliseconds, counted from when the request was sent.
+        lease_ms: u32,
     },
     /// Not the leader, or not able to serve now: ask `leader`, or the others, or again.
     Elsewhere {
@@ -288,6 +291,8 @@ pub struct ReplicaReport {
     pub used_bytes: u64,
     /// Of these, bytes that only snapshots hold.
     pub snapshot_bytes: u64,
+    /// Bytes of all its files on the medium.
+    pub allocated_bytes: u64,
     /// Living snapshots as applied here.
     pub snapshots: u32,
     /// The volume's epoch.
@@ -320,6 +325,19 @@ pub struct ReplicaReport {
     pub is_full: bool,
     /// As leader: data waits, because its medium or those of too many others are full.
     pub waits_for_room: bool,
+    /// The group's timers as applied here.
+    pub timers: VolumeTimers,
+    /// Those that Raft runs with here.
+    pub runs: Timers,
+    /// It neither votes nor campaigns yet.
+    pub owes_silence: bool,
+    /// As leader: a round trip to the farthest voter that answers, for a while, in microseconds; 0 if nothing is known.
+    pub round_trip_us: u64,
+    /// It is a witness: it holds no data.
+    pub is_witness: bool,
+    /// As a witness: why some data voter can be brought up to date by data replicas only, and it does not campaign;
+    /// empty otherwise.
+    pub past_budget: String,
 }
 
 const PROPOSE: u8 = 1;
@@ -486,7 +504,7 @@ impl DataReply {
                     out.u8(*kind);
                 }
             }
-            Self::Renewed { epoch, members, leader, size, error_after_seconds } => {
+            Self::Renewed { epoch, members, leader, size, error_after_seconds, lease_ms } => {
                 out.u8(RENEWED);
                 epoch.encode(&mut out);
                 out.u32(members.len() as u32);
@@ -497,6 +515,7 @@ impl DataReply {
                 leader.encode(&mut out);
                 out.u64(*size);
                 out.u32(*error_after_seconds);
+                out.u32(*lease_ms);
             }
             Self::Elsewhere { leader, why } => {
                 out.u8(ELSEWHERE);
@@ -572,6 +591,7 @@ impl DataReply {
                     leader,
                     size: input.u64()?,
                     error_after_seconds: input.u32()?,
+                    lease_ms: input.u32()?,
                 }
             }
             ELSEWHERE => {
@@ -620,6 +640,7 @@ impl ReplicaReport {
         }
         out.u64(self.used_bytes);
         out.u64(self.snapshot_bytes);
+        out.u64(self.allocated_bytes);
         out.u32(self.snapshots);
         self.epoch.encode(out);
         put_text(out, &self.holder);
@@ -636,6 +657,12 @@ impl ReplicaReport {
         out.u64(self.unsettled_chunks);
         out.bool(self.is_full);
         out.bool(self.waits_for_room);
+        self.timers.encode(out);
+        self.runs.encode(out);
+        out.bool(self.owes_silence);
+        out.u64(self.round_trip_us);
+        out.bool(self.is_witness);
+        put_text(out, &self.past_budget);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -677,6 +704,7 @@ impl ReplicaReport {
             matched,
             used_bytes: input.u64()?,
             snapshot_bytes: input.u64()?,
+            allocated_bytes: input.u64()?,
             snapshots: input.u32()?,
             epoch: Epoch::decode(input)?,
             holder: input.text(limits::TEXT_LENGTH_MAX)?,
@@ -693,6 +721,12 @@ impl ReplicaReport {
             unsettled_chunks: input.u64()?,
             is_full: input.bool()?,
             waits_for_room: input.bool()?,
+            timers: VolumeTimers::decode(input)?,
+            runs: Timers::decode(input)?,
+            owes_silence: input.bool()?,
+            round_trip_us: input.u64()?,
+            is_witness: input.bool()?,
+            past_budget: input.text(limits::TEXT_LENGTH_MAX)?,
         })
     }
 }

@@ -12,6 +12,7 @@ use futures_util::stream::LocalBoxStream;
 use futures_util::{Stream, StreamExt};
 use holdfast_env::net::{Frame, Lane};
 use holdfast_env::{Instant, Sleep};
+use holdfast_protocol::planted::is_planted;
 use holdfast_types::{GroupId, ReplicaId, StoreId, Term, Writer};
 use holdfast_wire::rpc::{CallError, Pending, Rpc};
 use openraft::OptionalSend;
@@ -23,7 +24,7 @@ use openraft::raft::{
 };
 
 use crate::codec;
-use crate::config::{Peer, Snapshot, Types, Vote};
+use crate::config::{Peer, Role, Snapshot, Types, Vote};
 use crate::gray::{Acks, Mute};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
@@ -54,6 +55,8 @@ pub(crate) struct Networks {
     pub(crate) acks: Acks,
     pub(crate) grants: Grants,
     pub(crate) fulls: Fulls,
+    pub(crate) round_trips: Acks,
+    pub(crate) role: Role,
 }
 
 /// A client of one peer.
@@ -69,12 +72,19 @@ pub(crate) struct Client {
     acks: Acks,
     grants: Grants,
     fulls: Fulls,
+    round_trips: Acks,
+    role: Role,
 }
 
 /// Nothing is sent while the disk below hangs (see [`crate::gray`]).
 #[derive(Debug, thiserror::Error)]
 #[error("the disk below hangs: this replica is silent")]
 struct Silent;
+
+/// Whoever needs more than a log holds needs blocks.
+#[derive(Debug, thiserror::Error)]
+#[error("this leader is a witness and has no blocks to give")]
+struct NoBlocks;
 
 fn silent() -> RPCError<Types> {
     RPCError::Unreachable(Unreachable::new(&Silent))
@@ -94,6 +104,8 @@ impl Networks {
             acks: self.acks.clone(),
             grants: self.grants.clone(),
             fulls: self.fulls.clone(),
+            round_trips: self.round_trips.clone(),
+            role: self.role,
         }
     }
 }
@@ -162,7 +174,12 @@ impl Client {
         let mut head = self.head(Method::Append);
         let body = codec::append_request(request, &mut head);
         self.note_append(request, &body);
+        let sent = Instant::now();
         let answer = self.call(self.lane, head, body, deadline).await?;
+        if request.entries.is_empty() && self.lane == Lane::Control {
+            // Nothing waits for a disk: a heartbeat, or the question who follows.
+            self.round_trips.record(self.target, sent);
+        }
         let (response, is_full) = codec::append_response_from(&answer).map_err(malformed)?;
         self.fulls.heard(self.target, is_full);
         Ok(response)
@@ -263,6 +280,11 @@ impl RaftNetworkV2<Types> for Client {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        // INV-WITNESS: a witness has no blocks, and what it has purged every data replica has, or only a data replica
+        // can give. It leads until one of those takes over, and whoever needs more than its log waits that long.
+        if self.role == Role::Witness && !is_planted("witness-sends-a-snapshot") {
+            return Err(StreamingError::Unreachable(Unreachable::new(&NoBlocks)));
+        }
         let mut head = self.head(Method::InstallSnapshot);
         codec::put_vote(&mut head, &vote);
         codec::snapshot_meta(&snapshot.meta, &mut head);

@@ -17,6 +17,8 @@
 //! A replica takes one offer at a time: a newer one ends the comparison for the older, and waits for it if it is being
 //! switched in. Two at once would write into one staging file.
 
+mod source;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -27,6 +29,7 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::volume::VolumeState;
 use holdfast_store::volume::{
     BlockSum, Checkpoint, ChunkSummary, LayerId, LayerMark, ReadError, StagingLayer,
@@ -45,8 +48,8 @@ use crate::group::GroupError;
 use crate::machine::Staged;
 use crate::messages;
 use crate::rotten_source;
-use crate::usage::Counters;
 use crate::volume::Volume;
+use source::Source;
 
 /// A receiver answers an offer at least this often, done or not.
 const POLL: Duration = Duration::from_secs(1);
@@ -65,11 +68,11 @@ const IN_PROGRESS: u8 = 0;
 const DONE: u8 = 1;
 const FAILED: u8 = 2;
 
-// 1 to 4 did not name layers.
-const SUMMARIES: u8 = 11;
-const CHECKSUMS: u8 = 12;
-const BLOCKS: u8 = 13;
-const POSITION: u8 = 14;
+// 1 to 4 did not name layers, 11 to 14 not whom they ask.
+const SUMMARIES: u8 = 21;
+const CHECKSUMS: u8 = 22;
+const BLOCKS: u8 = 23;
+const POSITION: u8 = 24;
 
 /// Why a rebuild did not end well.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -310,7 +313,9 @@ pub(crate) async fn serve(
         return Err(RebuildError::Failed("this replica has not caught up with its own log yet".into()));
     }
     let kind = input.u8()?;
-    hold.renew(LogIndex::decode(&mut input)?);
+    let (asked, from) = (ReplicaId::decode(&mut input)?, LogIndex::decode(&mut input)?);
+    check_source(volume, asked, from)?;
+    hold.renew(from);
     let count = input.count("layers", limits::SNAPSHOTS_PER_VOLUME_MAX + 1)?;
     let layers = (0..count).map(|_| LayerMark::decode(&mut input)).collect::<Result<Vec<_>, _>>()?;
     check_layering(volume, &layers)?;
@@ -320,6 +325,18 @@ pub(crate) async fn serve(
     let frame = answer?;
     volume.group().counters().count(|usage| usage.chunk_bytes_sent += frame.bytes() as u64);
     Ok(frame)
+}
+
+/// INV-STAGE: only who offered the checkpoint is pulled from. In its place another replica of the group may stand here
+/// by now, which has nothing yet and would give zeros for what it never had.
+fn check_source(volume: &Volume, asked: ReplicaId, from: LogIndex) -> Result<(), RebuildError> {
+    let (here, applied) = (volume.group().id().replica, volume.group().position().applied_index());
+    if (here == asked && applied >= from) || is_planted("rebuild-from-anybody") {
+        return Ok(());
+    }
+    Err(RebuildError::Failed(format!(
+        "replica {asked} offered its content as of index {from}; here is replica {here}, as of {applied}"
+    )))
 }
 
 /// Refuses a layering that is not this replica's any more; a checkpoint of the one that is will be made.
@@ -375,99 +392,6 @@ async fn answer(
     Ok(Frame { head: out.finish(), body })
 }
 
-/// The receiver's side: pulls from one source.
-struct Source {
-    rpc: Rpc,
-    store: StoreId,
-    /// The other replicas, as of the checkpoint: this one may not know any yet.
-    others: Vec<StoreId>,
-    group: GroupId,
-    hold_from: LogIndex,
-    received: Cell<u64>,
-    counters: Counters,
-}
-
-impl Source {
-    async fn call(
-        &self,
-        kind: u8,
-        layers: &[LayerMark],
-        arguments: impl FnOnce(&mut Writer),
-    ) -> Result<Frame, RebuildError> {
-        let mut head = Writer::new();
-        self.group.encode(&mut head);
-        head.u8(kind);
-        self.hold_from.encode(&mut head);
-        head.u32(layers.len() as u32);
-        layers.iter().for_each(|layer| layer.encode(&mut head));
-        arguments(&mut head);
-        let frame = Frame::small(head.finish());
-        let answer = self.rpc.call(self.store, Lane::Bulk, messages::REBUILD, frame, CALL_DEADLINE).await?;
-        self.received.set(self.received.get() + answer.bytes() as u64);
-        self.counters.count(|usage| usage.chunk_bytes_received += answer.bytes() as u64);
-        Ok(answer)
-    }
-
-    async fn summaries(
-        &self,
-        layer: LayerMark,
-        from: ChunkIndex,
-        count: u32,
-    ) -> Result<Vec<ChunkSummary>, RebuildError> {
-        let answer = self
-            .call(SUMMARIES, &[layer], |head| {
-                head.u64(from.0);
-                head.u32(count);
-            })
-            .await?;
-        let mut input = Reader::new(&answer.head);
-        let count = input.count("chunks", SUMMARIES_MAX as usize)?;
-        Ok((0..count).map(|_| get_summary(&mut input)).collect::<Result<_, _>>()?)
-    }
-
-    async fn checksums(
-        &self,
-        layer: LayerMark,
-        chunks: &[ChunkIndex],
-    ) -> Result<Vec<Vec<BlockSum>>, RebuildError> {
-        let answer = self
-            .call(CHECKSUMS, &[layer], |head| {
-                head.u32(chunks.len() as u32);
-                chunks.iter().for_each(|chunk| head.u64(chunk.0));
-            })
-            .await?;
-        let mut input = Reader::new(&answer.head);
-        let count = input.count("chunks", CHECKSUM_CHUNKS_MAX)?;
-        let mut out = Vec::new();
-        for _ in 0..count {
-            out.push((0..CHUNK_BLOCKS).map(|_| get_sum(&mut input)).collect::<Result<Vec<_>, _>>()?);
-        }
-        Ok(out)
-    }
-
-    /// Blocks with their checksums as the source knows them, so that what is damaged on the way is noticed.
-    async fn blocks(&self, layer: LayerMark, range: BlockRange) -> Result<(Bytes, Vec<u32>), RebuildError> {
-        let answer = self.call(BLOCKS, &[layer], |head| range.encode(head)).await?;
-        let mut input = Reader::new(&answer.head);
-        let sums: Vec<u32> = range.blocks().map(|_| input.u32()).collect::<Result<_, _>>()?;
-        let body = answer.into_body();
-        if body.len() as u64 != range.bytes() {
-            return Err(RebuildError::Failed(format!(
-                "{} bytes came for {} blocks",
-                body.len(),
-                range.count
-            )));
-        }
-        Ok((body, sums))
-    }
-
-    /// How far the source has applied. It has all the layers.
-    async fn position(&self, layers: &[LayerMark]) -> Result<LogIndex, RebuildError> {
-        let answer = self.call(POSITION, layers, |_| {}).await?;
-        Ok(LogIndex::decode(&mut Reader::new(&answer.head))?)
-    }
-}
-
 /// What a rebuild took.
 pub(crate) struct Received {
     /// Content to switch in.
@@ -486,11 +410,11 @@ async fn undivided<T: 'static>(
     ended.unwrap_or_else(|_| Err(StoreError::Failed("a step of the rebuild was broken off".into())))
 }
 
-/// Compares this replica's content with the source's and stages what differs.
+/// Compares this replica's content with that of the source, a replica on a store, and stages what differs.
 pub(crate) async fn pull(
     volume: &Volume,
     rpc: &Rpc,
-    store: StoreId,
+    (replica, store): (ReplicaId, StoreId),
     target: &Checkpoint,
 ) -> Result<Received, RebuildError> {
     let group = volume.group().id().group;
@@ -498,6 +422,7 @@ pub(crate) async fn pull(
     let others = members.membership().nodes().map(|(_, peer)| peer.store);
     let source = Source {
         rpc: rpc.clone(),
+        replica,
         store,
         others: others.filter(|other| *other != store && *other != rpc.local()).collect(),
         group,

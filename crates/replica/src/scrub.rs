@@ -297,7 +297,7 @@ async fn read(volume: &Volume, chunk: ChunkIndex) -> Result<u64, StoreError> {
 /// The replica that comes after this one, in a ring.
 fn next_in_line(volume: &Volume) -> Option<StoreId> {
     let own = volume.group().id().replica;
-    let mut others = volume.group().members();
+    let mut others = volume.group().data_members();
     others.retain(|(id, _)| *id != own);
     others.sort();
     others.iter().find(|(id, _)| *id > own).or(others.first()).map(|(_, store)| *store)

@@ -6,28 +6,52 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
+use holdfast_protocol::planted::is_planted;
 use holdfast_types::ReplicaId;
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
+use tokio::sync::Notify;
 
 use crate::config::{LogId, Membership};
 use crate::group::{Group, GroupError, stopped};
 
-/// No proposals and no leases meanwhile; ends with whoever transfers, also if it is given up.
-struct Transferring<'g>(&'g Cell<bool>);
+/// No leases meanwhile, and proposals wait; ends with whoever transfers, also if it is given up.
+#[derive(Default)]
+pub(crate) struct Transfer {
+    under_way: Cell<bool>,
+    ended: Notify,
+}
 
-impl<'g> Transferring<'g> {
-    fn begin(flag: &'g Cell<bool>) -> Result<Self, GroupError> {
-        if flag.replace(true) {
+impl Transfer {
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.under_way.get()
+    }
+
+    /// Ends when none is under way.
+    pub(crate) async fn over(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if !self.is_under_way() {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    fn begin(&self) -> Result<Transferring<'_>, GroupError> {
+        if self.under_way.replace(true) {
             return Err(GroupError::Refused("a transfer of leadership is already under way".into()));
         }
-        Ok(Self(flag))
+        Ok(Transferring(self))
     }
 }
 
+struct Transferring<'g>(&'g Transfer);
+
 impl Drop for Transferring<'_> {
     fn drop(&mut self) {
-        self.0.set(false);
+        self.0.under_way.set(false);
+        self.0.ended.notify_waiters();
     }
 }
 
@@ -45,8 +69,13 @@ impl Group {
         metrics.borrow_watched().replication.clone().unwrap_or_default()
     }
 
-    /// Gives leadership to `target`: proposals stop, the target catches up, the transfer is triggered; on failure
-    /// proposals go on here if they can.
+    /// Whether a witness campaigns when it misses its leader.
+    pub(crate) fn let_campaign(&self, may: bool) {
+        self.raft().runtime_config().elect(may);
+    }
+
+    /// Gives leadership to `target`: proposals wait, the target catches up, the transfer is triggered. Whoever waited is
+    /// told of the new leader as soon as it is known here; on failure proposals go on here if they can.
     pub async fn transfer_to(&self, target: ReplicaId) -> Result<(), GroupError> {
         if !self.is_leader() {
             return Err(GroupError::NotLeader { leader: self.leader().map(|(_, store)| store) });
@@ -55,9 +84,9 @@ impl Group {
             return Ok(());
         }
         self.check_voter(target)?;
-        let _transferring = Transferring::begin(self.transferring())?;
+        let _transferring = self.transfer().begin()?;
         self.drained(target).await?;
-        self.raft().trigger().transfer_leader(target.0).await.map_err(stopped)?;
+        self.trigger_transfer(target).await?;
         let left = async {
             loop {
                 let changed = self.leadership_changed();
@@ -69,19 +98,40 @@ impl Group {
         };
         holdfast_env::timeout(self.timers().election_max, left)
             .await
-            .map_err(|_| GroupError::Refused(format!("replica {target} did not take the leadership")))
+            .map_err(|_| GroupError::Refused(format!("replica {target} did not take the leadership")))?;
+        // Who waits with a proposal would otherwise have to look for the new leader. It has been elected, or will be.
+        let _known = holdfast_env::timeout(self.timers().election_max, self.led_by_another()).await;
+        Ok(())
+    }
+
+    /// Ends when another replica is known to lead.
+    async fn led_by_another(&self) {
+        let mut metrics = self.raft().server_metrics();
+        loop {
+            let leader = metrics.borrow_watched().current_leader;
+            if leader.is_some_and(|leader| leader != self.id().replica.0) || metrics.changed().await.is_err()
+            {
+                return;
+            }
+        }
     }
 
     /// As [`Self::transfer_to`], but whether the target takes it is not waited for: with a disk that hangs it would not
     /// be seen here. Not tried if Raft's core waits for that disk: it would hear of it only afterwards.
     pub(crate) async fn offer_leadership(&self, target: ReplicaId) -> Result<(), GroupError> {
         self.check_voter(target)?;
-        let _transferring = Transferring::begin(self.transferring())?;
+        let _transferring = self.transfer().begin()?;
         self.drained(target).await?;
         if self.core_waits() {
             return Err(GroupError::Refused("Raft waits for the disk".into()));
         }
-        let trigger = self.raft().trigger();
+        self.trigger_transfer(target).await
+    }
+
+    /// Raft takes the order at once, unless its core waits for the disk.
+    async fn trigger_transfer(&self, target: ReplicaId) -> Result<(), GroupError> {
+        let raft = self.raft();
+        let trigger = raft.trigger();
         let triggered = holdfast_env::timeout(self.timers().election_max, trigger.transfer_leader(target.0));
         triggered.await.map_err(|_| GroupError::TimedOut)?.map_err(stopped)
     }
@@ -90,14 +140,25 @@ impl Group {
     fn check_voter(&self, target: ReplicaId) -> Result<(), GroupError> {
         let metrics = self.raft().server_metrics();
         let now = metrics.borrow_watched();
-        if now.membership_config.membership().voter_ids().any(|voter| voter == target.0) {
+        let membership = now.membership_config.membership();
+        if membership.get_node(&target.0).is_some_and(|peer| peer.witness) {
+            return Err(GroupError::Refused(format!(
+                "replica {target} is a witness: it leads nothing for long"
+            )));
+        }
+        if membership.voter_ids().any(|voter| voter == target.0) {
             return Ok(());
         }
-        Err(GroupError::Refused(format!("replica {target} is no voter of the group")))
+        Err(GroupError::Refused(format!(
+            "replica {target} is no voter of the group: choose one that is and holds data"
+        )))
     }
 
     /// Waits until the target has everything: one that has not ignores the transfer.
     async fn drained(&self, target: ReplicaId) -> Result<(), GroupError> {
+        if is_planted("transfer-without-drain") {
+            return Ok(());
+        }
         let patience = self.timers().election_max;
         let mut metrics = self.raft().metrics();
         let matched = async {
@@ -124,12 +185,16 @@ mod tests {
 
     #[test]
     fn a_transfer_that_is_given_up_is_over() {
-        let flag = Cell::new(false);
-        let first = Transferring::begin(&flag).expect("none is under way");
-        assert!(flag.get());
-        assert!(Transferring::begin(&flag).is_err());
-        assert!(flag.get(), "the refused one ends nothing");
-        drop(first);
-        assert!(!flag.get());
+        holdfast_env::real::run(async {
+            let transfer = Transfer::default();
+            let first = transfer.begin().expect("none is under way");
+            assert!(transfer.is_under_way());
+            assert!(transfer.begin().is_err());
+            assert!(transfer.is_under_way(), "the refused one ends nothing");
+            let mut over = std::pin::pin!(transfer.over());
+            assert!(futures_util::poll!(&mut over).is_pending());
+            drop(first);
+            over.await;
+        });
     }
 }

@@ -13,8 +13,11 @@ use futures_util::future::LocalBoxFuture;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::command::VolumeCommand;
-use holdfast_protocol::lease::{AttachDecision, HolderWatch, LeaseTerms, decide_attach};
+use holdfast_protocol::lease::{
+    AttachDecision, HolderWatch, LeaseTerms, NotServed, admit_read, admit_renewal, decide_attach,
+};
 use holdfast_protocol::planted::is_planted;
+use holdfast_protocol::timers::{Timers, VolumeTimers};
 use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, VolumeData};
@@ -23,7 +26,7 @@ use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, Snapsh
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
-use crate::config::{AppData, AppReply, Timers};
+use crate::config::{AppData, AppReply};
 use crate::group::{Group, GroupError};
 use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
@@ -35,6 +38,11 @@ use crate::space;
 const FLOOR_PATIENCE: Duration = Duration::from_millis(20);
 /// How long a command of a newer epoch waits for the older one to settle before its sender is asked to repeat it.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
+/// Between proposals of `Settled` that came to nothing.
+const SETTLE_PAUSE: Duration = Duration::from_millis(50);
+/// How long a command waits in line for the journal before its sender is asked to repeat it. Less than a session's
+/// patience with a call: what it has given up and sent again must not gather here while a disk hangs.
+const ADMIT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The replicated state machine of a volume.
 pub(crate) struct VolumeMachine {
@@ -112,13 +120,7 @@ fn snapshot_of(state: &VolumeState, command: &VolumeCommand) -> Option<LogIndex>
 
 impl StateMachine for VolumeMachine {
     fn check(&self, data: &AppData) -> Result<(), CheckError> {
-        let malformed = |why: String| CheckError::Malformed(why);
-        let command = VolumeCommand::decode(&data.head).map_err(|error| malformed(error.to_string()))?;
-        command.validate(data.payload.len()).map_err(|refusal| malformed(refusal.to_string()))?;
-        if let VolumeCommand::Write { range, checksums, .. } = &command {
-            check_payload(*range, checksums, &data.payload).map_err(CheckError::Damaged)?;
-        }
-        Ok(())
+        check_command(data)
     }
 
     fn apply(&self, id: EntryId, data: &AppData) -> Result<AppReply, ApplyError> {
@@ -175,6 +177,17 @@ impl StateMachine for VolumeMachine {
     }
 }
 
+/// Refuses a command that is malformed, or whose block data does not match its checksums.
+pub(crate) fn check_command(data: &AppData) -> Result<(), CheckError> {
+    let malformed = |why: String| CheckError::Malformed(why);
+    let command = VolumeCommand::decode(&data.head).map_err(|error| malformed(error.to_string()))?;
+    command.validate(data.payload.len()).map_err(|refusal| malformed(refusal.to_string()))?;
+    if let VolumeCommand::Write { range, checksums, .. } = &command {
+        check_payload(*range, checksums, &data.payload).map_err(CheckError::Damaged)?;
+    }
+    Ok(())
+}
+
 /// INV-CHECKED: whoever takes blocks over compares them with the checksums that their session computed.
 fn check_payload(range: BlockRange, checksums: &[u32], payload: &[u8]) -> Result<(), String> {
     if is_planted("damaged-in-flight") {
@@ -206,11 +219,13 @@ pub struct Volume {
     pub(crate) home_when_full: Cell<u64>,
     stopped: Notify,
     is_stopped: Cell<bool>,
+    /// The timers of a volume whose state tells none.
+    defaults: Timers,
 }
 
 impl Volume {
-    pub(crate) fn new(group: Rc<Group>, machine: Rc<VolumeMachine>, rpc: Rpc) -> Rc<Self> {
-        let terms = lease_terms(group.timers());
+    pub(crate) fn new(group: Rc<Group>, machine: Rc<VolumeMachine>, rpc: Rpc, defaults: Timers) -> Rc<Self> {
+        let terms = lease_terms(machine.state.borrow().timers().with_defaults(defaults).waited_lease());
         let volume = Rc::new(Self {
             group,
             machine,
@@ -223,6 +238,7 @@ impl Volume {
             home_when_full: Cell::new(0),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
+            defaults,
         });
         holdfast_env::spawn("volume-settle", Self::settle_loop(Rc::downgrade(&volume)));
         volume
@@ -297,12 +313,14 @@ impl Volume {
     /// The leader's watch over the holder; begins anew with every term in which this replica leads.
     fn with_watch<T>(&self, use_watch: impl FnOnce(&mut HolderWatch) -> T) -> T {
         let mut watch = self.watch.borrow_mut();
+        let terms = self.waited_terms();
         if let Some((term, since)) = self.group.leading_since()
             && self.watch_term.replace(Some((term, since))) != Some((term, since))
         {
-            *watch = HolderWatch::new(lease_terms(self.group.timers()));
+            *watch = HolderWatch::new(terms);
             watch.began_leading(since.0);
         }
+        watch.follow(terms);
         use_watch(&mut watch)
     }
 
@@ -369,7 +387,8 @@ impl Volume {
                 let changed = self.machine.changed.notified();
                 let blocked = {
                     let state = self.machine.state.borrow();
-                    state.unsettled().is_some() && epoch >= state.epoch()
+                    let unsettled = state.unsettled().is_some() && !is_planted("unsettled-ignored");
+                    unsettled && epoch >= state.epoch()
                 };
                 if !blocked {
                     return;
@@ -398,7 +417,10 @@ impl Volume {
             if space::brings_data(&decoded) && !self.has_room().await {
                 return self.elsewhere("the medium is full: data waits for room");
             }
-            let admitted = self.log().admit(payload.len()).await;
+            let admitted = holdfast_env::timeout(ADMIT_PATIENCE, self.log().admit(payload.len())).await;
+            let Ok(admitted) = admitted else {
+                return self.elsewhere("the journal of this store has no room yet");
+            };
             // What stood in line while the medium became full waits like the rest.
             if !space::brings_data(&decoded) || self.group.takes_data() {
                 break admitted;
@@ -421,29 +443,26 @@ impl Volume {
         if self.log().is_hung() && !self.group.is_leader() {
             return Err(self.elsewhere("the disk of this store hangs"));
         }
+        let floor = if is_planted("read-below-floor") { LogIndex::ZERO } else { floor };
         let reached = holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(floor)).await;
         if reached.is_err() {
             return Err(self.elsewhere("this replica has not applied far enough yet"));
         }
         let state = self.machine.state.borrow();
-        if epoch < state.epoch() {
-            let why = format!("epoch {epoch} is over: the volume is at epoch {}", state.epoch());
-            return Err(DataReply::Fenced { current: state.epoch(), why });
-        }
-        if state.unsettled().is_some() {
-            drop(state);
-            return Err(self.elsewhere("the volume waits for its former holder's lease to end"));
-        }
-        if epoch > state.epoch() {
-            drop(state);
-            return Err(self.elsewhere("this replica does not know that epoch yet"));
-        }
-        match state.holder() {
-            Some(holder) if holder.session == session => Ok(()),
-            _ => Err(DataReply::Fenced {
-                current: state.epoch(),
-                why: "another session holds the volume".into(),
+        let current = state.epoch();
+        match admit_read(&state, epoch, session) {
+            Ok(()) => Ok(()),
+            Err(NotServed::OldEpoch) => Err(DataReply::Fenced {
+                current,
+                why: format!("epoch {epoch} is over: the volume is at epoch {current}"),
             }),
+            Err(NotServed::NotHolder) => {
+                Err(DataReply::Fenced { current, why: "another session holds the volume".into() })
+            }
+            Err(NotServed::Unsettled) => {
+                Err(self.elsewhere("the volume waits for its former holder's lease to end"))
+            }
+            Err(NotServed::UnknownEpoch) => Err(self.elsewhere("this replica does not know that epoch yet")),
         }
     }
 
@@ -462,6 +481,7 @@ impl Volume {
             // checked here, its reader notices.
             Ok(CheckedBlocks { data, checksums }) => {
                 // INV-STAGE: a rebuild that is being switched in meanwhile shows what is not applied yet.
+                let floor = if is_planted("read-below-floor") { LogIndex::ZERO } else { floor };
                 if !self.group.position().has_reached(floor) {
                     return (self.elsewhere("this replica is being rebuilt"), Vec::new());
                 }
@@ -494,6 +514,10 @@ impl Volume {
             return reply;
         }
         match self.data().block_status(range).await {
+            // INV-STAGE, as for a read.
+            Ok(_) if !self.group.position().has_reached(floor) => {
+                self.elsewhere("this replica is being rebuilt")
+            }
             Ok(runs) => {
                 let runs = runs.into_iter().map(|(count, kind)| (count, kind_number(kind))).collect();
                 DataReply::Status { applied: self.group.position().applied_index(), runs }
@@ -503,38 +527,41 @@ impl Volume {
     }
 
     async fn renew(&self, epoch: Epoch, session: SessionId) -> DataReply {
-        if self.group.is_transferring() {
+        let unasked = is_planted("renewal-in-transfer") && self.group.is_transferring();
+        if self.group.is_transferring() && !unasked {
             return self.elsewhere("the leadership is being transferred");
         }
         // INV-LEASE: confirmed after the request arrived, so after the session sent it; whatever a later leader
         // commits comes after, and waits a full lease from its own election.
         let index = match self.group.confirm_leadership().await {
             Ok(index) => index,
+            Err(_) if unasked => LogIndex::ZERO,
             Err(error) => return self.group_error(error),
         };
         if holdfast_env::timeout(FLOOR_PATIENCE, self.group.position().reached(index)).await.is_err() {
             return self.elsewhere("the leader has not applied far enough yet");
         }
         let state = self.machine.state.borrow();
-        let is_holder = state.holder().is_some_and(|holder| holder.session == session);
-        if epoch != state.epoch() || !is_holder {
+        if !admit_renewal(&state, epoch, session) {
             let why = format!("epoch {epoch} is over: the volume is at epoch {}", state.epoch());
             return DataReply::Fenced { current: state.epoch(), why };
         }
-        if self.group.is_transferring() {
+        if self.group.is_transferring() && !unasked {
             return self.elsewhere("the leadership is being transferred");
         }
         let now = self.now();
         self.with_watch(|watch| watch.granted(now));
+        let lease = self.timers().granted_lease();
         DataReply::Renewed {
             epoch: state.epoch(),
-            members: self.group.members(),
+            members: self.group.data_members(),
             leader: self.group.id().replica,
             size: state.size().0,
             error_after_seconds: match state.on_quorum_loss() {
                 holdfast_types::OnQuorumLoss::Suspend => 0,
                 holdfast_types::OnQuorumLoss::Error { after_seconds } => after_seconds.max(1),
             },
+            lease_ms: u32::try_from(lease.as_millis()).unwrap_or(u32::MAX),
         }
     }
 
@@ -551,6 +578,11 @@ impl Volume {
         };
         if holdfast_env::timeout(SETTLE_PATIENCE, self.group.position().reached(index)).await.is_err() {
             return self.elsewhere("the leader has not applied far enough yet");
+        }
+        if let VolumeCommand::TimersSettled { since } = &decoded
+            && let Some(refusal) = self.too_early(*since)
+        {
+            return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
         }
         if let VolumeCommand::Attach { .. } = &decoded {
             let now = self.now();
@@ -575,10 +607,33 @@ impl Volume {
         reply
     }
 
+    /// Why this leader does not end a change of timers yet. INV-TIMERS: leases of before the change may still live.
+    fn too_early(&self, since: LogIndex) -> Option<Refusal> {
+        let change = self.timers().change().filter(|change| change.since == since)?;
+        let now = self.now();
+        (!self.with_watch(|watch| watch.may_end(change, now))).then_some(Refusal::TimersChanging)
+    }
+
+    /// The timers of the group as applied here.
+    pub fn timers(&self) -> VolumeTimers {
+        self.machine.state.borrow().timers().with_defaults(self.defaults)
+    }
+
+    /// Lets Raft run with the timers that the volume's state asks for.
+    pub async fn take_up_timers(&self) -> Result<(), GroupError> {
+        self.group.reload(self.timers().run()).await
+    }
+
+    /// What waits for the end of a holder by the timers as applied here: whoever granted a lease had applied no more.
+    fn waited_terms(&self) -> LeaseTerms {
+        lease_terms(self.timers().waited_lease())
+    }
+
     async fn report(&self) -> DataReply {
         let mut report = self.group.report();
         {
             let state = self.machine.state.borrow();
+            report.timers = self.timers();
             report.epoch = state.epoch();
             report.holder = state.holder().map(|holder| holder.node.to_string()).unwrap_or_default();
             report.size = state.size().0;
@@ -604,8 +659,9 @@ impl Volume {
             scrub.ended.map_or(u64::MAX, |ended| Instant::now().since(ended).as_secs());
         match self.data().space().await {
             Ok(space) => {
-                report.used_bytes = space.allocated + space.snapshots;
+                report.used_bytes = space.blocks + space.snapshots;
                 report.snapshot_bytes = space.snapshots;
+                report.allocated_bytes = space.allocated;
             }
             Err(error) => report.fault = error.to_string(),
         }
@@ -648,7 +704,12 @@ impl Volume {
             if let (Some(unsettled), Some((term, since))) = (unsettled, leading) {
                 drop(changed);
                 drop(leadership);
-                this.settle(unsettled.epoch, unsettled.holders, term.0, since).await;
+                let epoch = unsettled.epoch;
+                this.settle(epoch, unsettled.holders, term.0, since).await;
+                // Proposed in vain: its leader has no quorum, or gives its leadership away.
+                if this.machine.state.borrow().unsettled().is_some_and(|still| still.epoch == epoch) {
+                    holdfast_env::sleep(SETTLE_PAUSE).await;
+                }
                 continue;
             }
             let stopped = this.stopped.notified();
@@ -668,7 +729,7 @@ impl Volume {
         term: u64,
         leading_since: Instant,
     ) {
-        let lease = HolderWatch::lease_with_drift(&lease_terms(self.group.timers()));
+        let lease = HolderWatch::lease_with_drift(&self.waited_terms());
         // One full lease after the commit, as this leader sees it: it saw the commit now or before, and a leader
         // elected later counts from its own election.
         let until = Instant::now().max(leading_since) + lease;
@@ -685,7 +746,9 @@ impl Volume {
             }
         };
         // Whatever the former holders say, the wait ends with the lease.
-        let _ended_by_confirmation = holdfast_env::timeout(until.since(Instant::now()), confirm).await;
+        if !is_planted("settled-at-once") {
+            let _ended_by_confirmation = holdfast_env::timeout(until.since(Instant::now()), confirm).await;
+        }
         let still = self.group.leading_since().is_some_and(|(now, _)| now.0 == term);
         let needed = self.machine.state.borrow().unsettled().is_some_and(|u| u.epoch == epoch);
         if !still || !needed {
@@ -700,9 +763,12 @@ impl Volume {
     }
 }
 
-/// The lease of sessions of a group.
-pub fn lease_terms(timers: &Timers) -> LeaseTerms {
-    LeaseTerms { lease: timers.session_lease, drift_permille: 10 }
+/// How much faster or slower than true time a clock may run, in thousandths.
+pub(crate) const DRIFT_PERMILLE: u32 = 10;
+
+/// A lease of that length.
+pub fn lease_terms(lease: Duration) -> LeaseTerms {
+    LeaseTerms { lease, drift_permille: DRIFT_PERMILLE }
 }
 
 /// A kind of block in messages.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_env::net::Lane;
+use holdfast_protocol::planted::is_planted;
 use holdfast_replica::messages::{DataReply, DataRequest};
 
 use crate::calls;
@@ -20,7 +21,7 @@ pub(crate) async fn keep(session: Weak<Session>) {
         if this.closed_now().is_some() {
             return;
         }
-        let interval = this.terms().lease / RENEWALS;
+        let interval = this.lease_length() / RENEWALS;
         let renewed = renew(&this).await;
         let pause = if renewed { interval } else { interval / 4 };
         let closed = this.closed_event();
@@ -36,14 +37,19 @@ async fn renew(session: &Rc<Session>) -> bool {
     let to = session.members().leader_or_next();
     let request =
         DataRequest::Renew { group: session.group(), epoch: session.epoch(), session: session.id() };
-    let deadline = (session.terms().lease / 2).max(Duration::from_millis(50));
+    let deadline = (session.lease_length() / 2).max(Duration::from_millis(50));
     match calls::call(session.rpc(), to, Lane::Control, &request, Vec::new(), deadline).await {
-        Ok((DataReply::Renewed { epoch, members, leader, size, error_after_seconds }, _)) => {
+        Ok((DataReply::Renewed { epoch, members, leader, size, error_after_seconds, lease_ms }, _)) => {
             if epoch != session.epoch() {
                 session.close(Closed::Fenced { current: epoch, why: "a newer epoch exists".into() });
                 return false;
             }
-            session.with_lease(|lease| lease.on_renewed(sent));
+            let granted = Duration::from_millis(lease_ms.into());
+            let from_answer = is_planted("lease-from-answer");
+            session.with_lease(|lease| {
+                let counts = if from_answer { lease.on_sent(Instant::now().0) } else { sent };
+                lease.on_renewed(counts, granted);
+            });
             let stores = members.iter().map(|(_, store)| *store).collect();
             session.members().replace(stores);
             session

@@ -6,6 +6,7 @@ use std::rc::{Rc, Weak};
 
 use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
+use holdfast_protocol::planted::is_planted;
 use holdfast_replica::messages::{SESSION, SessionRequest};
 use holdfast_types::{GroupId, SessionId, StoreId};
 use holdfast_wire::rpc::{Handler, Responder, Rpc};
@@ -63,7 +64,7 @@ impl Handler for Service {
         };
         let session =
             self.0.upgrade().and_then(|sessions| sessions.running.borrow().get(&id).and_then(Weak::upgrade));
-        if let Some(session) = session {
+        if let Some(session) = session.filter(|_| !is_planted("fence-not-obeyed")) {
             if session.epoch() >= epoch {
                 return responder.refuse("the session holds that epoch or a later one");
             }

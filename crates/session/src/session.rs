@@ -10,7 +10,8 @@ use bytes::Bytes;
 use holdfast_env::Instant;
 use holdfast_env::net::Lane;
 use holdfast_protocol::command::{AttachMode, Tag, VolumeCommand};
-use holdfast_protocol::lease::{LeaseTerms, SessionLease};
+use holdfast_protocol::lease::SessionLease;
+use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::volume::{Refusal, VolumeReply};
 use holdfast_replica::Timers;
 use holdfast_replica::messages::{DataReply, DataRequest};
@@ -120,7 +121,6 @@ pub struct Session {
     floor: Floor,
     in_flight: InFlight,
     slots: Semaphore,
-    terms: LeaseTerms,
     lease: RefCell<SessionLease>,
     lease_changed: Notify,
     error_after: Cell<Option<Duration>>,
@@ -144,7 +144,8 @@ impl Session {
         let id = SessionId(holdfast_env::random_u128());
         let proposed = AttachmentId(holdfast_env::random_u128());
         let members = Members::new(target.stores.clone());
-        let terms = holdfast_replica::volume::lease_terms(timers);
+        // Until a leader says how long the volume's are.
+        let terms = holdfast_replica::volume::lease_terms(timers.session_lease);
         let began = Instant::now();
         let mut expected = options.only_at.unwrap_or(Epoch::ZERO);
         let mut deadline = ATTACH_CALL_DEADLINE_MIN;
@@ -198,9 +199,8 @@ impl Session {
             size: Cell::new(ByteSize(0)),
             members,
             floor: Floor::new(index),
-            in_flight: InFlight::new(next),
+            in_flight: InFlight::new(if is_planted("numbers-from-one") { Seq(1) } else { next }),
             slots: Semaphore::new(limits::SESSION_IN_FLIGHT_MAX),
-            terms,
             lease: RefCell::new(SessionLease::new(terms)),
             lease_changed: Notify::new(),
             error_after: Cell::new(None),
@@ -284,8 +284,9 @@ impl Session {
     pub(crate) fn members(&self) -> &Members {
         &self.members
     }
-    pub(crate) fn terms(&self) -> &LeaseTerms {
-        &self.terms
+    /// The length of its lease: what was granted last.
+    pub(crate) fn lease_length(&self) -> Duration {
+        self.lease.borrow().length()
     }
     pub(crate) fn with_lease<T>(&self, use_lease: impl FnOnce(&mut SessionLease) -> T) -> T {
         let result = use_lease(&mut self.lease.borrow_mut());
@@ -316,6 +317,11 @@ impl Session {
 
     fn ended(&self) -> SessionError {
         SessionError::Closed(self.closed_now().unwrap_or(Closed::Detached))
+    }
+
+    /// Whether it would answer a read at this moment (INV-LEASE).
+    pub fn serves_reads(&self) -> bool {
+        self.closed_now().is_none() && self.lease_is_valid()
     }
 
     fn lease_is_valid(&self) -> bool {
@@ -443,10 +449,11 @@ impl Session {
         self.wait_for_overlaps(range).await?;
         let seq = self.in_flight.begin();
         self.writes.borrow_mut().insert(seq, range);
-        let guard = WriteGuard { session: self, seq };
+        let mut guard = WriteGuard { session: self, seq, has_ended: false };
         let tag = Tag { epoch: self.epoch, session: self.id, seq, oldest: self.in_flight.oldest() };
         let request = DataRequest::Propose { group: self.group, command: command(tag).encode() };
         let result = self.bounded(self.propose(&request, payload)).await;
+        guard.has_ended = true;
         drop(guard);
         if let Err(error) = &result
             && self.closed_now().is_none()
@@ -503,7 +510,9 @@ impl Session {
                 Ok((DataReply::Applied { index, reply }, _)) => match reply {
                     VolumeReply::Done { .. } => {
                         self.members.set_leader(Some(to));
-                        self.floor.raise(index);
+                        if !is_planted("floor-of-writes-forgotten") {
+                            self.floor.raise(index);
+                        }
                         return Ok(());
                     }
                     VolumeReply::Refused(refusal) if refusal.retryable() => {}
@@ -667,7 +676,8 @@ impl Session {
                         let accepted = accept(reply, body);
                         // The lease must still live now: else a newer holder's write may have been acknowledged
                         // before this answer.
-                        if let (Some((applied, value)), true) = (accepted, self.lease_is_valid()) {
+                        let lives = self.lease_is_valid() || is_planted("lease-unasked-after-read");
+                        if let (Some((applied, value)), true) = (accepted, lives) {
                             self.floor.raise(applied);
                             return Ok(value);
                         }
@@ -732,10 +742,17 @@ fn check_own(request: &DataRequest, payload: Option<&Bytes>) -> Result<(), Sessi
 struct WriteGuard<'s> {
     session: &'s Session,
     seq: Seq,
+    has_ended: bool,
 }
 
 impl Drop for WriteGuard<'_> {
     fn drop(&mut self) {
+        if !self.has_ended {
+            // INV-LATE: nobody waits for it any more, and it may be on its way still; only a new epoch makes sure that it
+            // does not land after what is written next.
+            let why = "a write was given up before it was answered; attach again".into();
+            self.session.close(Closed::Fenced { current: self.session.epoch, why });
+        }
         self.session.in_flight.done(self.seq);
         self.session.writes.borrow_mut().remove(&self.seq);
         self.session.write_done.notify_waiters();

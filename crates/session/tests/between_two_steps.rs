@@ -35,7 +35,7 @@ fn a_replica_is_not_made_anew_while_its_store_loads() {
         let (host, ..) = open(place.path(), &switch, 3, false, Duration::ZERO).await;
         let made = host.create(&replica(3)).await.map(|_| ());
         assert!(matches!(made, Err(GroupError::Refused(_))), "{made:?}");
-        let removed = host.destroy(replica(3).id).await;
+        let removed = host.destroy(replica(3).id, 1).await;
         assert!(matches!(removed, Err(GroupError::Refused(_))), "{removed:?}");
         host.load().await.expect("loads");
         asked(&host).await;
@@ -68,7 +68,7 @@ fn a_log_that_was_used_gets_no_empty_files() {
             matches!(made, Err(GroupError::Refused(_))),
             "its votes and its log are not of an empty one: {made:?}"
         );
-        host.destroy(replica(3).id).await.expect("is removed");
+        host.destroy(replica(3).id, 1).await.expect("is removed");
         host.create(&replica(4)).await.expect("another may come");
         host.stop().await;
         stop(&group).await;

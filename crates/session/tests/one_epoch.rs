@@ -1,10 +1,12 @@
-//! INV-FILL rests on it: an attach that was decided in one epoch of a volume takes no later one, by force neither.
+//! One session, one epoch. INV-FILL rests on it that an attach that was decided in one epoch of a volume takes no later
+//! one, by force neither; INV-LATE, that a session does not outlive a write that was given up.
 
 mod group;
 
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use group::{Switch, attach, attach_at, block, members};
 use holdfast_protocol::volume::Refusal;
 use holdfast_session::SessionError;
@@ -42,5 +44,25 @@ fn an_attach_in_one_epoch_only() {
         guest.detach(PATIENCE).await.expect("detaches");
         let in_time = attach_at(&members[0], false, Some(now)).await.expect("the epoch is still the same");
         assert_eq!(in_time.read(at).await.expect("reads"), block(8, 1));
+    });
+}
+
+/// INV-LATE: it may be on its way still, and land after whatever this session would write next.
+#[test]
+fn a_write_that_is_given_up_ends_its_session() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let members = members(place.path(), &switch).await;
+        let at = BlockRange::new(BlockIndex(3), 1);
+        let session = attach(&members[0], false).await.expect("attaches");
+        session.write(at, block(6, 1)).await.expect("writes");
+        let under_way = session.write(at, block(7, 1)).now_or_never();
+        assert!(under_way.is_none(), "no write ends at once");
+        let after = session.write(at, block(8, 1)).await;
+        assert!(matches!(after, Err(SessionError::Closed(_))), "{after:?}");
+        let again = attach(&members[0], false).await.expect("attaches in a new epoch");
+        again.write(at, block(9, 1)).await.expect("writes");
+        assert_eq!(again.read(at).await.expect("reads"), block(9, 1));
     });
 }

@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use group::Member;
 use group::{GROUP, Switch, attach, block, members, start};
+use holdfast_env::net::{Frame, Lane};
+use holdfast_replica::messages::REBUILD;
 use holdfast_session::SessionError;
-use holdfast_types::{BlockIndex, BlockRange, StoreId};
+use holdfast_types::{BlockIndex, BlockRange, LogIndex, Reader, ReplicaId, StoreId, Writer};
 
 #[test]
 fn what_is_written_is_read_after_every_daemon_restarted() {
@@ -144,6 +146,44 @@ fn a_follower_that_was_left_behind_is_healed_by_chunks() {
             digests.insert(digest.to_string());
         }
         assert_eq!(digests.len(), 1, "all replicas are equal");
+        for member in &group {
+            member.host.stop().await;
+        }
+    });
+}
+
+/// The question of a rebuild how far its source has applied, to whichever replica of the group stands on store 1.
+async fn asked_by_a_rebuild(member: &Member, replica: ReplicaId, from: LogIndex) -> Result<LogIndex, String> {
+    const POSITION: u8 = 24;
+    let mut head = Writer::new();
+    GROUP.encode(&mut head);
+    head.u8(POSITION);
+    replica.encode(&mut head);
+    from.encode(&mut head);
+    head.u32(0);
+    let frame = Frame::small(head.finish());
+    let answer = member.rpc.call(StoreId(1), Lane::Bulk, REBUILD, frame, Duration::from_secs(5)).await;
+    let answer = answer.map_err(|error| error.to_string())?;
+    LogIndex::decode(&mut Reader::new(&answer.head)).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_rebuild_takes_nothing_from_another_replica_than_the_one_that_offered() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let switch = Rc::new(Switch::default());
+        let group = members(place.path(), &switch).await;
+        let session = attach(&group[0], false).await.expect("attaches");
+        session.write(BlockRange::new(BlockIndex(0), 1), block(1, 1)).await.expect("writes");
+        let applied = group[0].host.volume(GROUP).expect("runs").group().position().applied_index();
+        let told = asked_by_a_rebuild(&group[1], ReplicaId(1), applied).await.expect("answers");
+        assert!(told >= applied);
+        // Replica 4 may have stood there, or come in its place; and one that is made anew has applied nothing.
+        let refused = asked_by_a_rebuild(&group[1], ReplicaId(4), applied).await.expect_err("is refused");
+        assert!(refused.contains("replica 4 offered its content"), "{refused}");
+        let refused = asked_by_a_rebuild(&group[1], ReplicaId(1), LogIndex(1 << 40)).await;
+        let refused = refused.expect_err("is refused");
+        assert!(refused.contains("here is replica 1, as of"), "{refused}");
         for member in &group {
             member.host.stop().await;
         }

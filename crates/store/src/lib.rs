@@ -1,6 +1,7 @@
 //! One disk: the journal that all groups of a store share, and the blocks of each replica. Knows nothing of Raft or
 //! of the network. Byte layouts and their argument are in `docs/FORMAT.md`.
 
+pub mod destroyed_file;
 mod entry;
 mod error;
 mod fail_stop;
@@ -14,6 +15,7 @@ pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod volume;
+pub mod witness_file;
 
 pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;

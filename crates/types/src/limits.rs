@@ -35,6 +35,11 @@ pub const TEXT_LENGTH_MAX: usize = 4096;
 pub const CATALOG_BYTES_MAX: usize = 4 << 20;
 /// Voters of one volume.
 pub const VOTERS_MAX: usize = 5;
+/// Payload that the log of one witness holds for a data replica that is away, in bytes, unless its node is told otherwise.
+pub const WITNESS_LOG_BYTES: u64 = 1 << 30;
+/// Replicas that the catalog knows of one volume: those that vote, join, and leave; the latter may stand on nodes that
+/// never come back.
+pub const REPLICAS_MAX: usize = 32;
 /// Living snapshots of one volume.
 pub const SNAPSHOTS_PER_VOLUME_MAX: usize = 256;
 /// Ids of dropped snapshots that a volume remembers, so that a late repetition of a creation makes none of them anew.

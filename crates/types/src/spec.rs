@@ -80,6 +80,38 @@ pub enum ReadPolicy {
     Leader,
 }
 
+/// How soon a dead leader is missed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimersPolicy {
+    /// As the network between the replicas allows.
+    #[default]
+    Auto,
+    /// As soon as a fast network allows: more heartbeats, and less patience with a busy node.
+    Tight,
+}
+
+impl TimersPolicy {
+    /// As users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Tight => "tight",
+        }
+    }
+}
+
+impl FromStr for TimersPolicy {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "tight" => Ok(Self::Tight),
+            other => Err(format!("timers '{other}' is none of: auto, tight")),
+        }
+    }
+}
+
 /// From where a volume may be used; the node affinity of its PersistentVolume.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -116,7 +148,7 @@ pub struct VolumeSpec {
     pub size: ByteSize,
     /// The loss it survives.
     pub survive: Survive,
-    /// Data replicas: 1, 3 or 5; `None` lets placement choose.
+    /// Data replicas: 1, 2 (with a witness), 3 or 5; `None` lets placement choose.
     pub replicas: Option<u8>,
     /// Where data replicas may stand (any of these terms); empty for anywhere.
     pub allowed: Vec<TopologyTerm>,
@@ -128,4 +160,7 @@ pub struct VolumeSpec {
     pub read_policy: ReadPolicy,
     /// From where it may be used.
     pub access_from: AccessFrom,
+    /// How soon a dead leader is missed.
+    #[serde(default)]
+    pub timers: TimersPolicy,
 }

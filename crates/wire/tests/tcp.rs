@@ -1,5 +1,7 @@
 //! The real network on loopback: frames both ways, strangers kept out, bounds kept, breaks told.
 
+mod proxy;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -202,4 +204,66 @@ fn a_queue_is_bounded_and_a_partition_is_silent() {
         b.seen.until(|seen| seen.frames.borrow().len() == queued + 1).await;
         assert!(b.seen.frames.borrow().iter().all(|(_, _, frame)| &frame.head[..] != b"dropped"));
     });
+}
+
+/// A frame that tells its number, and a body that follows from it.
+fn numbered(number: u32) -> Frame {
+    let body: Vec<u8> = (0..8192).map(|at| (number as usize + at) as u8).collect();
+    Frame { head: Bytes::copy_from_slice(&number.to_le_bytes()), body: vec![Bytes::from(body)] }
+}
+
+/// What arrived, in its order; each is as it was sent.
+fn numbers(seen: &Seen) -> Vec<u32> {
+    let frames = seen.frames.borrow();
+    let number = |(_, _, frame): &(StoreId, Lane, Frame)| {
+        let number = u32::from_le_bytes(frame.head[..].try_into().expect("a number"));
+        assert_eq!(frame.clone().into_body(), numbered(number).into_body(), "frame {number} is damaged");
+        number
+    };
+    frames.iter().map(number).collect()
+}
+
+/// Damage below TLS ends the connection, whatever it is; nothing that was damaged, lost, repeated or out of order on the
+/// way is ever taken for a frame, and the next connection carries on.
+#[test]
+fn what_is_damaged_on_the_wire_breaks_the_connection_and_is_never_delivered() {
+    const CONNECTIONS: u64 = 6;
+    for damage in proxy::ALL {
+        holdfast_env::real::run(async move {
+            let authority = authority();
+            let (a, b) = (shard(&authority, 1).await, shard(&authority, 2).await);
+            introduce(&[&a, &b]);
+            let proxy = proxy::Proxy::listen(b.network.address(), damage).await;
+            let through = Peer { node: b.name.clone(), address: proxy.address.to_string() };
+            a.network.set_peers(BTreeMap::from([(StoreId(2), through)]));
+            let (mut sent, mut healed_at) = (0_u32, None);
+            let carried = async {
+                loop {
+                    // Sends are refused for a moment after a break: the next number is tried then.
+                    if a.network.send(StoreId(2), Lane::Bulk, numbered(sent)).is_ok() {
+                        sent += 1;
+                    }
+                    holdfast_env::sleep(Duration::from_millis(1)).await;
+                    if proxy.damaged() >= CONNECTIONS && healed_at.is_none() {
+                        proxy.heal();
+                        healed_at = Some(sent);
+                    }
+                    let last = numbers(&b.seen).last().copied();
+                    if healed_at.is_some_and(|at| last.is_some_and(|last| last > at + 50)) {
+                        return;
+                    }
+                }
+            };
+            let carried = holdfast_env::timeout(Duration::from_secs(30), carried).await;
+            carried.unwrap_or_else(|_| panic!("{damage:?}: it goes on: {:?}", b.network.counters()));
+            let arrived = numbers(&b.seen);
+            assert!(
+                arrived.is_sorted_by(|one, next| one < next),
+                "{damage:?}: once and in order: {arrived:?}"
+            );
+            assert!(arrived.len() < sent as usize, "{damage:?}: what was under way is lost");
+            let broken = a.seen.lost.borrow().len() as u64;
+            assert!(broken >= CONNECTIONS, "{damage:?}: {broken} breaks were told to the sender");
+        });
+    }
 }

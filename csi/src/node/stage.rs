@@ -79,7 +79,8 @@ async fn attach(inner: &Inner, order: &Order) -> Result<BlockDevice, Status> {
     let attached = inner.admin.attach_volume(request).await.map_err(status)?;
     // Unpublishing takes the permission back first and ends attachments then. Whichever of the two came first here,
     // nothing stays attached without permission.
-    if let Err(refused) = permitted(&inner.existing(&order.id).await?, &me) {
+    let now = inner.existing(&order.id).await;
+    if let Err(refused) = now.and_then(|volume| permitted(&volume, &me)) {
         detach(inner, &order.id).await?;
         return Err(refused);
     }

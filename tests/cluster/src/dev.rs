@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
 use crate::Outcome;
@@ -234,12 +235,33 @@ impl Dev {
         std::fs::read_to_string(self.node(node).join("log")).unwrap_or_default()
     }
 
+    /// A counter of a node that runs, by its whole name.
+    pub async fn counter(&self, node: &str, name: &str) -> Outcome<u64> {
+        let nodes = self.described()?;
+        let url = nodes.iter().find(|described| described["name"] == node);
+        let url = url.and_then(|described| described["metrics"].as_str()).ok_or("no metrics are served")?;
+        let (host, path) =
+            url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).ok_or("no address")?;
+        let wrong = |error: std::io::Error| format!("the metrics of {node}: {error}");
+        let mut stream = tokio::net::TcpStream::connect(host).await.map_err(wrong)?;
+        let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.map_err(wrong)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.map_err(wrong)?;
+        let value = answer.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+        value.map(|value| value as u64).ok_or_else(|| format!("{node} has no counter {name}"))
+    }
+
     /// Names of the nodes.
     pub fn nodes(&self) -> Outcome<Vec<String>> {
+        let nodes = self.described()?;
+        Ok(nodes.iter().filter_map(|node| node["name"].as_str().map(str::to_owned)).collect())
+    }
+
+    fn described(&self) -> Outcome<Vec<Value>> {
         let json = std::fs::read(self.directory.join("dev.json")).map_err(|error| error.to_string())?;
         let description: Value = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
-        let nodes = description["nodes"].as_array().ok_or("dev.json has no nodes")?;
-        Ok(nodes.iter().filter_map(|node| node["name"].as_str().map(str::to_owned)).collect())
+        description["nodes"].as_array().cloned().ok_or_else(|| "dev.json has no nodes".to_owned())
     }
 
     /// Where everything of a node is.

@@ -10,6 +10,7 @@ mod load;
 mod powercut;
 mod random;
 mod scenarios;
+mod script;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Scenario {
         #[arg(long)]
         all_at_once: bool,
     },
+    /// Says which named attacks there are.
+    List,
     /// Named attacks; all of them if none is named.
     Scenarios {
         /// Which.
@@ -85,6 +88,10 @@ fn main() -> ExitCode {
         match scenario {
             Scenario::Kills { kills, seed, disk, all_at_once } => {
                 kills::run(&program, keep, &kills::Plan { kills, seed, disk, all_at_once }).await
+            }
+            Scenario::List => {
+                scenarios::list();
+                Ok(())
             }
             Scenario::Scenarios { names, seed, rounds } => {
                 let place = scenarios::Place { program: &program, keep, seed, rounds };

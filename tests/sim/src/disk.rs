@@ -5,6 +5,8 @@
 //! newest, or any mixture of 512-byte sectors, as the seed says; of the names created, renamed and removed since the
 //! last sync of the directory it leaves a prefix in their order. Ending the process alone loses nothing: the page
 //! cache outlives it, and calls under way are carried out.
+//!
+//! A medium may rot, fail a call once, and put a block's write elsewhere or nowhere.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -106,6 +108,26 @@ pub(crate) struct Disk {
     pub(crate) stalled_until: Cell<u64>,
     /// The mean of a call's duration, in nanoseconds.
     pub(crate) mean: u64,
+    /// The next write or flush fails.
+    pub(crate) fail_next: Cell<bool>,
+    /// So many of the next reads of blocks at home fail.
+    pub(crate) fail_reads: Cell<u64>,
+    /// The next write of a block at home goes elsewhere in its file, or nowhere.
+    pub(crate) misdirect_next: Cell<bool>,
+    /// A write or flush fails, or has failed, since the process started: its store stops.
+    pub(crate) has_failed: Cell<bool>,
+}
+
+/// A medium's error.
+fn medium_error() -> io::Error {
+    io::Error::from_raw_os_error(5)
+}
+
+fn is_home(name: &str) -> bool {
+    name.ends_with("home")
+}
+fn is_table(name: &str) -> bool {
+    name.ends_with("table")
 }
 
 impl Inode {
@@ -267,7 +289,78 @@ impl Disk {
             slowness: Cell::new(0),
             stalled_until: Cell::new(0),
             mean,
+            fail_next: Cell::new(false),
+            fail_reads: Cell::new(0),
+            misdirect_next: Cell::new(false),
+            has_failed: Cell::new(false),
         })
+    }
+
+    /// No faults are to come any more; what has happened stays.
+    pub(crate) fn heal(&self) {
+        self.slowness.set(0);
+        self.stalled_until.set(0);
+        self.fail_next.set(false);
+        self.fail_reads.set(0);
+        self.misdirect_next.set(false);
+    }
+
+    /// A bit of a block at home or of a page of the table flips on the medium; whether there was one.
+    pub(crate) fn rot(&self, random: &mut Random) -> bool {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        let stored = state.names.iter().filter(|(name, _)| is_home(name) || is_table(name));
+        let durable: Vec<(usize, u64)> = stored
+            .flat_map(|(_, inode)| {
+                let file = &state.inodes[*inode];
+                let pages = file.pages.iter().filter(|(page, versions)| {
+                    let settled = versions.len() == 1 && !file.dirty.contains(page);
+                    settled && versions[0].content.is_some()
+                });
+                pages.map(|(page, _)| (*inode, *page)).collect::<Vec<_>>()
+            })
+            .collect();
+        if durable.is_empty() {
+            return false;
+        }
+        let (inode, page) = random.pick(&durable);
+        let bit = random.below(ALIGNMENT as u64 * 8) as usize;
+        let file = &mut state.inodes[inode];
+        let Some(version) = file.pages.get_mut(&page).and_then(|versions| versions.first_mut()) else {
+            return false;
+        };
+        let mut bytes = version.content.as_deref().unwrap_or(&ZEROS).to_vec();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        version.content = content_of(&bytes);
+        self.trace.add(self.node, format_args!("ROT in page {page} of {}", file.name));
+        true
+    }
+
+    /// Where a write at home really goes, if it is misdirected.
+    fn misdirected(&self, inode: usize, change: Change) -> Change {
+        let Change::Write { at, buffer } = change else { return change };
+        let wrong = is_home(&self.state.borrow().inodes[inode].name) && self.misdirect_next.replace(false);
+        if !wrong {
+            return Change::Write { at, buffer };
+        }
+        let nowhere = self.random.borrow_mut().percent(50);
+        self.trace.add(
+            self.node,
+            format_args!("a write at {at} is {}", if nowhere { "LOST" } else { "MISDIRECTED" }),
+        );
+        self.trace.mark(if nowhere {
+            "writes at home that were lost"
+        } else {
+            "writes at home that went astray"
+        });
+        // Never into the header at the beginning of the file.
+        let length = self.state.borrow().inodes[inode].length / PAGE;
+        let first = self.random.borrow_mut().range(1, length.max(2));
+        let room = length.saturating_sub(first) * PAGE;
+        if nowhere || room < buffer.len() as u64 {
+            return Change::Flush { upto: 0 };
+        }
+        Change::Write { at: first * PAGE, buffer }
     }
 
     /// Power is cut: see the module's description.
@@ -340,6 +433,12 @@ impl Disk {
         durable: bool,
     ) -> LocalBoxFuture<'static, io::Result<()>> {
         let is_flush = matches!(change, Change::Flush { .. });
+        let change = self.misdirected(inode, change);
+        let fails = !matches!(change, Change::Punch { .. }) && self.fail_next.replace(false);
+        if fails {
+            // From here on: who heals the disk while this is under way starts the store again, too.
+            self.has_failed.set(true);
+        }
         let (number, what) = {
             let mut state = self.state.borrow_mut();
             state.clock += 1;
@@ -363,6 +462,15 @@ impl Disk {
         }
         self.call(at, move |disk| {
             let operation = disk.state.borrow_mut().under_way.remove(&number)?;
+            if fails {
+                // What it covered may be there or not; a half of it will do for both.
+                disk.trace.add(disk.node, format_args!("disk #{number} FAILS"));
+                disk.trace.mark(if is_flush { "flushes that failed" } else { "writes that failed" });
+                if disk.random.borrow_mut().percent(50) {
+                    disk.state.borrow_mut().carry_out(&Operation { durable: false, ..operation });
+                }
+                return Some(Err(medium_error()));
+            }
             disk.trace.add(disk.node, format_args!("disk #{number} done"));
             disk.state.borrow_mut().carry_out(&operation);
             if (operation.durable || is_flush) && disk.hooks.reached(disk.node, CrashPoint::AfterFlush) {
@@ -499,7 +607,16 @@ impl File for SimFile {
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         assert!(offset.is_multiple_of(PAGE) && length.is_multiple_of(ALIGNMENT), "direct I/O is aligned");
         let (at, inode) = (self.disk.completes_at(false), self.inode);
+        let left = self.disk.fail_reads.get();
+        let fails = left > 0 && is_home(&self.disk.state.borrow().inodes[inode].name);
+        if fails {
+            self.disk.fail_reads.set(left - 1);
+        }
         self.disk.call(at, move |disk| {
+            if fails {
+                disk.trace.mark("reads of the medium that failed");
+                return Some(Err(medium_error()));
+            }
             let mut buffer = AlignedBuffer::zeroed(length);
             let state = disk.state.borrow();
             let file = &state.inodes[inode];

@@ -2,13 +2,14 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use holdfast_types::ReplicaId;
 
 use crate::executor::{MILLISECOND, SECOND};
-use crate::guests::Guests;
+use crate::guests::{Come, Guest, Guests};
 use crate::hooks::CRASH_POINTS;
-use crate::plan::{Fault, NODES, REPLICAS};
+use crate::plan::{Fault, NODES};
 use crate::random::{Purpose, Random};
 use crate::world::World;
 
@@ -19,8 +20,14 @@ pub(crate) async fn plague(world: Rc<World>, guests: Rc<Guests>, stop: Rc<Cell<b
     if world.plan.faults.is_empty() {
         return;
     }
+    // Storms and calms: without calms nothing that takes a while would ever be seen.
+    let mut calm_at = world.executor.time() + plague.random.range(4, 15) * SECOND;
     while !stop.get() {
-        let pause = 20 * MILLISECOND + plague.random.around(world.plan.fault_every);
+        let mut pause = 20 * MILLISECOND + plague.random.around(world.plan.fault_every);
+        if world.executor.time() > calm_at {
+            pause += plague.random.range(2, 6) * SECOND;
+            calm_at = world.executor.time() + plague.random.range(4, 15) * SECOND;
+        }
         world.sleep(pause).await;
         if stop.get() {
             return;
@@ -50,7 +57,7 @@ impl Plague {
 
     fn replica(&mut self) -> u64 {
         let leader = if self.random.percent(50) { self.world.leader() } else { None };
-        leader.unwrap_or_else(|| 1 + self.random.below(REPLICAS))
+        leader.unwrap_or_else(|| 1 + self.random.below(NODES))
     }
 
     fn lasts(&mut self) -> u64 {
@@ -78,6 +85,7 @@ impl Plague {
 
     fn begin(&mut self, fault: Fault) {
         let world = self.world.clone();
+        world.faults.set(world.faults.get() + 1);
         match fault {
             Fault::PowerCut => {
                 let (victim, mode) = (self.victim(), self.random.pick(&world.plan.cut_modes));
@@ -87,8 +95,19 @@ impl Plague {
             }
             Fault::Kill => {
                 let (victim, after) = (self.victim(), self.restart_after());
+                let before = self.guests.attached_on(victim);
                 world.kill(victim);
-                self.later(after, move |world| world.boot(victim));
+                let before = before.filter(|_| self.random.percent(world.plan.resumes));
+                let guests = self.guests.clone();
+                if before.is_some() {
+                    guests.expected_until.set(world.executor.time() + after + 2 * SECOND);
+                }
+                self.later(after, move |world| {
+                    world.boot(victim);
+                    if let Some(before) = before {
+                        world.spawn(resume(world.clone(), guests, before));
+                    }
+                });
             }
             Fault::PowerCutAll => {
                 let mode = self.random.pick(&world.plan.cut_modes);
@@ -135,6 +154,10 @@ impl Plague {
                 self.later(lasts, move |world| world.set_paused(victim, false));
             }
             Fault::Transfer => self.transfer(),
+            Fault::Steal => self.steal(),
+            Fault::Straggle => self.straggle(),
+            Fault::BadMedium => self.spoil(),
+            Fault::FailedWrite => self.fail_a_write(),
         }
     }
 
@@ -159,18 +182,133 @@ impl Plague {
         self.later(lasts, move |world| ways.iter().for_each(|(from, to)| world.network.heal(*from, *to)));
     }
 
+    /// The holder does not hear that it has lost the volume: it goes on writing and reading, and what it has sent may
+    /// arrive much later.
+    fn steal(&mut self) {
+        let world = self.world.clone();
+        let Some(holder) = self.guests.holder() else { return };
+        let (victim, how, lasts) = (holder.node, self.random.pick(&world.plan.cuts), self.lasts());
+        let others: Vec<u64> = (1..=NODES).filter(|other| *other != victim).collect();
+        match self.random.below(4) {
+            0 => {
+                world.set_paused(victim, true);
+                self.later(lasts, move |world| world.set_paused(victim, false));
+            }
+            kind => {
+                let mut ways = Vec::new();
+                if kind != 1 {
+                    ways.extend(others.iter().map(|other| (*other, victim)));
+                }
+                if kind != 2 {
+                    ways.extend(others.iter().map(|other| (victim, *other)));
+                }
+                ways.iter().for_each(|(from, to)| world.network.cut(*from, *to, how));
+                let heal = move |world: &Rc<World>| ways.iter().for_each(|(a, b)| world.network.heal(*a, *b));
+                self.later(lasts, heal);
+            }
+        }
+        world.trace.mark("volumes taken from who does not hear of it");
+        let (taker, guests) = (self.random.pick(&others), self.guests.clone());
+        let (after, patience) = (self.random.below(300) * MILLISECOND, self.random.range(2, 20));
+        self.later(after, move |_| drop(guests.start(taker, true, Duration::from_secs(patience))));
+    }
+
+    /// Something is wrong with one node's medium.
+    fn spoil(&mut self) {
+        let disk = &self.world.node(self.world.plan.bad_medium).disk;
+        match self.random.below(3) {
+            0 => disk.misdirect_next.set(true),
+            1 => disk.fail_reads.set(disk.fail_reads.get() + self.random.range(1, 4)),
+            _ => {
+                let count = self.random.range(1, 5);
+                for _ in 0..count {
+                    if disk.rot(&mut self.random) {
+                        self.world.trace.mark("bits that rotted");
+                    }
+                }
+            }
+        }
+    }
+
+    /// A store that cannot be written stops; whoever looks after the daemon starts it again.
+    fn fail_a_write(&mut self) {
+        let (world, victim) = (self.world.clone(), self.replica());
+        let (after, cut) = (self.lasts().min(2 * SECOND), self.random.percent(40));
+        let mode = self.random.pick(&world.plan.cut_modes);
+        world.trace.add(victim, format_args!("the next write FAILS"));
+        world.node(victim).disk.fail_next.set(true);
+        self.later(after, move |world| {
+            if !world.node(victim).disk.has_failed.get() {
+                return;
+            }
+            if cut {
+                world.cut_power(victim, mode)
+            } else {
+                world.kill(victim)
+            }
+            world.boot(victim);
+        });
+    }
+
+    /// What the holder has sent to the leader is on its way while the leadership goes to another, and arrives when it
+    /// has come back: long after it was sent again, and answered, elsewhere.
+    fn straggle(&mut self) {
+        let world = self.world.clone();
+        let (Some(holder), Some(leader)) = (self.guests.holder(), world.leader()) else { return };
+        if holder.node == leader {
+            return;
+        }
+        let others: Vec<ReplicaId> =
+            world.seats.voters().into_iter().filter(|(_, node)| *node != leader).map(|(id, _)| id).collect();
+        let Some(volume) = world.node(leader).volume() else { return };
+        let (own, to) = (volume.group().id().replica, self.random.pick(&others));
+        let (goes, back, heals) = (
+            self.random.below(200) * MILLISECOND,
+            self.random.range(100, 2500) * MILLISECOND,
+            self.random.range(10, 600) * MILLISECOND,
+        );
+        let way = (holder.node, leader);
+        world.trace.mark("requests that straggle");
+        world.network.hold_bulk(way, true);
+        let stop = self.stop.clone();
+        world.clone().spawn(async move {
+            world.sleep(goes).await;
+            transfer_to(&world, to);
+            world.sleep(back).await;
+            if !stop.get() {
+                transfer_to(&world, own);
+            }
+            world.sleep(heals).await;
+            world.network.hold_bulk(way, false);
+        });
+    }
+
     /// The leadership is given to another replica, as the product does when the attachment moves.
     fn transfer(&mut self) {
-        let Some(leader) = self.world.leader() else { return };
-        let Some(volume) = self.world.node(leader).volume() else { return };
-        let to = ReplicaId(1 + (leader + self.random.below(REPLICAS - 1)) % REPLICAS);
-        let trace = self.world.trace.clone();
-        trace.add(leader, format_args!("transfers to replica {to}"));
-        drop(self.world.run_on(leader, async move {
-            if volume.group().transfer_to(to).await.is_ok() {
-                trace.mark("transfers of leadership");
-            }
-        }));
+        let voters = self.world.seats.voters();
+        let to = voters[self.random.below(voters.len() as u64) as usize].0;
+        transfer_to(&self.world, to);
+    }
+}
+
+/// Whoever leads is asked to give the leadership to `to`.
+fn transfer_to(world: &Rc<World>, to: ReplicaId) {
+    let Some(leader) = world.leader() else { return };
+    let Some(volume) = world.node(leader).volume() else { return };
+    let trace = world.trace.clone();
+    trace.add(leader, format_args!("transfers to replica {to}"));
+    drop(world.run_on(leader, async move {
+        if volume.group().transfer_to(to).await.is_ok() {
+            trace.mark("transfers of leadership");
+        }
+    }));
+}
+
+/// A daemon that has started again takes over what it held, with the requests that the kernel still waits for.
+async fn resume(world: Rc<World>, guests: Rc<Guests>, before: Rc<Guest>) {
+    let node = before.node;
+    if world.wait_until(5 * SECOND, || world.node(node).daemon().is_some()).await {
+        drop(guests.come(node, Come::Resume(before), Duration::from_secs(10)));
     }
 }
 
@@ -199,8 +337,10 @@ pub(crate) fn heal_all(world: &Rc<World>) {
     world.network.heal_all();
     world.network.set_delays(world.plan.delays);
     for node in world.nodes() {
-        node.disk.slowness.set(0);
-        node.disk.stalled_until.set(0);
+        node.disk.heal();
+        if node.disk.has_failed.get() {
+            world.kill(node.number);
+        }
         world.set_paused(node.number, false);
         world.boot(node.number);
     }
@@ -209,7 +349,11 @@ pub(crate) fn heal_all(world: &Rc<World>) {
 /// The one node outside the core that must make progress: its fault is for good.
 pub(crate) fn lame_one(world: &Rc<World>, random: &mut Random) -> u64 {
     let leader = if random.percent(70) { world.leader() } else { None };
-    let lame = leader.unwrap_or_else(|| 1 + random.below(REPLICAS));
+    let voters = world.seats.voters();
+    // What rotted there may stand whole on the others only: no second failure.
+    let bad = world.plan.faults.contains(&Fault::BadMedium).then_some(world.plan.bad_medium);
+    let bad = bad.filter(|bad| voters.iter().any(|(_, node)| node == bad));
+    let lame = bad.or(leader).unwrap_or_else(|| voters[random.below(voters.len() as u64) as usize].1);
     let others = (1..=NODES).filter(|other| *other != lame);
     let kind = random.below(6);
     world.trace.add(lame, format_args!("LAME for good: {kind}"));

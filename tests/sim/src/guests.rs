@@ -4,24 +4,33 @@
 //! its session tells it that it has ended.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use holdfast_session::{AttachOptions, Session, SessionError};
-use holdfast_types::{BlockIndex, BlockRange};
+use holdfast_scenario::history::{OperationId, Stamp};
+use holdfast_session::{AttachOptions, Closed, Session, SessionError};
+use holdfast_types::{AttachmentId, BlockIndex, BlockRange, Epoch, SessionId};
 
 use crate::executor::{MILLISECOND, SECOND};
+use crate::keeper;
 use crate::random::{Purpose, Random};
-use crate::world::World;
+use crate::world::{Daemon, World};
 
 /// A guest on a node, from the attempt to attach on.
 pub(crate) struct Guest {
     pub(crate) number: u64,
     pub(crate) node: u64,
     session: RefCell<Option<Rc<Session>>>,
+    /// Its session's id, once it is attached.
+    id: Cell<Option<SessionId>>,
+    attachment: Cell<Option<AttachmentId>>,
+    epoch: Cell<Epoch>,
     ended: Cell<bool>,
     /// Requests that it waits for.
     waiting: Cell<u64>,
+    /// The writes among them, with their first stamps.
+    writing: RefCell<BTreeMap<OperationId, Stamp>>,
     done: Cell<u64>,
 }
 
@@ -43,6 +52,21 @@ impl Guest {
     pub(crate) fn session(&self) -> Option<Rc<Session>> {
         self.session.borrow().clone()
     }
+    fn holds_by(&self, session: &Session) {
+        self.id.set(Some(session.id()));
+        self.attachment.set(Some(session.attachment()));
+        self.epoch.set(session.epoch());
+    }
+}
+
+/// How a guest comes to its volume.
+#[derive(Clone)]
+pub(crate) enum Come {
+    Attach {
+        force: bool,
+    },
+    /// After a restart of the daemon: it takes over what this guest held, and goes on with its writes.
+    Resume(Rc<Guest>),
 }
 
 /// Notes the end of a guest when its process ends, too.
@@ -71,13 +95,21 @@ pub(crate) struct Guests {
     world: Rc<World>,
     all: RefCell<Vec<Rc<Guest>>>,
     stop: Cell<bool>,
+    /// A daemon is expected to take over what it held: nobody is asked to attach meanwhile.
+    pub(crate) expected_until: Cell<u64>,
     /// Guests do nothing until then, so that the volume is quiet for a while.
     pub(crate) quiet_until: Cell<u64>,
 }
 
 impl Guests {
     pub(crate) fn new(world: Rc<World>) -> Rc<Self> {
-        Rc::new(Self { world, all: RefCell::default(), stop: Cell::new(false), quiet_until: Cell::new(0) })
+        Rc::new(Self {
+            world,
+            all: RefCell::default(),
+            stop: Cell::new(false),
+            expected_until: Cell::new(0),
+            quiet_until: Cell::new(0),
+        })
     }
 
     /// No more requests.
@@ -92,15 +124,30 @@ impl Guests {
         self.all.borrow().iter().rev().find(|guest| guest.is_attached()).cloned()
     }
 
+    /// The guest that holds the volume on a node.
+    pub(crate) fn attached_on(&self, node: u64) -> Option<Rc<Guest>> {
+        self.all.borrow().iter().rev().find(|guest| guest.node == node && guest.is_attached()).cloned()
+    }
+
     /// Starts a guest on a node that runs.
     pub(crate) fn start(self: &Rc<Self>, node: u64, force: bool, patience: Duration) -> Option<Rc<Guest>> {
+        self.come(node, Come::Attach { force }, patience)
+    }
+
+    /// Starts a guest on a node that runs, however it comes.
+    pub(crate) fn come(self: &Rc<Self>, node: u64, how: Come, patience: Duration) -> Option<Rc<Guest>> {
+        let force = matches!(how, Come::Attach { force: true });
         let daemon = self.world.node(node).daemon()?;
         let guest = Rc::new(Guest {
             number: self.all.borrow().len() as u64 + 1,
             node,
             session: RefCell::default(),
+            id: Cell::new(None),
+            attachment: Cell::new(None),
+            epoch: Cell::new(Epoch(0)),
             ended: Cell::new(false),
             waiting: Cell::new(0),
+            writing: RefCell::default(),
             done: Cell::new(0),
         });
         self.all.borrow_mut().push(guest.clone());
@@ -110,18 +157,16 @@ impl Guests {
             node: world.node(node).name(),
             force,
             read_only: false,
-            resume: false,
+            resume: matches!(how, Come::Resume(_)),
             only_at: None,
             patience,
         };
         // The answer is the guest's state.
         drop(self.world.run_on(node, async move {
             let _ends = EndGuard(world.clone(), started.clone());
-            let timers = world.plan.timers;
-            let attached =
-                Session::attach(daemon.rpc.clone(), &daemon.sessions, World::target(), &options, &timers);
-            match attached.await {
-                Ok(session) => guests.work(&started, session, force).await,
+            let attached = guests.attach(&started, &daemon, &options, &how).await;
+            match attached {
+                Ok(session) => guests.work(&started, session, &how).await,
                 Err(error) => {
                     world.trace.add(node, format_args!("guest {} is refused: {error}", started.number));
                     world.trace.mark("attaches refused");
@@ -134,13 +179,66 @@ impl Guests {
         Some(guest)
     }
 
-    async fn work(self: &Rc<Self>, guest: &Rc<Guest>, session: Rc<Session>, force: bool) {
+    /// Attaches. What the daemon before had sent and nobody had answered is sent again, if the attachment is still its
+    /// node's own; then another epoch is taken, whose numbers begin behind those.
+    async fn attach(
+        self: &Rc<Self>,
+        guest: &Rc<Guest>,
+        daemon: &Daemon,
+        options: &AttachOptions,
+        how: &Come,
+    ) -> Result<Rc<Session>, SessionError> {
         let world = &self.world;
-        world.history.attached(world.at(), session.epoch());
-        world
-            .trace
-            .add(guest.node, format_args!("guest {} is attached at epoch {}", guest.number, session.epoch()));
-        world.trace.mark(if force { "attaches by force" } else { "attaches without force" });
+        let again = || {
+            let (rpc, timers) = (daemon.rpc.clone(), &world.plan.timers);
+            Session::attach(rpc, &daemon.sessions, world.target(), options, timers)
+        };
+        let session = again().await?;
+        let Come::Resume(before) = how else { return Ok(session) };
+        let waited = before.writing.borrow().clone();
+        let is_its_own = before.attachment.get() == Some(session.attachment()) && !self.went_on(before);
+        let Some(id) = before.id.get().filter(|_| is_its_own) else {
+            return Ok(session);
+        };
+        let kept = world.keeper.operations(id, &waited);
+        if kept.is_empty() {
+            return Ok(session);
+        }
+        world.history.attached_again(world.at(), session.epoch(), &kept);
+        world.oracle.session_began(world.executor.current(), &session);
+        guest.holds_by(&session);
+        guest.writing.borrow_mut().clone_from(&waited);
+        let answered = |operation| {
+            guest.writing.borrow_mut().remove(&operation);
+            world.history.acknowledged(world.at(), operation);
+        };
+        let all = keeper::replay(world, &daemon.rpc, &session, id, &waited, answered).await;
+        session.abort();
+        if !all {
+            return Err(SessionError::Closed(Closed::Detached));
+        }
+        guest.writing.borrow_mut().clear();
+        again().await
+    }
+
+    /// Whether another guest of the node has taken the same attachment since, and given up what this one had sent.
+    fn went_on(&self, before: &Guest) -> bool {
+        self.all().iter().any(|guest| {
+            guest.attachment.get() == before.attachment.get() && guest.epoch.get() > before.epoch.get()
+        })
+    }
+
+    async fn work(self: &Rc<Self>, guest: &Rc<Guest>, session: Rc<Session>, how: &Come) {
+        let (world, epoch) = (&self.world, session.epoch());
+        world.history.attached(world.at(), epoch);
+        world.oracle.session_began(world.executor.current(), &session);
+        world.trace.add(guest.node, format_args!("guest {} is attached at epoch {epoch}", guest.number));
+        world.trace.mark(match how {
+            Come::Attach { force: true } => "attaches by force",
+            Come::Attach { force: false } => "attaches without force",
+            Come::Resume(_) => "attaches after a restart",
+        });
+        guest.holds_by(&session);
         *guest.session.borrow_mut() = Some(session.clone());
         for number in 0..world.plan.load.workers {
             let worker = Worker {
@@ -225,7 +323,11 @@ impl Worker {
             id
         } else {
             let (id, data) = world.history.write(world.at(), node, epoch, range);
+            let stamp = world.history.stamp(id);
+            self.guest.writing.borrow_mut().insert(id, stamp);
             self.session.write(range, data).await?;
+            self.guest.writing.borrow_mut().remove(&id);
+            world.keeper.forget(self.session.id(), stamp);
             world.trace.mark("writes");
             id
         };
@@ -252,7 +354,7 @@ pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
         let attaching = guests.all().iter().any(|g| !g.has_ended() && g.session().is_none());
         let holder = guests.holder();
         let moves = now >= next_move;
-        if !moves && (attaching || holder.is_some()) {
+        if now < guests.expected_until.get() || !moves && (attaching || holder.is_some()) {
             continue;
         }
         next_move = now + world.plan.move_every / 4 + random.around(world.plan.move_every);
@@ -280,5 +382,9 @@ pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
         // Whether it got it is seen from the guest.
         let patience = Duration::from_secs(random.range(2, 20));
         drop(guests.start(node, force, patience));
+        if random.percent(world.plan.rivals) {
+            let rival = random.pick(&up);
+            drop(guests.start(rival, random.percent(world.plan.forced), patience));
+        }
     }
 }

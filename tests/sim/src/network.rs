@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use crate::executor::{Executor, MICROSECOND, MILLISECOND, Owner, SECOND, WORLD};
 use crate::frames::{self, Kind};
 use crate::hooks::{CrashPoint, Hooks};
+use crate::keeper::Keeper;
 use crate::random::Random;
 use crate::trace::Trace;
 
@@ -95,15 +96,20 @@ pub(crate) struct Switch {
     executor: Rc<Executor>,
     trace: Rc<Trace>,
     hooks: Rc<Hooks>,
+    keeper: Rc<Keeper>,
     random: RefCell<Random>,
     delays: Cell<Delays>,
     streams: RefCell<BTreeMap<Way, Rc<Stream>>>,
     ports: RefCell<BTreeMap<u64, Rc<Port>>>,
     cuts: RefCell<BTreeMap<(u64, u64), Cut>>,
+    /// Ways whose bulk streams do not move, while the others do.
+    held: RefCell<BTreeSet<(u64, u64)>>,
     /// Machines without power: what is sent to them vanishes.
     dark: RefCell<BTreeSet<u64>>,
     /// Requests whose answers are of interest, by who asked whom.
     asked: RefCell<BTreeMap<(u64, u64, u64), Kind>>,
+    /// Bytes of frames that nodes have sent to others.
+    sent_bytes: Cell<u64>,
 }
 
 impl Switch {
@@ -111,6 +117,7 @@ impl Switch {
         executor: Rc<Executor>,
         trace: Rc<Trace>,
         hooks: Rc<Hooks>,
+        keeper: Rc<Keeper>,
         random: Random,
         delays: Delays,
     ) -> Rc<Self> {
@@ -118,13 +125,16 @@ impl Switch {
             executor,
             trace,
             hooks,
+            keeper,
             random: RefCell::new(random),
             delays: Cell::new(delays),
             streams: RefCell::default(),
             ports: RefCell::default(),
             cuts: RefCell::default(),
+            held: RefCell::default(),
             dark: RefCell::default(),
             asked: RefCell::default(),
+            sent_bytes: Cell::new(0),
         })
     }
 
@@ -199,6 +209,10 @@ impl Switch {
     pub(crate) fn set_delays(&self, delays: Delays) {
         self.delays.set(delays);
     }
+    /// Bytes of frames that nodes have sent to others so far, whether or not they arrived.
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.get()
+    }
     pub(crate) fn delays(&self) -> Delays {
         self.delays.get()
     }
@@ -215,8 +229,21 @@ impl Switch {
         }
     }
 
+    /// Holds what one node sends to another on the bulk lane back, or lets it go.
+    pub(crate) fn hold_bulk(&self, way: (u64, u64), hold: bool) {
+        self.trace
+            .add(0, format_args!("BULK {}->{} {}", way.0, way.1, if hold { "HELD" } else { "GOES ON" }));
+        let mut held = self.held.borrow_mut();
+        if hold {
+            held.insert(way)
+        } else {
+            held.remove(&way)
+        };
+    }
+
     pub(crate) fn heal_all(&self) {
         self.trace.add(0, format_args!("HEAL all links"));
+        self.held.borrow_mut().clear();
         self.cuts.borrow_mut().clear();
     }
 
@@ -273,6 +300,7 @@ impl Switch {
             return Err(SendError::TooLarge { bytes });
         }
         let frame = Frame { head: frame.head.clone(), body: one_part(frame) };
+        self.keeper.note(&frame);
         if way.from == way.to {
             self.arrive(way.to, Arrival::Frame(way.from, way.lane, frame));
             return Ok(());
@@ -284,6 +312,7 @@ impl Switch {
         if stream.bytes.get() + bytes > limits::PEER_QUEUE_BYTES_MAX {
             return Err(SendError::QueueFull { to, queued: stream.bytes.get() });
         }
+        self.sent_bytes.set(self.sent_bytes.get() + bytes as u64);
         let due = self.due(&stream, bytes);
         self.note(way, &frame, due);
         stream.bytes.set(stream.bytes.get() + bytes);
@@ -402,7 +431,8 @@ impl Switch {
     async fn wait_while_held(&self, way: Way, stream: &Stream, life: u64) -> bool {
         let began = self.executor.time();
         loop {
-            let held = self.cut_of(way.from, way.to) == Some(Cut::Hold);
+            let held = self.cut_of(way.from, way.to) == Some(Cut::Hold)
+                || (way.lane == Lane::Bulk && self.held.borrow().contains(&(way.from, way.to)));
             let paused = self.ports.borrow().get(&way.to).is_some_and(|port| port.paused.get());
             if !held && !paused {
                 return true;

@@ -30,9 +30,18 @@ pub(crate) enum Fault {
     StalledDisk,
     Pause,
     Transfer,
+    /// The holder is cut off or stopped, and the volume is attached elsewhere by force.
+    Steal,
+    /// A request is held back while the leadership goes away and comes back.
+    Straggle,
+    /// Of one node alone, so that a majority of the copies of everything stays whole: its medium rots, its reads fail,
+    /// its writes go astray.
+    BadMedium,
+    /// A write or flush of one node fails: its store stops, and its daemon is started again.
+    FailedWrite,
 }
 
-pub(crate) const FAULTS: [Fault; 13] = [
+pub(crate) const FAULTS: [Fault; 17] = [
     Fault::PowerCut,
     Fault::Kill,
     Fault::PowerCutAll,
@@ -46,6 +55,10 @@ pub(crate) const FAULTS: [Fault; 13] = [
     Fault::StalledDisk,
     Fault::Pause,
     Fault::Transfer,
+    Fault::Steal,
+    Fault::Straggle,
+    Fault::BadMedium,
+    Fault::FailedWrite,
 ];
 
 /// What guests do.
@@ -91,7 +104,15 @@ pub(crate) struct Plan {
     pub(crate) move_every: u64,
     /// Of a hundred changes, those by force.
     pub(crate) forced: u64,
-    /// How long faults go on.
+    /// Of a hundred changes, those that two nodes try at once.
+    pub(crate) rivals: u64,
+    /// Of a hundred killed daemons that held the volume, those that take it over when they start again.
+    pub(crate) resumes: u64,
+    /// Mean time between replacements of replicas, in nanoseconds; 0 is none.
+    pub(crate) churn_every: u64,
+    /// The node whose medium is bad, where one is.
+    pub(crate) bad_medium: u64,
+    /// How long faults go on, at least.
     pub(crate) chaos: u64,
 }
 
@@ -113,7 +134,7 @@ impl Plan {
         let heavy = random.percent(40);
         let load = Load {
             workers: random.range(1, 7),
-            think: if heavy { random.range(5, 40) } else { random.range(1, 30) } * MILLISECOND,
+            think: if heavy { random.range(15, 90) } else { random.range(5, 90) } * MILLISECOND,
             blocks: if heavy { random.range(512, 2048) } else { random.pick(&[4, 16, 64, 512]) },
             run_max: if heavy { random.range(32, 257) } else { random.range(1, 9) },
             reads: random.range(20, 60),
@@ -132,8 +153,11 @@ impl Plan {
         if random.percent(50) {
             faults.push(Fault::PowerCut);
         }
-        if random.percent(50) {
+        if random.percent(50) || faults.len() < 2 {
             faults.push(Fault::CrashPoint);
+        }
+        if faults.len() < 3 {
+            faults.push(Fault::Partition);
         }
         Self {
             seed,
@@ -156,7 +180,11 @@ impl Plan {
             cuts: random.pick(&[&[Cut::Swallow][..], &[Cut::Hold], &[Cut::Swallow, Cut::Hold]]).to_vec(),
             move_every: random.pick(&[400, 1500, 4000]) * MILLISECOND,
             forced: random.pick(&[30, 60, 90]),
-            chaos: random.range(8, 20) * SECOND,
+            rivals: random.pick(&[10, 40, 80]),
+            resumes: random.pick(&[0, 60, 95]),
+            churn_every: random.pick(&[0, 0, 2, 6]) * SECOND,
+            bad_medium: random.range(1, NODES + 1),
+            chaos: random.range(48, 56) * SECOND,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Randomness of a simulation: one independent stream per purpose, all from the seed, so that one more draw in one
 //! place changes nothing elsewhere.
 
+use holdfast_scenario::mix;
+
 /// What a stream is for.
 #[derive(Clone, Copy, Debug)]
 #[repr(u64)]
@@ -66,11 +68,4 @@ impl Random {
         }
         sum
     }
-}
-
-/// Spreads a number's bits.
-pub(crate) fn mix(value: u64) -> u64 {
-    let z = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

@@ -8,18 +8,29 @@ use std::time::Duration;
 use holdfast_replica::messages::ReplicaReport;
 use holdfast_types::{BlockIndex, BlockRange, LogIndex};
 
+use crate::churn;
 use crate::executor::{Executor, MILLISECOND, SECOND};
 use crate::faults;
 use crate::guests::{self, Guest, Guests};
-use crate::plan::{Plan, REPLICAS};
+use crate::plan::Plan;
 use crate::random::{Purpose, Random};
 use crate::trace::{self, Trace};
 use crate::world::World;
 
 /// No simulation takes longer, in virtual time.
-const TIME_MAX: u64 = 400 * SECOND;
+const TIME_MAX: u64 = 500 * SECOND;
+/// Every simulation takes as long, has so many operations and so many faults.
+const TIME_MIN: u64 = 60 * SECOND;
+const OPERATIONS_MIN: usize = 500;
+const FAULTS_MIN: u64 = 3;
+/// Faults go on for so much longer if there was too little of anything by then.
+const CHAOS_MORE: u64 = 30 * SECOND;
+/// Then guests have so long to do what is missing.
+const CATCH_UP_WITHIN: u64 = 200 * SECOND;
 /// How soon the volume is usable again while one node stays lame.
 const PROGRESS_WITHIN: u64 = 30 * SECOND;
+/// How soon the scrub has healed what is bad on a medium.
+const HEALED_WITHIN: u64 = 120 * SECOND;
 /// How soon all replicas are equal once everything is healed.
 const CONVERGED_WITHIN: u64 = 60 * SECOND;
 /// Requests that must be answered then.
@@ -41,12 +52,22 @@ pub(crate) struct Report {
 
 /// Runs one seed; the text of the trace goes to `out` if there is one.
 pub(crate) fn run(plan: Plan, out: Option<Box<dyn std::io::Write>>) -> Report {
+    run_as(plan, out, direct)
+}
+
+/// Runs what `direction` does with a world, until it is done or a rule is broken.
+pub(crate) fn run_as<D: Future<Output = ()> + 'static>(
+    plan: Plan,
+    out: Option<Box<dyn std::io::Write>>,
+    direct: impl FnOnce(Rc<World>, Rc<Cell<bool>>) -> D,
+) -> Report {
     let seed = plan.seed;
     let executor = Executor::new(seed, plan.fifo);
     let trace = Trace::new(executor.clone(), out);
     trace::listen(Some(trace.clone()));
     let before = holdfast_env::install(Some(executor.clone()));
     let world = World::new(plan, executor.clone(), trace.clone());
+    holdfast_replica::observe::observe(Some(world.oracle.clone()));
     world.trace.add(0, format_args!("{:?}", world.plan));
     let done = Rc::new(Cell::new(false));
     let direction = direct(world.clone(), done.clone());
@@ -74,6 +95,7 @@ pub(crate) fn run(plan: Plan, out: Option<Box<dyn std::io::Write>>) -> Report {
     let (operations, unknown) = world.history.counts();
     world.end();
     watched();
+    holdfast_replica::observe::observe(None);
     holdfast_env::install(before);
     trace::listen(None);
     trace.flush();
@@ -101,20 +123,43 @@ async fn direct(world: Rc<World>, done: Rc<Cell<bool>>) {
     world.spawn(guests::orchestrate(guests.clone(), stop.clone()));
     world.sleep(300 * MILLISECOND).await;
     world.spawn(faults::plague(world.clone(), guests.clone(), stop.clone()));
+    if world.plan.churn_every > 0 {
+        world.spawn(churn::reconcile(world.clone()));
+    }
     world.sleep(world.plan.chaos).await;
+    let enough = || world.history.counts().0 >= OPERATIONS_MIN && world.faults.get() >= FAULTS_MIN;
+    world.wait_until(CHAOS_MORE, enough).await;
     stop.set(true);
+    world.seats.stopped.set(true);
     world.trace.add(0, format_args!("the faults end"));
     let mut random = Random::new(world.plan.seed, Purpose::Faults, 2);
     if random.percent(60) && !progress_with_one_lame(&world, &guests, &mut random).await {
         return;
     }
     faults::heal_all(&world);
+    let settled = || world.seats.are_settled();
+    if !world.wait_until(CONVERGED_WITHIN, settled).await {
+        return world.trace.violation(format_args!("a replica is not replaced: {:?}", reports(&world)));
+    }
     if converge(&world, &guests).await {
+        world.wait_until(TIME_MIN.saturating_sub(world.executor.time()), || false).await;
+        did_enough(&world);
         done.set(true);
     }
 }
 
-async fn set_up(world: &Rc<World>) -> bool {
+/// A seed that does little shows little.
+fn did_enough(world: &World) {
+    let (operations, faults, time) = (world.history.counts().0, world.faults.get(), world.executor.time());
+    if operations < OPERATIONS_MIN || faults < FAULTS_MIN || time < TIME_MIN {
+        let seconds = time / SECOND;
+        world.trace.violation(format_args!(
+            "the seed does too little: {operations} operations and {faults} faults in {seconds} s"
+        ));
+    }
+}
+
+pub(crate) async fn set_up(world: &Rc<World>) -> bool {
     for node in world.nodes() {
         world.boot(node.number);
     }
@@ -155,6 +200,7 @@ async fn demand_progress(
 /// Uniform faults hide what only permanent ones show: one node stays as it is for good, and the others must go on.
 async fn progress_with_one_lame(world: &Rc<World>, guests: &Rc<Guests>, random: &mut Random) -> bool {
     faults::heal_all(world);
+    world.wait_until(CONVERGED_WITHIN, || world.seats.are_settled()).await;
     // Whoever was attaching must not come in between.
     world.wait_until(25 * SECOND, || guests.all().iter().all(|g| g.has_ended() || g.is_attached())).await;
     // A replica that still needs chunks while another is lost for good would be a second failure: its source may have
@@ -179,9 +225,9 @@ fn nobody_needs_chunks(world: &World) -> bool {
     reports.len() == world.replicas().len() && reports.iter().all(|report| report.last_log >= purged)
 }
 
-fn reports(world: &World) -> Vec<(u64, Option<ReplicaReport>)> {
+pub(crate) fn reports(world: &World) -> Vec<(u64, Option<ReplicaReport>)> {
     let report = |node: &crate::world::Node| (node.number, node.volume().map(|v| v.group().report()));
-    world.replicas().iter().map(report).collect()
+    world.replicas().into_iter().map(report).collect()
 }
 
 /// Why the replicas are not one, if they are not.
@@ -206,7 +252,7 @@ fn unequal(world: &World) -> Option<String> {
 }
 
 /// Everything is healed: the volume is usable, nothing hangs, and all replicas are equal.
-async fn converge(world: &Rc<World>, guests: &Rc<Guests>) -> bool {
+pub(crate) async fn converge(world: &Rc<World>, guests: &Rc<Guests>) -> bool {
     world.wait_until(25 * SECOND, || guests.all().iter().all(|g| g.has_ended() || g.is_attached())).await;
     let mut random = Random::new(world.plan.seed, Purpose::Faults, 3);
     let Some(guest) = demand_progress(world, guests, &[1, 2, 3, 4], &mut random).await else {
@@ -214,6 +260,9 @@ async fn converge(world: &Rc<World>, guests: &Rc<Guests>) -> bool {
         world.trace.violation(format_args!("no progress when healed: {reports:?}"));
         return false;
     };
+    world
+        .wait_until(CATCH_UP_WITHIN, || world.history.counts().0 >= OPERATIONS_MIN || guest.has_ended())
+        .await;
     guests.set_stopped(true);
     if !world.wait_until(10 * SECOND, || !guests.all().iter().any(|guest| guest.waits())).await {
         let waiting = guests.all().into_iter().find(|guest| guest.waits());
@@ -261,26 +310,22 @@ async fn read_all(world: &Rc<World>, guest: &Rc<Guest>) -> bool {
     }
 }
 
+/// The digest of every replica's content; what is bad on a medium is healed by the scrub before.
 async fn compare_digests(world: &Rc<World>) -> bool {
-    let mut digests = Vec::new();
-    for number in 1..=REPLICAS {
-        let Some(volume) = world.node(number).volume() else { return false };
-        let digest = world.run_on(number, async move { volume.data().digest().await });
-        match digest.await {
-            Ok(Ok(digest)) => {
-                if digest.bad_blocks > 0 {
-                    world.trace.violation(format_args!("n{number} has {} bad blocks", digest.bad_blocks));
-                }
-                digests.push(digest.to_string());
-            }
-            other => {
-                world.trace.violation(format_args!("n{number} has no digest: {other:?}"));
-                return false;
-            }
+    let until = world.executor.time() + HEALED_WITHIN;
+    let digests = loop {
+        let Some(digests) = digests(world).await else { return false };
+        let bad = digests.iter().find(|(_, _, bad_blocks)| *bad_blocks > 0);
+        let Some((number, _, bad)) = bad else { break digests };
+        if world.executor.time() > until {
+            world.trace.violation(format_args!("n{number} still has {bad} bad blocks"));
+            return false;
         }
-    }
+        world.trace.mark("bad blocks at the end that the scrub heals");
+        world.sleep(5 * SECOND).await;
+    };
     world.trace.add(0, format_args!("digests {digests:?}"));
-    if digests.iter().any(|digest| *digest != digests[0]) {
+    if digests.iter().any(|(_, digest, _)| *digest != digests[0].1) {
         let differences = differences(world).await;
         world.trace.violation(format_args!("the replicas are not equal: {digests:?}\n{differences}"));
         return false;
@@ -288,12 +333,29 @@ async fn compare_digests(world: &Rc<World>) -> bool {
     true
 }
 
+/// Of every voter: its node, its digest, and blocks that cannot be read.
+async fn digests(world: &Rc<World>) -> Option<Vec<(u64, String, u64)>> {
+    let mut digests = Vec::new();
+    for (_, number) in world.seats.voters() {
+        let volume = world.node(number).volume()?;
+        let digest = world.run_on(number, async move { volume.data().digest().await });
+        match digest.await {
+            Ok(Ok(digest)) => digests.push((number, digest.to_string(), digest.bad_blocks)),
+            other => {
+                world.trace.violation(format_args!("n{number} has no digest: {other:?}"));
+                return None;
+            }
+        }
+    }
+    Some(digests)
+}
+
 /// The first blocks in which replicas differ, with the stamp that each holds and who wrote it.
 async fn differences(world: &Rc<World>) -> String {
     let mut out = Vec::new();
     for block in world.history.blocks() {
         let mut stamps = Vec::new();
-        for number in 1..=REPLICAS {
+        for (_, number) in world.seats.voters() {
             let Some(volume) = world.node(number).volume() else { continue };
             let range = BlockRange::new(BlockIndex(block), 1);
             let read = world.run_on(number, async move { volume.data().read(range).await });
@@ -323,13 +385,13 @@ struct Seen {
 
 /// Watches all replicas: two that have applied the same index must be in the same state, and no replica stops by itself.
 /// Counts what is covered. (A term may have two leaders: a later one with a higher id outranks the first.)
-async fn observe(world: Rc<World>) {
+pub(crate) async fn observe(world: Rc<World>) {
     let states: RefCell<BTreeMap<u64, (u64, String)>> = RefCell::default();
     let mut leaders: BTreeSet<(u64, u64)> = BTreeSet::new();
     let mut seen: BTreeMap<u64, Seen> = BTreeMap::new();
     loop {
         world.sleep(20 * MILLISECOND).await;
-        for node in world.replicas() {
+        for node in world.nodes() {
             let Some(volume) = node.volume().filter(|_| !node.is_paused()) else { continue };
             compare_states(&world, node.number, &volume, &mut states.borrow_mut());
             if let Some((term, _)) = volume.group().leading_since()
@@ -337,7 +399,13 @@ async fn observe(world: Rc<World>) {
             {
                 world.trace.mark("leaders");
             }
-            note(&world, seen.entry(node.number).or_default(), &volume.group().report(), &volume);
+            note(
+                &world,
+                node.number,
+                seen.entry(node.number).or_default(),
+                &volume.group().report(),
+                &volume,
+            );
         }
     }
 }
@@ -362,7 +430,14 @@ fn compare_states(
     }
 }
 
-fn note(world: &World, seen: &mut Seen, report: &ReplicaReport, volume: &holdfast_replica::Volume) {
+fn note(
+    world: &World,
+    node: u64,
+    seen: &mut Seen,
+    report: &ReplicaReport,
+    volume: &holdfast_replica::Volume,
+) {
+    let has_failed = world.node(node).disk.has_failed.get();
     if report.term.0 > seen.term {
         seen.term = report.term.0;
         world.trace.mark("new terms seen");
@@ -379,7 +454,7 @@ fn note(world: &World, seen: &mut Seen, report: &ReplicaReport, volume: &holdfas
         world.trace.mark("rebuilds by chunks");
     }
     seen.healed = healed;
-    if !report.fault.is_empty() {
+    if !report.fault.is_empty() && !has_failed {
         world.trace.violation(format_args!("replica {} has stopped: {}", report.replica, report.fault));
     }
 }

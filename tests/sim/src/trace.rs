@@ -135,9 +135,10 @@ impl Trace {
 }
 
 /// Messages of the product that say that something was covered.
-const MESSAGE_MARKS: [(&str, &str); 3] = [
+const MESSAGE_MARKS: [(&str, &str); 4] = [
     ("the torn tail of the journal", "recoveries with a torn tail"),
     ("the session has ended", "sessions ended"),
+    ("the disk below the leader hangs: it falls silent", "leaders that fell silent"),
     ("the former holder has not confirmed", "former holders that did not confirm"),
 ];
 

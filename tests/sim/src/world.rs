@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use holdfast_env::Instant;
 use holdfast_env::net::Network;
+use holdfast_replica::scrub::ScrubOptions;
 use holdfast_replica::{GroupEnvironment, Host, NewReplica, Volume};
 use holdfast_session::{Sessions, VolumeTarget};
 use holdfast_store::journal::{Journal, StoreOptions};
@@ -18,19 +19,24 @@ use holdfast_types::{ByteSize, ClusterId, GroupId, NodeName, ReplicaId, StoreId,
 use holdfast_wire::rpc::Rpc;
 use tokio::sync::oneshot;
 
+use crate::churn::Seats;
 use crate::disk::{CutMode, Disk};
 use crate::executor::{Clock, Executor, MICROSECOND, Owner, SECOND, WORLD};
 use crate::history::History;
 use crate::hooks::Hooks;
+use crate::keeper::Keeper;
 use crate::network::Switch;
+use crate::oracle::Oracle;
 use crate::plan::{NODES, Plan, REPLICAS};
 use crate::random::{Purpose, Random};
 use crate::trace::Trace;
 
 pub(crate) const GROUP: GroupId = GroupId(77);
 const CLUSTER: ClusterId = ClusterId(5);
-const VOLUME: VolumeId = VolumeId(9);
+pub(crate) const VOLUME: VolumeId = VolumeId(9);
 const SEGMENT_BYTES: u64 = 4 << 20;
+/// A small volume is looked through every few seconds.
+const SCRUB: ScrubOptions = ScrubOptions { period: Duration::from_secs(20), bytes_per_second: 8 << 20 };
 
 /// What runs on a node.
 pub(crate) struct Daemon {
@@ -48,7 +54,9 @@ pub(crate) struct Node {
     owner: Cell<Owner>,
     daemon: RefCell<Option<Rc<Daemon>>>,
     paused: Cell<bool>,
-    drift_ppm: i64,
+    drift_ppm: Cell<i64>,
+    /// Bytes of the last rebuild by chunks in the lives of its daemon that have ended; 0 if there was none.
+    healed_before: Cell<u64>,
 }
 
 impl Node {
@@ -58,6 +66,10 @@ impl Node {
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get()
     }
+    /// How much faster its clock runs from its next boot on, in millionths.
+    pub(crate) fn set_drift(&self, ppm: i64) {
+        self.drift_ppm.set(ppm);
+    }
     /// What runs on it, once it has started.
     pub(crate) fn daemon(&self) -> Option<Rc<Daemon>> {
         self.daemon.borrow().clone()
@@ -65,6 +77,13 @@ impl Node {
     /// Its replica, if it runs.
     pub(crate) fn volume(&self) -> Option<Rc<Volume>> {
         self.daemon()?.host.as_ref()?.volume(GROUP)
+    }
+    /// Bytes that the last rebuild of its replica by chunks took, in whichever life of its daemon; 0 if there was none.
+    pub(crate) fn healed_by_chunks(&self) -> u64 {
+        match self.volume().map_or(0, |volume| volume.healed_by_chunks()) {
+            0 => self.healed_before.get(),
+            healed => healed,
+        }
     }
     pub(crate) fn name(&self) -> NodeName {
         NodeName::new(format!("n{}", self.number))
@@ -79,6 +98,13 @@ pub(crate) struct World {
     pub(crate) hooks: Rc<Hooks>,
     pub(crate) network: Rc<Switch>,
     pub(crate) history: History,
+    pub(crate) oracle: Rc<Oracle>,
+    pub(crate) keeper: Rc<Keeper>,
+    pub(crate) seats: Seats,
+    /// Who leaves once who takes its place is a voter.
+    pub(crate) leaves_next: Cell<Option<ReplicaId>>,
+    /// Faults so far.
+    pub(crate) faults: Cell<u64>,
     nodes: Vec<Node>,
     boots: Cell<Owner>,
     clocks: RefCell<Random>,
@@ -95,10 +121,13 @@ impl World {
     pub(crate) fn new(plan: Plan, executor: Rc<Executor>, trace: Rc<Trace>) -> Rc<Self> {
         let seed = plan.seed;
         let hooks = Hooks::new(executor.clone(), trace.clone());
+        let oracle = Oracle::new(executor.clone(), trace.clone(), true);
+        let keeper = Rc::new(Keeper::default());
         let network = Switch::new(
             executor.clone(),
             trace.clone(),
             hooks.clone(),
+            keeper.clone(),
             Random::new(seed, Purpose::Network, 0),
             plan.delays,
         );
@@ -115,7 +144,8 @@ impl World {
             owner: Cell::new(WORLD),
             daemon: RefCell::default(),
             paused: Cell::new(false),
-            drift_ppm: plan.drift_ppm[number as usize - 1],
+            drift_ppm: Cell::new(plan.drift_ppm[number as usize - 1]),
+            healed_before: Cell::new(0),
         };
         let nodes = (1..=NODES).map(node).collect();
         Rc::new(Self {
@@ -126,6 +156,11 @@ impl World {
             hooks,
             network,
             history: History::default(),
+            oracle,
+            keeper,
+            seats: Seats::default(),
+            leaves_next: Cell::new(None),
+            faults: Cell::new(0),
             nodes,
             boots: Cell::new(0),
         })
@@ -142,22 +177,22 @@ impl World {
     pub(crate) fn nodes(&self) -> &[Node] {
         &self.nodes
     }
-    /// The nodes with a replica.
-    pub(crate) fn replicas(&self) -> &[Node] {
-        &self.nodes[..REPLICAS as usize]
+    /// The nodes of the voters.
+    pub(crate) fn replicas(&self) -> Vec<&Node> {
+        self.seats.voters().into_iter().map(|(_, node)| self.node(node)).collect()
     }
 
     /// The node whose replica leads in the highest term, as far as it knows itself.
     pub(crate) fn leader(&self) -> Option<u64> {
-        let leading = self.replicas().iter().filter_map(|node| {
+        let leading = self.nodes.iter().filter_map(|node| {
             let (term, _) = node.volume()?.group().leading_since()?;
             Some((term, node.number))
         });
         leading.max().map(|(_, number)| number)
     }
 
-    pub(crate) fn target() -> VolumeTarget {
-        VolumeTarget { group: GROUP, stores: (1..=REPLICAS).map(|n| StoreId(n.into())).collect() }
+    pub(crate) fn target(&self) -> VolumeTarget {
+        VolumeTarget { group: GROUP, stores: self.seats.stores() }
     }
 
     /// Starts a task of the world.
@@ -211,10 +246,11 @@ impl World {
         node.paused.set(false);
         // A machine's clock counts from anywhere; its rate is its own.
         let offset = self.clocks.borrow_mut().below(1000) * SECOND;
-        self.executor.add_owner(owner, Clock { offset, drift_ppm: node.drift_ppm });
+        self.executor.add_owner(owner, Clock { offset, drift_ppm: node.drift_ppm.get() });
         self.trace.name(owner, number);
         self.trace.add(number, format_args!("BOOT {owner}"));
         let network = self.network.attach(number, owner);
+        node.disk.has_failed.set(false);
         let world = self.clone();
         self.executor.spawn_for(
             owner,
@@ -228,6 +264,8 @@ impl World {
                             world.watch_replica(number, host).await;
                         }
                     }
+                    // It could not write: it is started again.
+                    Err(_) if world.node(number).disk.has_failed.get() => {}
                     Err(error) => world.trace.violation(format_args!("n{number} does not start: {error}")),
                 }
             }),
@@ -238,9 +276,12 @@ impl World {
     /// state (INV-ROLLBACK).
     async fn watch_replica(&self, number: u64, host: Weak<Host>) {
         loop {
-            let Some(fault) = host.upgrade().map(|host| host.faulty().into_iter().next()) else { return };
+            let mine = |fault: &holdfast_replica::Faulty| self.seats.belongs(fault.id.replica);
+            let Some(fault) = host.upgrade().map(|host| host.faulty().into_iter().find(mine)) else { return };
             match fault {
                 None => return,
+                // Its store has stopped: the daemon is started again.
+                Some(_) if self.node(number).disk.has_failed.get() => return,
                 Some(fault) if fault.repairing => holdfast_env::sleep(Duration::from_millis(50)).await,
                 Some(fault) => {
                     return self
@@ -254,9 +295,6 @@ impl World {
     /// What a daemon does when it starts, in its order.
     async fn start_daemon(&self, number: u64, network: Rc<dyn Network>) -> Result<Daemon, StoreError> {
         let rpc = Rpc::new(network);
-        if number > REPLICAS {
-            return Ok(Daemon { host: None, sessions: Sessions::serve(&rpc), rpc });
-        }
         let directory = self.node(number).disk.directory();
         let identity =
             StoreIdentity { cluster: CLUSTER, node: self.node(number).name(), store: StoreId(number.into()) };
@@ -275,7 +313,8 @@ impl World {
             GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
         let host = Host::open(environment, directory, identity, &options).await?;
         host.load().await?;
-        if fresh {
+        host.start_scrub(SCRUB);
+        if fresh && number <= REPLICAS {
             let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
             let size = ByteSize(self.plan.volume_bytes);
             let new = NewReplica { volume: VOLUME, id, size, spec_json: Bytes::new() };
@@ -283,6 +322,12 @@ impl World {
         }
         let sessions = Sessions::serve(&rpc);
         Ok(Daemon { host: Some(host), sessions, rpc })
+    }
+
+    /// A replica of the volume that is to be made.
+    pub(crate) fn new_replica(&self, number: u64) -> NewReplica {
+        let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
+        NewReplica { volume: VOLUME, id, size: ByteSize(self.plan.volume_bytes), spec_json: Bytes::new() }
     }
 
     /// The voters of the volume.
@@ -296,6 +341,7 @@ impl World {
         if owner == WORLD {
             return false;
         }
+        node.healed_before.set(node.healed_by_chunks());
         let daemon = node.daemon.borrow_mut().take();
         self.network.detach(number, silent);
         self.executor.kill(owner);
@@ -334,6 +380,12 @@ impl World {
         if paused {
             self.trace.mark("pauses");
         }
+    }
+
+    /// A node's clock jumps ahead, as after the sleep of its machine.
+    pub(crate) fn jump_clock(&self, number: u64, ahead: u64) {
+        self.trace.add(number, format_args!("CLOCK JUMPS {} ms", ahead / 1_000_000));
+        self.executor.jump_clock(self.node(number).owner.get(), ahead);
     }
 
     /// Drops everything that runs.

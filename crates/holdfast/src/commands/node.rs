@@ -21,12 +21,13 @@ fn list(nodes: &[pb::Node]) -> String {
             node.region.clone(),
             node.zone.clone(),
             node.state.clone(),
+            if node.witness { "witness".into() } else { "data".into() },
             if node.state == "unreachable" { "-".into() } else { replicas },
             told(store.map_or(0, |store| store.available_bytes)),
             told(store.map_or(0, |store| store.total_bytes)),
         ]
     });
-    table(&["name", "region", "zone", "state", "replicas", "free", "size"], rows.collect())
+    table(&["name", "region", "zone", "state", "kind", "replicas", "free", "size"], rows.collect())
 }
 
 /// Runs the command.

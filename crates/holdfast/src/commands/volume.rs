@@ -32,6 +32,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
             "healed",
             "scrubs",
             "snapshots",
+            "allocated",
         ]);
     }
     let rows = replicas.iter().map(|replica| {
@@ -60,6 +61,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(replica.healed_blocks.to_string()),
                 told(replica.scrub_passes.to_string()),
                 told(bytes(replica.snapshot_bytes)),
+                told(bytes(replica.allocated_bytes)),
             ]);
         }
         row
@@ -78,11 +80,13 @@ fn state(volume: &pb::Volume) -> String {
 /// A volume with its replicas.
 pub fn one(volume: &pb::Volume, wide: bool) -> String {
     format!(
-        "{}  {}  {}  survive: {}  epoch {}  attached to {}  leader {}  snapshots {}\n{}",
+        "{}  {}  {}  survive: {}  timers: {}{}  epoch {}  attached to {}  leader {}  snapshots {}\n{}",
         volume.name,
         bytes(volume.size_bytes),
         state(volume),
         volume.survive,
+        volume.timers,
+        if volume.timers_changing { " (changing)" } else { "" },
         volume.epoch,
         or_dash(&volume.attached_to),
         or_dash(&volume.leader),
@@ -190,6 +194,7 @@ async fn carry_out(
             survive,
             replicas,
             zones,
+            timers,
             parameters,
             from_snapshot,
             from_volume,
@@ -201,7 +206,11 @@ async fn carry_out(
                 replicas: replicas.unwrap_or_default(),
                 allowed: zone_terms(&zones),
                 preferred: zone_terms(&zones[..zones.len().min(1)]),
-                parameters: key_values(&parameters)?,
+                parameters: {
+                    let mut given = key_values(&parameters)?;
+                    given.extend(timers.map(|timers| ("timers".to_owned(), timers)));
+                    given
+                },
                 source_snapshot: from_snapshot.unwrap_or_default(),
                 source_volume: from_volume.unwrap_or_default(),
                 ..Default::default()
@@ -235,6 +244,10 @@ async fn carry_out(
         VolumeCommand::Resize { name, size } => {
             let request = pb::ResizeVolumeRequest { name, size_bytes: size.0, limit_bytes: 0 };
             let volume = reply(client.resize_volume(request).await)?;
+            output.show(&volume, || one(&volume, output.wide()));
+        }
+        VolumeCommand::Set { name, timers } => {
+            let volume = reply(client.set_volume(pb::SetVolumeRequest { name, timers }).await)?;
             output.show(&volume, || one(&volume, output.wide()));
         }
         VolumeCommand::Delete { name, yes } => {

@@ -165,7 +165,7 @@ impl Cluster {
             metrics: node.config.metrics.as_ref().map_or_else(String::new, metrics_url),
             csi: format!("unix:{}", node.path.join("csi.sock").display()),
             data_dir: node.path.display().to_string(),
-            witness: false,
+            witness: node.config.witness,
         });
         Description {
             cluster: self.nodes.first().map(|node| node.config.cluster.to_string()).unwrap_or_default(),
@@ -270,7 +270,14 @@ impl Cluster {
         self.apply_faults().await
     }
 
-    /// Ends partitions and delays.
+    /// Drops what one set sends to the other.
+    pub async fn cut_one_way(&mut self, from: &str, to: &str) -> Result<(), UserError> {
+        let (from, to) = (self.select(from)?, self.select(to)?);
+        self.faults.cut_one_way(&from, &to);
+        self.apply_faults().await
+    }
+
+    /// Ends partitions, cuts and delays.
     pub async fn heal(&mut self) -> Result<(), UserError> {
         self.faults.heal();
         self.apply_faults().await

@@ -100,6 +100,7 @@ async fn carry_out(action: CtlAction, cluster: &mut Cluster) -> Result<(), UserE
         CtlAction::Resume { target } => cluster.pause(&target, false).await,
         CtlAction::Partition { target } => cluster.cut(&target, true).await,
         CtlAction::Deafen { target } => cluster.cut(&target, false).await,
+        CtlAction::Cut { from, to } => cluster.cut_one_way(&from, &to).await,
         CtlAction::Heal => cluster.heal().await,
         CtlAction::Delay { a, b, delay } => cluster.delay(&a, &b, &delay).await,
     }

@@ -32,6 +32,14 @@ impl Faults {
             }
         }
     }
+    /// What `from` sends does not reach `to`.
+    pub fn cut_one_way(&mut self, from: &BTreeSet<String>, to: &BTreeSet<String>) {
+        for a in from {
+            for b in to.iter().filter(|b| *b != a) {
+                self.cut.insert((a.clone(), b.clone()));
+            }
+        }
+    }
     /// What passes between the two sets takes longer.
     pub fn delay(&mut self, a: &BTreeSet<String>, b: &BTreeSet<String>, by: Duration) {
         for x in a {
@@ -84,6 +92,16 @@ pub fn duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cut_of_one_way_leaves_the_other_open() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let mut faults = Faults::default();
+        faults.cut_one_way(&names(&["a", "b"]), &names(&["b", "c"]));
+        assert_eq!(faults.of("b").block_receive, ["a"]);
+        assert_eq!(faults.of("c").block_receive, ["a", "b"]);
+        assert_eq!(faults.of("a").block_receive, Vec::<String>::new());
+    }
 
     #[test]
     fn the_node_that_is_cut_off_has_the_most_cuts() {

@@ -49,6 +49,10 @@ impl Admin for AdminService {
         let existed = self.0.run(move |shard| shard.delete_volume(name)).await;
         reply(existed.map(|existed| pb::DeleteVolumeReply { existed }))
     }
+    async fn set_volume(&self, request: Request<pb::SetVolumeRequest>) -> Reply<pb::Volume> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.set_volume(request)).await)
+    }
     async fn resize_volume(&self, request: Request<pb::ResizeVolumeRequest>) -> Reply<pb::Volume> {
         let request = request.into_inner();
         reply(self.0.run(move |shard| shard.resize_volume(request)).await)

@@ -5,18 +5,20 @@
 //! (INV-CATALOG). Nothing on the I/O path asks this.
 
 mod clones;
+mod members;
 mod snapshots;
 mod state;
 
 use std::collections::BTreeMap;
 
 use holdfast_types::{
-    ByteSize, ClusterId, GroupId, Location, LogIndex, NodeName, ReplicaId, SnapshotId, StoreId, UserError,
-    VolumeId, VolumeSpec,
+    ByteSize, ClusterId, GroupId, Location, LogIndex, NodeName, ReplicaId, SnapshotId, StoreId, TimersPolicy,
+    UserError, VolumeId, VolumeSpec,
 };
 use serde::{Deserialize, Serialize};
 
 pub use clones::{SourceOrder, VolumeSource};
+pub use members::{gives_way, target_voters};
 pub use snapshots::{SnapshotPhase, SnapshotRecord};
 pub use state::{CatalogReply, CatalogState};
 
@@ -38,6 +40,14 @@ pub struct NodeRecord {
     pub admin: String,
     /// Nothing new is placed on it.
     pub cordoned: bool,
+    /// It takes witnesses only, never data (INV-PLACE).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub witness: bool,
+}
+
+/// What was written before there were witnesses says nothing of them, and what concerns none still says nothing.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// What is to happen with a volume.
@@ -77,6 +87,20 @@ pub struct ReplicaRecord {
     pub location: Location,
     /// What is to happen with it.
     pub phase: ReplicaPhase,
+    /// It votes and keeps the log, and holds no data.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub witness: bool,
+    /// It was made on its store, and is never made there again: an emptied store would come back under its old id
+    /// (INV-TERM).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub made: bool,
+}
+
+impl ReplicaRecord {
+    /// Where it stands.
+    pub fn placed(&self) -> Placed {
+        Placed { store: self.store, location: self.location.clone(), witness: self.witness }
+    }
 }
 
 /// A volume as the catalog wants it.
@@ -106,10 +130,15 @@ pub struct VolumeRecord {
 }
 
 impl VolumeRecord {
-    /// Stores of the replicas that vote or are to vote.
+    /// Stores of the data replicas that vote or are to vote. A witness serves nobody.
     pub fn stores(&self) -> Vec<StoreId> {
-        let staying = self.replicas.iter().filter(|replica| replica.phase != ReplicaPhase::Leaving);
+        let staying = self.data().filter(|replica| replica.phase != ReplicaPhase::Leaving);
         staying.map(|replica| replica.store).collect()
+    }
+
+    /// The replicas that hold data.
+    pub fn data(&self) -> impl Iterator<Item = &ReplicaRecord> {
+        self.replicas.iter().filter(|replica| !replica.witness)
     }
 }
 
@@ -120,6 +149,9 @@ pub struct Placed {
     pub store: StoreId,
     /// Where it stands.
     pub location: Location,
+    /// It is a witness.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub witness: bool,
 }
 
 /// A change of the catalog.
@@ -196,6 +228,13 @@ pub enum CatalogCommand {
         /// Its size; a smaller one than it has is left out of account.
         size: ByteSize,
     },
+    /// How soon a dead leader is to be missed. Idempotent.
+    SetTimers {
+        /// The volume.
+        id: VolumeId,
+        /// The policy.
+        timers: TimersPolicy,
+    },
     /// One more replica.
     AddReplica {
         /// The volume.
@@ -216,6 +255,27 @@ pub enum CatalogCommand {
         old: ReplicaId,
         /// Where the new one goes.
         placed: Placed,
+    },
+    /// A replica that joins was made on its store.
+    ReplicaMade {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The replica.
+        replica: ReplicaId,
+    },
+    /// A replica that was to leave runs again and goes on voting; what was to take its place on its store leaves. One
+    /// step: with half of it the volume would have a voter too few for ever.
+    KeepReplica {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The replica that runs again.
+        old: ReplicaId,
+        /// The one that leaves instead.
+        joining: ReplicaId,
     },
     /// What is to happen with a replica.
     SetReplica {

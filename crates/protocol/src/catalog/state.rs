@@ -152,11 +152,24 @@ impl CatalogState {
                 volume.spec.size = volume.spec.size.max(*size);
                 Ok(())
             }),
+            CatalogCommand::SetTimers { id, timers } => self.change(*id, None, |volume| {
+                volume.spec.timers = *timers;
+                Ok(())
+            }),
             CatalogCommand::SetReplica { id, revision, replica, phase } => {
                 self.change(*id, Some(*revision), |volume| {
                     find_replica(volume, *replica)?.phase = *phase;
                     Ok(())
                 })
+            }
+            CatalogCommand::ReplicaMade { id, revision, replica } => {
+                self.change(*id, Some(*revision), |volume| {
+                    find_replica(volume, *replica)?.made = true;
+                    Ok(())
+                })
+            }
+            CatalogCommand::KeepReplica { id, revision, old, joining } => {
+                self.change(*id, Some(*revision), |volume| keep(volume, *old, *joining))
             }
             CatalogCommand::DropReplica { id, revision, replica } => {
                 self.change(*id, Some(*revision), |volume| {
@@ -213,6 +226,14 @@ impl CatalogState {
             .hint("was a disk image copied? Give one of the two an empty data directory"));
         }
         let before = self.nodes.get(name);
+        if before.is_some_and(|before| before.store == node.store && before.witness != node.witness) {
+            let (was, is) = if node.witness { ("data", "a witness") } else { ("a witness", "data") };
+            return Err(refused(
+                ErrorCode::Refused,
+                format!("node {name} was made for {was} and is now started for {is}"),
+            )
+            .hint("start it as it was before, or make another node with a data directory of its own"));
+        }
         if before.is_some_and(|before| before.store != node.store) {
             return Err(refused(ErrorCode::Refused, format!("node {name} had another store before"))
                 .hint("start it under a new name; its lost replicas are replaced"));
@@ -245,7 +266,8 @@ impl CatalogState {
     fn new_replica(&mut self, at: &Placed, phase: ReplicaPhase) -> ReplicaRecord {
         let id = ReplicaId(self.next_replica);
         self.next_replica += 1;
-        ReplicaRecord { id, store: at.store, location: at.location.clone(), phase }
+        let (store, location) = (at.store, at.location.clone());
+        ReplicaRecord { id, store, location, phase, witness: at.witness, made: false }
     }
 
     fn replace(&mut self, id: VolumeId, revision: u64, old: ReplicaId, placed: &Placed) -> CatalogResult {
@@ -332,11 +354,24 @@ fn find_replica(volume: &mut VolumeRecord, id: ReplicaId) -> Result<&mut Replica
         .ok_or_else(|| refused(ErrorCode::NotFound, format!("volume {name} has no replica {id}")))
 }
 
+fn keep(volume: &mut VolumeRecord, old: ReplicaId, joining: ReplicaId) -> Result<(), UserError> {
+    if find_replica(volume, old)?.phase != ReplicaPhase::Leaving
+        || find_replica(volume, joining)?.phase != ReplicaPhase::Joining
+    {
+        return Err(refused(ErrorCode::Refused, "only one that leaves is kept, instead of one that joins"));
+    }
+    find_replica(volume, joining)?.phase = ReplicaPhase::Leaving;
+    find_replica(volume, old)?.phase = ReplicaPhase::Voter;
+    Ok(())
+}
+
 fn add(volume: &mut VolumeRecord, replica: ReplicaRecord) -> Result<(), UserError> {
     if !matches!(volume.phase, VolumePhase::Ready | VolumePhase::Filling) {
         return Err(refused(ErrorCode::Refused, "replicas are added to a volume that is ready"));
     }
-    if volume.replicas.len() > limits::VOTERS_MAX {
+    // Those that leave may stand on nodes that never come back.
+    let staying = volume.replicas.iter().filter(|replica| replica.phase != ReplicaPhase::Leaving).count();
+    if staying > limits::VOTERS_MAX || volume.replicas.len() >= limits::REPLICAS_MAX {
         return Err(refused(ErrorCode::Refused, "the volume has as many replicas as it can"));
     }
     volume.replicas.push(replica);

@@ -9,8 +9,11 @@ use holdfast_types::{
 use proptest::prelude::*;
 
 use super::{attach, snapshot, volume};
-use crate::command::{AttachMode, FEATURE_LEVEL, LEVEL_FIRST, LEVEL_SNAPSHOTS, Tag, VolumeCommand};
+use crate::command::{
+    AttachMode, FEATURE_LEVEL, LEVEL_FIRST, LEVEL_SNAPSHOTS, LEVEL_TIMERS, Tag, VolumeCommand,
+};
 use crate::lease::{HolderWatch, LeaseTerms, decide_attach};
+use crate::timers::Timers;
 use crate::volume::{Refusal, VolumeReply, VolumeState};
 
 fn any_tag() -> impl Strategy<Value = Tag> {
@@ -72,6 +75,22 @@ fn any_command() -> impl Strategy<Value = VolumeCommand> {
             id: SnapshotId(id),
             epoch: Epoch(epoch)
         }),
+        any_timers().prop_map(|to| VolumeCommand::ChangeTimers { to }),
+        any::<u64>().prop_map(|since| VolumeCommand::TimersSettled { since: LogIndex(since) }),
+    ]
+}
+
+/// Good ones and bad ones, in whole milliseconds.
+fn any_timers() -> impl Strategy<Value = Timers> {
+    let of = |[heartbeat, election_min, election_max, lease]: [u32; 4]| Timers {
+        heartbeat: Duration::from_millis(heartbeat.into()),
+        election_min: Duration::from_millis(election_min.into()),
+        election_max: Duration::from_millis(election_max.into()),
+        session_lease: Duration::from_millis(lease.into()),
+    };
+    prop_oneof![
+        any::<[u32; 4]>().prop_map(of),
+        (10_u64..1000).prop_map(|ms| Timers::of_heartbeat(Duration::from_millis(ms))),
     ]
 }
 
@@ -98,6 +117,7 @@ fn any_reply() -> impl Strategy<Value = VolumeReply> {
         (prop::collection::vec("[a-z]{1,128}", 0..=8), any::<u32>())
             .prop_map(|(names, more)| Refusal::NewerSnapshots { names, more }),
         node().prop_map(|node| Refusal::Attached { node }),
+        Just(Refusal::TimersChanging),
     ];
     prop_oneof![
         any::<bool>().prop_map(|fresh| VolumeReply::Done { fresh }),
@@ -165,6 +185,7 @@ proptest! {
         at in any::<prop::sample::Index>(),
         flip in 1_u8..=255,
         cut in any::<bool>(),
+        change in any::<bool>(),
     ) {
         let mut state = volume();
         state.apply(LogIndex(1), &attach(0, 1, 1));
@@ -173,6 +194,10 @@ proptest! {
             state.apply(LogIndex(2 + id as u64), &snapshot(id));
         }
         state.apply(LogIndex(6), &VolumeCommand::DropSnapshot { id: SnapshotId(2) });
+        if change {
+            let to = Timers::of_heartbeat(Duration::from_millis(20));
+            state.apply(LogIndex(7), &VolumeCommand::ChangeTimers { to });
+        }
         let mut bytes = state.encode().to_vec();
         let at = at.index(bytes.len());
         if cut {
@@ -181,7 +206,7 @@ proptest! {
         } else {
             bytes[at] ^= flip;
             if let Ok(mut damaged) = VolumeState::decode(&bytes) {
-                for (index, command) in (7..).zip(&commands) {
+                for (index, command) in (8..).zip(&commands) {
                     damaged.apply(LogIndex(index), command);
                 }
             }
@@ -216,6 +241,17 @@ fn every_encoding_carries_the_level_that_it_needs() {
     assert_eq!(level(&state.encode()), LEVEL_SNAPSHOTS);
     state.apply(LogIndex(2), &VolumeCommand::DropSnapshot { id: SnapshotId(1) });
     assert_eq!(level(&state.encode()), LEVEL_SNAPSHOTS, "that it was dropped is remembered");
+    let to = Timers::of_heartbeat(Duration::from_millis(20));
+    let change = VolumeCommand::ChangeTimers { to };
+    assert_eq!(level(&change.encode()), LEVEL_TIMERS);
+    let mut state = volume();
+    state.apply(LogIndex(1), &change);
+    assert_eq!(level(&state.encode()), LEVEL_TIMERS);
+    state.apply(LogIndex(2), &VolumeCommand::TimersSettled { since: LogIndex(1) });
+    assert_eq!(level(&state.encode()), LEVEL_TIMERS);
+    state.apply(LogIndex(3), &VolumeCommand::ChangeTimers { to: Timers::default() });
+    state.apply(LogIndex(4), &VolumeCommand::TimersSettled { since: LogIndex(3) });
+    assert_eq!(level(&state.encode()), LEVEL_FIRST, "the defaults need no newer version");
     let mut lower = snapshot(1).encode().to_vec();
     lower[..2].copy_from_slice(&LEVEL_FIRST.to_le_bytes());
     assert!(VolumeCommand::decode(&lower).is_err(), "a snapshot at a level that has none");

@@ -113,7 +113,7 @@ fn no_lease_outlives_its_wait(case: &Case) -> Result<(), TestCaseError> {
     let mut answers = answers.into_iter().peekable();
     for true_time in (0..end).step_by(usize::try_from(MILLISECOND).expect("small")) {
         while let Some((_, number)) = answers.next_if(|(at, _)| *at <= true_time) {
-            lease.on_renewed(number);
+            lease.on_renewed(number, TERMS.lease);
         }
         if !lease.valid(case.session.at(true_time)) {
             continue;
@@ -152,16 +152,16 @@ fn a_session_counts_from_when_it_sent() {
     assert!(!lease.valid(0));
     let first = lease.on_sent(SECOND);
     let second = lease.on_sent(SECOND * 3 / 2);
-    lease.on_renewed(second);
-    lease.on_renewed(first);
+    lease.on_renewed(second, TERMS.lease);
+    lease.on_renewed(first, TERMS.lease);
     assert!(lease.valid(SECOND * 2), "the older answer does not shorten the lease");
     assert!(lease.valid(SECOND * 3 / 2 + SECOND * 98 / 100));
     assert!(!lease.valid(SECOND * 5 / 2 - SECOND / 200), "one percent of drift is taken off");
-    lease.on_renewed(77);
+    lease.on_renewed(77, TERMS.lease);
     assert!(!lease.valid(SECOND * 5 / 2), "an answer to nothing renews nothing");
     lease.end();
     let last = lease.on_sent(SECOND * 3);
-    lease.on_renewed(last);
+    lease.on_renewed(last, TERMS.lease);
     assert!(!lease.valid(SECOND * 3), "a session that has ended serves nothing, whatever arrives");
 }
 
@@ -170,9 +170,9 @@ fn pending_renewals_are_bounded() {
     let mut lease = SessionLease::new(TERMS);
     let first = lease.on_sent(0);
     let numbers: Vec<u64> = (1..=16).map(|at| lease.on_sent(at)).collect();
-    lease.on_renewed(first);
+    lease.on_renewed(first, TERMS.lease);
     assert!(!lease.valid(1), "forgotten: the lease is shorter for it, never longer");
-    lease.on_renewed(numbers[15]);
+    lease.on_renewed(numbers[15], TERMS.lease);
     assert!(lease.valid(17));
 }
 

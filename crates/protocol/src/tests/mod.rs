@@ -6,6 +6,7 @@ mod model;
 mod reference;
 mod rules;
 mod snapshots;
+mod timers;
 
 use holdfast_types::{
     AttachmentId, BlockIndex, BlockRange, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, SnapshotId,

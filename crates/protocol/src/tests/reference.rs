@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use holdfast_types::{AttachmentId, ByteSize, Epoch, LogIndex, NodeName, Seq, SessionId, SnapshotId, limits};
 
 use crate::command::{AttachMode, VolumeCommand};
+use crate::timers::Timers;
 use crate::volume::{Refusal, VolumeReply};
 
 /// One epoch of one holder.
@@ -69,6 +70,9 @@ pub(super) struct Reference {
     /// Every snapshot that was ever made, and where.
     made: BTreeMap<SnapshotId, LogIndex>,
     restored: Option<(SnapshotId, Epoch)>,
+    timers: Timers,
+    /// The change of timers that began last and has not ended: where, and to what.
+    changing: Option<(LogIndex, Timers)>,
 }
 
 impl Reference {
@@ -86,6 +90,8 @@ impl Reference {
             dropped: BTreeSet::new(),
             made: BTreeMap::new(),
             restored: None,
+            timers: Timers::default(),
+            changing: None,
         }
     }
 
@@ -216,6 +222,19 @@ impl Reference {
                 Ok(VolumeReply::Done { fresh: self.copies.len() < before })
             }
             VolumeCommand::RestoreSnapshot { id, epoch } => self.restore(*id, *epoch),
+            VolumeCommand::ChangeTimers { to } => match self.changing {
+                Some((_, other)) if other != *to => Err(Refusal::TimersChanging),
+                None if self.timers != *to => {
+                    self.changing = Some((index, *to));
+                    Ok(VolumeReply::Done { fresh: true })
+                }
+                _ => Ok(VolumeReply::Done { fresh: false }),
+            },
+            VolumeCommand::TimersSettled { since } => {
+                let ended = self.changing.take_if(|(began, _)| began == since);
+                self.timers = ended.map_or(self.timers, |(_, to)| to);
+                Ok(VolumeReply::Done { fresh: ended.is_some() })
+            }
             other => self.data(index, other),
         };
         if let (true, None, Some(tenure)) = (self.held, self.unsettled, self.tenures.last_mut()) {

@@ -361,6 +361,37 @@ async fn found(past: &Past, id: ReplicaIdentity, by: ReplicaId, known: &Acknowle
     Look::RolledBack(why)
 }
 
+/// Up to where every one of these replicas is known to have everything, durably and committed: a fact for ever. Their
+/// leader is asked for what it knows now, if there is one.
+pub(crate) async fn everywhere(host: &Host, group: &Group, replicas: &[ReplicaId]) -> LogIndex {
+    let id = group.id();
+    let Some(past) = host.pasts().get(id.group) else { return LogIndex::ZERO };
+    if let Some((leader, store)) = group.leader().filter(|(leader, _)| *leader != id.replica) {
+        let rpc = &host.environment().rpc;
+        let asked = replicas.iter().map(|replica| async move {
+            let of = ReplicaIdentity { group: id.group, replica: *replica };
+            (*replica, ask(rpc, store, of).await)
+        });
+        for (replica, answer) in join_all(asked).await {
+            if let Some(known) = answer.and_then(|answer| answer.known) {
+                past.learn(replica, &known);
+            } else {
+                tracing::debug!(group = %id.group, %leader, %replica, "its leader does not tell how far it is");
+            }
+        }
+    }
+    known_everywhere(host, id.group, replicas)
+}
+
+/// As [`everywhere`], of what was heard before.
+pub(crate) fn known_everywhere(host: &Host, group: GroupId, replicas: &[ReplicaId]) -> LogIndex {
+    let Some(past) = host.pasts().get(group) else { return LogIndex::ZERO };
+    let lines = past.lines.borrow();
+    let known =
+        replicas.iter().map(|replica| lines.get(replica).map_or(LogIndex::ZERO, |line| line.committed));
+    known.min().unwrap_or_default()
+}
+
 async fn ask(rpc: &Rpc, store: StoreId, id: ReplicaIdentity) -> Option<Answer> {
     let question = Message::Ask { group: id.group, replica: id.replica };
     let frame = Frame::small(question.encode());

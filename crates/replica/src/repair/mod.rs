@@ -18,13 +18,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::journal::{EntrySum, GroupLog};
-use holdfast_store::volume::Manifest;
 use holdfast_store::{ReplicaIdentity, StoreError};
 use holdfast_types::{DecodeError, LogIndex, ReplicaId, StoreId, Term, limits};
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 
 use crate::codec;
-use crate::host::{Faulty, Host};
+use crate::host::{Faulty, Host, Standing};
 use crate::messages::REPAIR;
 use crate::past::{self, Asking, Look};
 use messages::{Answer, Has, WANTED_MAX, Wanted};
@@ -80,29 +79,29 @@ enum AskError {
 }
 
 /// Begins to repair a replica whose log is damaged, and then, as with any other, to ask the others what they know of it.
-pub(crate) fn begin(host: &Rc<Host>, manifest: Manifest, log: GroupLog) {
+pub(crate) fn begin(host: &Rc<Host>, standing: Standing, log: GroupLog) {
     let (is_starting, silent, asking) = (Cell::new(false), RefCell::default(), Asking::default());
-    let repair = Rc::new(Repair { id: manifest.identity.id, log, is_starting, silent, asking });
+    let repair = Rc::new(Repair { id: standing.identity().id, log, is_starting, silent, asking });
     let count = repair.log.faulty().len();
     host.repair_begins(&repair);
     if count == 0 {
-        note(host, &repair, &manifest, "it asks the others what they know of it before it runs", true);
+        note(host, &repair, &standing, "it asks the others what they know of it before it runs", true);
     } else {
         let why = format!("damaged: {count} log entries cannot be read; repairing them");
-        note(host, &repair, &manifest, &why, true);
+        note(host, &repair, &standing, &why, true);
         tracing::error!(group = %repair.id.group, replica = %repair.id.replica, entries = count,
             "log entries are damaged; the replica does not run before they are repaired from its peers");
     }
-    holdfast_env::spawn("repair", run(Rc::downgrade(host), repair, manifest));
+    holdfast_env::spawn("repair", run(Rc::downgrade(host), repair, standing));
 }
 
-fn note(host: &Host, repair: &Repair, manifest: &Manifest, why: &str, repairing: bool) {
-    let volume = manifest.identity.volume;
+fn note(host: &Host, repair: &Repair, standing: &Standing, why: &str, repairing: bool) {
+    let volume = standing.identity().volume;
     let fault = Faulty { id: repair.id, volume, why: why.to_owned(), repairing };
     host.set_faulty(repair.id.group, Some(fault));
 }
 
-async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
+async fn run(host: Weak<Host>, repair: Rc<Repair>, standing: Standing) {
     let (mut rounds, mut backoff, mut received) = (0, BACKOFF, RepairUsage::default());
     let mut said = String::new();
     loop {
@@ -111,15 +110,15 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
             return;
         }
         let step = if repair.log.faulty().is_empty() {
-            ask_of_past(&host, &repair, &manifest, received.dropped > 0).await
+            ask_of_past(&host, &repair, &standing, received.dropped > 0).await
         } else {
-            round(&host, &repair, &manifest, rounds, &mut received).await
+            round(&host, &repair, &standing, rounds, &mut received).await
         };
         if !host.is_repairing(&repair) {
             return;
         }
         let (why, repairing) = match step {
-            Step::Run => return start(&host, &repair, &manifest, received).await,
+            Step::Run => return start(&host, &repair, &standing, received).await,
             Step::Progress => {
                 (rounds, backoff) = (0, BACKOFF);
                 continue;
@@ -131,7 +130,7 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
             tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, %why, "a replica is not started yet");
             said.clone_from(&why);
         }
-        note(&host, &repair, &manifest, &why, repairing);
+        note(&host, &repair, &standing, &why, repairing);
         drop(host);
         if repair.log.faulty().is_empty() {
             repair.asking.pause(backoff).await;
@@ -147,19 +146,19 @@ async fn run(host: Weak<Host>, repair: Rc<Repair>, manifest: Manifest) {
     }
 }
 
-async fn start(host: &Rc<Host>, repair: &Rc<Repair>, manifest: &Manifest, received: RepairUsage) {
+async fn start(host: &Rc<Host>, repair: &Rc<Repair>, standing: &Standing, received: RepairUsage) {
     if received != RepairUsage::default() {
         tracing::warn!(group = %repair.id.group, replica = %repair.id.replica, entries = received.entries,
             bytes = received.bytes, dropped = received.dropped, "the log is whole again; the replica starts");
     }
     repair.is_starting.set(true);
-    let started = host.start_repaired(manifest, repair.log.clone(), received.bytes).await;
+    let started = host.start_repaired(standing, repair.log.clone(), received.bytes).await;
     host.repair_ends(repair);
     match started {
         Ok(()) => host.set_faulty(repair.id.group, None),
         Err(why) => {
             tracing::error!(group = %repair.id.group, replica = %repair.id.replica, %why, "a replica does not run");
-            note(host, repair, manifest, &why, false);
+            note(host, repair, standing, &why, false);
         }
     }
 }
@@ -172,14 +171,14 @@ enum Step {
 }
 
 /// Asks the others what they know of the replica, whose log is whole.
-async fn ask_of_past(host: &Rc<Host>, repair: &Repair, manifest: &Manifest, has_dropped: bool) -> Step {
-    let members = match codec::members_of(&manifest.checkpoint.membership, &repair.log) {
+async fn ask_of_past(host: &Rc<Host>, repair: &Repair, standing: &Standing, has_dropped: bool) -> Step {
+    let members = match codec::members_of(&standing.checkpoint().membership, &repair.log) {
         Ok(members) => members,
         Err(error) => {
             return Step::GiveUp(format!("its memberships are not understood: {error}. Replace the replica"));
         }
     };
-    let own = past::own(&repair.log, manifest.checkpoint.id.index, has_dropped);
+    let own = past::own(&repair.log, standing.checkpoint().id.index, has_dropped);
     match past::look(host, repair.id, &repair.asking, &members, &own).await {
         Look::Clear => Step::Run,
         Look::Wait(why) => Step::Wait(why),
@@ -191,12 +190,12 @@ async fn ask_of_past(host: &Rc<Host>, repair: &Repair, manifest: &Manifest, has_
 async fn round(
     host: &Rc<Host>,
     repair: &Rc<Repair>,
-    manifest: &Manifest,
+    standing: &Standing,
     rounds: u32,
     received: &mut RepairUsage,
 ) -> Step {
     let log = &repair.log;
-    let members = match codec::members_of(&manifest.checkpoint.membership, log) {
+    let members = match codec::members_of(&standing.checkpoint().membership, log) {
         Ok(members) => members,
         Err(error) => {
             return Step::GiveUp(format!("its memberships are not understood: {error}. Replace the replica"));
@@ -238,7 +237,7 @@ async fn round(
     if entries.len() < before {
         return Step::Progress;
     }
-    let checkpoint = manifest.checkpoint.id;
+    let checkpoint = standing.checkpoint().id;
     if entries.first().is_some_and(|first| first.id.index <= checkpoint.index) {
         // Nobody gives them, and they are not needed: what they wrote is at home.
         return match log.purge(checkpoint).await {

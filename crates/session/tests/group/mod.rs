@@ -114,6 +114,33 @@ pub async fn start_on(
     fresh: bool,
     wrap: impl FnOnce(Rc<dyn Directory>) -> Rc<dyn Directory>,
 ) -> Member {
+    start_as(path, switch, number, fresh, wrap, Kind::Data).await
+}
+
+/// What a member is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It holds data.
+    Data,
+    /// It is a witness, whose log may hold so many bytes.
+    Witness(u64),
+}
+
+/// The replica that a member is told to make.
+pub fn replica(number: u64) -> NewReplica {
+    let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
+    NewReplica { volume: VolumeId(9), id, size: ByteSize(64 << 20), spec_json: Bytes::new() }
+}
+
+/// As [`start_on`], of a kind.
+pub async fn start_as(
+    path: &Path,
+    switch: &Rc<Switch>,
+    number: u64,
+    fresh: bool,
+    wrap: impl FnOnce(Rc<dyn Directory>) -> Rc<dyn Directory>,
+    kind: Kind,
+) -> Member {
     // The tasks of the daemon before end one by one; its lock goes with the last of them.
     let opened = async {
         loop {
@@ -144,11 +171,14 @@ pub async fn start_on(
     let silent_until = Instant::now() + if fresh { Duration::ZERO } else { timers.startup_silence() };
     let environment = GroupEnvironment { rpc: rpc.clone(), timers, silent_until };
     let host = Host::open(environment, directory, identity, &options).await.expect("opens");
+    if let Kind::Witness(budget) = kind {
+        host.take_witnesses_only(budget);
+    }
     host.load().await.expect("loads");
-    if fresh {
-        let id = ReplicaIdentity { group: GROUP, replica: ReplicaId(number) };
-        let new = NewReplica { volume: VolumeId(9), id, size: ByteSize(64 << 20), spec_json: Bytes::new() };
-        host.create(&new).await.expect("creates");
+    match kind {
+        Kind::Data if fresh => drop(host.create(&replica(number)).await.expect("creates")),
+        Kind::Witness(_) if fresh => drop(host.create_witness(&replica(number)).await.expect("creates")),
+        _ => {}
     }
     asked(&host).await;
     let sessions = Sessions::serve(&rpc);

@@ -66,6 +66,8 @@ pub(super) struct Group {
     pub(super) first: u64,
     pub(super) flushed: LogIndex,
     pub(super) cached_bytes: usize,
+    /// Payload of the entries, in memory or not.
+    pub(super) held_bytes: u64,
     /// Nobody purges it: its replica does not run.
     pub(super) parked: bool,
     /// Entries before this index have no payload in memory.
@@ -92,6 +94,7 @@ impl Group {
         }
         assert_eq!(meta.id.index.0, self.first + self.entries.len() as u64, "entries have no gaps");
         self.cached_bytes += meta.payload.as_ref().map_or(0, Bytes::len);
+        self.held_bytes += u64::from(meta.payload_bytes);
         self.entries.push_back(meta);
     }
 
@@ -134,6 +137,7 @@ impl Group {
     fn forget(&mut self, removed: &[Meta]) {
         let bytes: usize = removed.iter().filter_map(|meta| meta.payload.as_ref()).map(Bytes::len).sum();
         self.cached_bytes -= bytes;
+        self.held_bytes -= removed.iter().map(|meta| u64::from(meta.payload_bytes)).sum::<u64>();
     }
 
     /// Entries become durable in order.
@@ -265,7 +269,7 @@ impl GroupLog {
             let mut group = self.group.borrow_mut();
             group.state.dropped = true;
             let removed = group.entries.drain(..).collect::<Vec<_>>();
-            group.cached_bytes = 0;
+            (group.cached_bytes, group.held_bytes) = (0, 0);
             removed
         };
         self.write_state(None, true, removed).await
@@ -296,6 +300,11 @@ impl GroupLog {
     /// Whether the medium below is full: see [`super::Journal::is_full`].
     pub fn is_full(&self) -> bool {
         self.journal.is_full()
+    }
+
+    /// Why the store has stopped, if it has.
+    pub fn failed(&self) -> Option<StoreError> {
+        self.journal.failed()
     }
 
     /// Whether the disk below hangs: see [`super::Journal::is_hung`].
@@ -375,6 +384,10 @@ impl GroupLog {
     /// The last entry, purged or not.
     pub fn last(&self) -> Option<EntryId> {
         self.group.borrow().last()
+    }
+    /// Payload of the entries that the log holds, in bytes.
+    pub fn held_bytes(&self) -> u64 {
+        self.group.borrow().held_bytes
     }
     /// Identity of an entry that the log holds.
     pub fn entry_id(&self, index: LogIndex) -> Option<EntryId> {

@@ -16,7 +16,7 @@ use crate::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub type Target = fn(&[u8]);
 
 /// What can be fuzzed, by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("list", crate::journal::format::fuzz),
     ("journal", journal),
     ("manifest", crate::volume::manifest::fuzz),
@@ -24,6 +24,8 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("staging", crate::volume::stage::fuzz),
     ("state", crate::state_file::fuzz),
     ("past", crate::past_file::fuzz),
+    ("witness", crate::witness_file::fuzz),
+    ("destroyed", crate::destroyed_file::fuzz),
 ];
 
 const SEGMENTS: u32 = 4;

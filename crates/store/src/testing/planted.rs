@@ -40,6 +40,9 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("ignore-misplaced", "a batch at a wrong place is taken for a torn one"),
     ("forget-doubt", "it is not written down that part of the journal is unknown"),
     ("foreign-store", "the journal of another store is opened"),
+    // What was destroyed.
+    ("forget-destroyed", "a replica is destroyed and nothing says so"),
+    ("destroyed-in-one-copy", "what was destroyed is forgotten when one copy rots"),
     // The cleaner.
     ("move-unflushed-home", "a block is home of which the journal knows nothing"),
     ("checkpoint-before-home-flush", "a checkpoint says home what was never flushed"),

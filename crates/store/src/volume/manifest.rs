@@ -44,6 +44,29 @@ pub struct ReplicaFileIdentity {
     pub incarnation: u64,
 }
 
+impl ReplicaFileIdentity {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        self.cluster.encode(out);
+        self.store.encode(out);
+        self.node.encode(out);
+        self.volume.encode(out);
+        self.id.group.encode(out);
+        self.id.replica.encode(out);
+        out.u64(self.incarnation);
+    }
+
+    pub(crate) fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            cluster: ClusterId::decode(input)?,
+            store: StoreId::decode(input)?,
+            node: NodeName::decode(input)?,
+            volume: VolumeId::decode(input)?,
+            id: ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? },
+            incarnation: input.u64()?,
+        })
+    }
+}
+
 /// What a manifest says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
@@ -65,7 +88,7 @@ pub struct Manifest {
     pub(super) unlisted: bool,
 }
 
-fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
+pub(crate) fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
     checkpoint.id.term.encode(out);
     checkpoint.id.leader.encode(out);
     checkpoint.id.index.encode(out);
@@ -74,7 +97,7 @@ fn put_checkpoint(out: &mut Writer, checkpoint: &Checkpoint) {
     out.bytes(&checkpoint.state);
 }
 
-fn get_checkpoint(input: &mut Reader<'_>) -> Result<Checkpoint, DecodeError> {
+pub(crate) fn get_checkpoint(input: &mut Reader<'_>) -> Result<Checkpoint, DecodeError> {
     let id = EntryId {
         term: Term::decode(input)?,
         leader: ReplicaId::decode(input)?,
@@ -89,14 +112,7 @@ fn get_checkpoint(input: &mut Reader<'_>) -> Result<Checkpoint, DecodeError> {
 impl Manifest {
     fn encode(&self) -> AlignedBuffer {
         let mut out = Writer::new();
-        let identity = &self.identity;
-        identity.cluster.encode(&mut out);
-        identity.store.encode(&mut out);
-        identity.node.encode(&mut out);
-        identity.volume.encode(&mut out);
-        identity.id.group.encode(&mut out);
-        identity.id.replica.encode(&mut out);
-        out.u64(identity.incarnation);
+        self.identity.encode(&mut out);
         out.u64(self.generation);
         out.bool(self.staged);
         out.bytes(&self.spec_json);
@@ -130,14 +146,7 @@ impl Manifest {
     fn decode(slot: &[u8]) -> Result<Self, DecodeError> {
         let body = SEAL.open(slot)?;
         let input = &mut Reader::new(body);
-        let identity = ReplicaFileIdentity {
-            cluster: ClusterId::decode(input)?,
-            store: StoreId::decode(input)?,
-            node: NodeName::decode(input)?,
-            volume: VolumeId::decode(input)?,
-            id: ReplicaIdentity { group: GroupId::decode(input)?, replica: ReplicaId::decode(input)? },
-            incarnation: input.u64()?,
-        };
+        let identity = ReplicaFileIdentity::decode(input)?;
         let generation = input.u64()?;
         let staged = input.bool()?;
         let spec_json = Bytes::copy_from_slice(input.bytes(STATE_BYTES_MAX)?);
@@ -206,6 +215,12 @@ impl ManifestFile {
     /// Bytes written, each generation with a flush.
     pub(super) fn bytes_written(&self) -> u64 {
         self.bytes_written.get()
+    }
+
+    /// Bytes on the medium.
+    pub(super) async fn allocated(&self) -> Result<u64, StoreError> {
+        let size = self.file.size().await.map_err(|error| StoreError::io(&self.name, &error))?;
+        Ok(size.allocated)
     }
 
     /// Takes room for a generation of so many bytes.

@@ -136,15 +136,15 @@ pub struct Dirty {
     pub runs: usize,
 }
 
-/// Space of a replica in bytes.
+/// Space of a replica on its medium, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct SpaceUsed {
-    /// Allocated for blocks of the oldest layer and of the one that is written: all there are without snapshots.
-    pub allocated: u64,
-    /// Allocated for their tables.
-    pub table: u64,
-    /// Allocated for the layers between them, blocks and tables.
+    /// For blocks of the oldest layer and of the one that is written: all there are without snapshots.
+    pub blocks: u64,
+    /// For the layers between them, blocks and tables.
     pub snapshots: u64,
+    /// For everything that is the replica's: blocks, tables and snapshots, its manifest, and what a rebuild has staged.
+    pub allocated: u64,
 }
 
 /// Counters of a replica's blocks since it was opened.
@@ -217,7 +217,7 @@ struct Inner {
 #[derive(Clone)]
 pub struct VolumeData(Rc<Inner>);
 
-fn prefix_of(id: ReplicaIdentity) -> String {
+pub(crate) fn prefix_of(id: ReplicaIdentity) -> String {
     format!("replicas/{}-{}", id.group, id.replica)
 }
 
@@ -415,12 +415,13 @@ impl VolumeData {
             let table = files.table.file().size().await;
             let table = table.map_err(|error| StoreError::io(files.table.name(), &error))?.allocated;
             if piece.is_base() || piece.id >= top {
-                used.allocated += home;
-                used.table += table;
+                used.blocks += home;
             } else {
                 used.snapshots += home + table;
             }
+            used.allocated += home + table;
         }
+        used.allocated += self.0.manifest_file.allocated().await? + self.staged_bytes().await?;
         Ok(used)
     }
 

@@ -94,13 +94,13 @@ fn home_is_thin_on(engine: IoEngine) {
         let directory = real(place.path(), engine).await;
         Replica::create(directory.clone()).await;
         let replica = Replica::open(directory, &reference).await.expect("opens");
-        let before = replica.data.space().await.expect("space").allocated;
+        let before = replica.data.space().await.expect("space").blocks;
         for n in 0..8 {
             replica.submit(command(What::Write, n * 256, 128));
         }
         replica.flushed().await;
         replica.clean().await.expect("cleans");
-        let full = replica.data.space().await.expect("space").allocated - before;
+        let full = replica.data.space().await.expect("space").blocks - before;
         let written = 8 * 128 * BLOCK_BYTES as u64;
         assert!((written..=written + 4 * CHUNK_BYTES).contains(&full), "{full} for {written} written");
         // Trimmed reads as zeros at once; the space comes with the checkpoint.
@@ -110,7 +110,7 @@ fn home_is_thin_on(engine: IoEngine) {
         assert_eq!(replica.check().await.expect("reads"), Vec::<u64>::new());
         replica.flushed().await;
         replica.clean().await.expect("cleans");
-        let left = replica.data.space().await.expect("space").allocated - before;
+        let left = replica.data.space().await.expect("space").blocks - before;
         assert!(left <= 128 * BLOCK_BYTES as u64 + 2 * CHUNK_BYTES, "{left} are left of {full}");
     });
     holdfast_env::real::run(async {

@@ -361,7 +361,7 @@ fn space_is_told_by_layer() {
         replica.clean().await.map_err(|error| error.to_string())?;
         let space = replica.data.space().await.map_err(|error| error.to_string())?;
         let chunk = 64 * BLOCK_BYTES as u64;
-        assert_eq!(space.allocated, 2 * chunk);
+        assert_eq!(space.blocks, 2 * chunk);
         assert!(space.snapshots > 2 * chunk && space.snapshots <= 2 * chunk + 4 * 8192, "{space:?}");
         Ok(())
     })

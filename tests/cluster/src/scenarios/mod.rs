@@ -1,5 +1,6 @@
 //! Named attacks on real processes: a file per fault, named by the fault. Each brings up a cluster of its own, prints
-//! its figures and leaves nothing behind.
+//! its figures and leaves nothing behind. What needs nothing but the words of `holdfast_scenario` is a script there, and
+//! is played here by `crate::script`.
 
 mod bad_requests;
 mod copies;
@@ -16,6 +17,7 @@ mod power_cut;
 mod restored_copy;
 mod rotten_entry;
 mod snapshots;
+mod witness;
 mod wrong_directory;
 
 use std::path::{Path, PathBuf};
@@ -46,7 +48,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 21] = [
+pub const ALL: [(&str, &str); 22] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -67,6 +69,10 @@ pub const ALL: [(&str, &str); 21] = [
     ("lost-node", "a node that stays away is replaced"),
     ("snapshots", "snapshots over writes, the leader's death, an absence and their own end"),
     ("full-disk", "the media of two of three nodes fill up, and room is made by trims"),
+    (
+        "witness",
+        "two zones and a witness: each is lost in turn, and what only the lost zone and the witness had is kept",
+    ),
     ("copies", "the node that copies a snapshot into a new volume is killed in the middle"),
 ];
 
@@ -94,20 +100,41 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "snapshots" => snapshots::run(place).await,
         "full-disk" => full_disk::run(place).await,
         "copies" => copies::run(place).await,
-        other => {
-            let known: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
-            Err(format!("there is no scenario '{other}'; there are: {}", known.join(", ")))
-        }
+        "witness" => witness::run(place).await,
+        other => match holdfast_scenario::scripts::named(other) {
+            Some(script) => crate::script::run(place, &script).await,
+            None => {
+                let known: Vec<&str> = all().iter().map(|(name, _)| *name).collect();
+                Err(format!("there is no scenario '{other}'; there are: {}", known.join(", ")))
+            }
+        },
+    }
+}
+
+/// Those of this crate, and the scripts that are played on real processes.
+fn all() -> Vec<(&'static str, &'static str)> {
+    let scripts = crate::script::all().into_iter().map(|script| (script.name, script.what));
+    ALL.into_iter().chain(scripts).collect()
+}
+
+/// Says what there is, and what is left to the simulation.
+pub fn list() {
+    for (name, what) in all() {
+        println!("{name:28} {what}");
+    }
+    for (name, why) in crate::script::not_played() {
+        println!("{name:28} NOT PLAYED on real processes: {why}");
     }
 }
 
 /// Runs the scenarios of these names, all of them if none is named.
 pub async fn run(names: &[String], place: &Place<'_>) -> Outcome<()> {
-    let all: Vec<String> = ALL.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let known = all();
+    let all: Vec<String> = known.iter().map(|(name, _)| (*name).to_owned()).collect();
     let chosen = if names.is_empty() { &all } else { names };
     let mut failed = Vec::new();
     for name in chosen {
-        let what = ALL.iter().find(|(known, _)| known == name).map_or("", |(_, what)| what);
+        let what = known.iter().find(|(known, _)| known == name).map_or("", |(_, what)| what);
         println!("{name}: {what} (seed {})", place.seed);
         let began = Instant::now();
         let result = one(name, place).await;

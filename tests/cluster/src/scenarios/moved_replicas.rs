@@ -37,6 +37,24 @@ async fn settled(dev: &Dev, load: &Load, nodes: &[&str]) -> Outcome<Value> {
     Ok(shown)
 }
 
+/// Begins a move. Its first steps may meet a volume whose leadership is just being handed over: then the reconciler goes
+/// on, once the catalog knows of it.
+async fn begin_move(dev: &Dev, replica: &str, to: &str) -> Outcome<()> {
+    let until = Instant::now() + RECOVERY;
+    loop {
+        match dev.command(&["replica", "move", VOLUME, replica, "--to", to]).await {
+            Ok(_) => return Ok(()),
+            Err(why) if !why.contains("unavailable") || Instant::now() > until => return Err(why),
+            Err(_) => {}
+        }
+        let shown = dev.command(&["volume", "show", VOLUME]).await?;
+        if replicas(&shown).iter().any(|(_, node)| node == to) {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+}
+
 fn on(shown: &Value, node: &str) -> Outcome<String> {
     let found = replicas(shown).into_iter().find(|(_, at)| at == node);
     found.map(|(id, _)| id.to_string()).ok_or_else(|| format!("no replica on {node}: {shown}"))
@@ -67,23 +85,36 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let shown = settled(&dev, &load, &[&first, b, &to]).await?;
     let moved_leader = began.elapsed() - moved;
 
+    // Two at once: the second does not wait for the first, and the volume keeps three voters all the same.
+    let homes = [twin(b), twin(&to)];
+    for (node, home) in [b, &to].into_iter().zip(&homes) {
+        begin_move(&dev, &on(&shown, node)?, home).await?;
+    }
+    let shown = settled(&dev, &load, &[&first, &homes[0], &homes[1]]).await?;
+    for (node, home) in [b, &to].into_iter().zip(&homes) {
+        begin_move(&dev, &on(&shown, home)?, node).await?;
+    }
+    let shown = settled(&dev, &load, &[&first, b, &to]).await?;
+    let moved_two = began.elapsed() - moved - moved_leader;
+
     // A fourth, and one of the four away again.
     dev.command(&["replica", "add", VOLUME, "--node", a]).await?;
     let shown =
         settled(&dev, &load, &[&first, b, &to, a]).await.map_err(|why| format!("{why}; was {shown}"))?;
     dev.command(&["replica", "remove", VOLUME, &on(&shown, &first)?, "--yes"]).await?;
     let shown = settled(&dev, &load, &[a, b, &to]).await?;
-    let changed = began.elapsed() - moved - moved_leader;
+    let changed = began.elapsed() - moved - moved_leader - moved_two;
     let ids: Vec<u64> = replicas(&shown).into_iter().map(|(id, _)| id).collect();
     let (history, figures) = load.stop().await?;
     let client = NbdClient::connect(&dev.nbd(a), VOLUME).await.map_err(|error| error.to_string())?;
     let blocks = check_all(&client, &history).await?;
     let index = dev.verified(VOLUME, RECOVERY).await?;
     println!(
-        "  a follower moved in {} ms, the leader's replica in {} ms, one added and one removed in {} ms, under {} requests \
+        "  a follower moved in {} ms, the leader's replica in {} ms, two at once and back in {} ms, one added and one removed in {} ms, under {} requests \
          without an error; now replicas {ids:?}; {blocks} blocks as they should be, equal at {index}",
         moved.as_millis(),
         moved_leader.as_millis(),
+        moved_two.as_millis(),
         changed.as_millis(),
         figures.done()
     );

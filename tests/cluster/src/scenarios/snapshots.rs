@@ -18,6 +18,8 @@ const VOLUME: &str = "s";
 const BLOCK: usize = 4096;
 /// Blocks of the volume: 16 MiB.
 const BLOCKS: usize = 4096;
+/// What directories themselves take, and `volume show` does not count.
+const DIRECTORY_BYTES: u64 = 64 << 10;
 const GUEST: &str = "r1-z1-n1";
 const FOLLOWER: &str = "r1-z3-n1";
 
@@ -213,6 +215,51 @@ async fn restores(dev: &Dev, guest: &mut Guest, image: &[u8]) -> Outcome<()> {
     guest.check_head("what was restored").await
 }
 
+/// Bytes below a directory as `du` counts them.
+async fn du(place: &Path) -> Outcome<u64> {
+    let output = tokio::process::Command::new("du").args(["-s", "-B1"]).arg(place).output().await;
+    let output = output.map_err(|error| format!("du: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let bytes = said.split_whitespace().next().and_then(|bytes| bytes.parse().ok());
+    bytes.filter(|_| output.status.success()).ok_or_else(|| format!("du of {}: '{said}'", place.display()))
+}
+
+/// What `volume show` tells of space is what `du` finds in each node's directory.
+async fn compare_with_du(dev: &Dev) -> Outcome<()> {
+    let shown = dev.command(&["volume", "show", VOLUME]).await?;
+    let mut compared = 0;
+    for replica in shown["replicas"].as_array().ok_or("there are no replicas")? {
+        let node = replica["node"].as_str().ok_or("a replica without a node")?;
+        let bytes = |key: &str| replica[key].as_u64().unwrap_or_default();
+        let (allocated, used, snapshots) =
+            (bytes("allocated_bytes"), bytes("used_bytes"), bytes("snapshot_bytes"));
+        let found = du(&dev.data_dir(node).join("store/replicas")).await?;
+        if found.abs_diff(allocated) > DIRECTORY_BYTES
+            || snapshots == 0
+            || snapshots >= used
+            || used > allocated
+        {
+            return Err(format!(
+                "{node} says {allocated} allocated, {used} used, {snapshots} of snapshots; du finds {found}"
+            ));
+        }
+        compared += 1;
+    }
+    if compared == 3 { Ok(()) } else { Err(format!("{compared} replicas were compared")) }
+}
+
+/// Compares once nothing moves any more: the cleaner may have work between the report and `du`.
+async fn told_is_true(dev: &Dev) -> Outcome<()> {
+    let until = Instant::now() + RECOVERY;
+    loop {
+        match compare_with_du(dev).await {
+            Ok(()) => return Ok(()),
+            Err(why) if Instant::now() > until => return Err(why),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
 /// Deletes what is left; the bytes that snapshots held before and the milliseconds until they are given back.
 async fn gives_back(dev: &Dev, guest: &mut Guest) -> Outcome<(u64, u128)> {
     guest.write(0, 256).await?;
@@ -221,6 +268,7 @@ async fn gives_back(dev: &Dev, guest: &mut Guest) -> Outcome<(u64, u128)> {
     let holds = |shown: &Value| sum_of(shown, "snapshot_bytes") > 0 && shown["snapshots"] == 2;
     let shown = dev.until(VOLUME, 2 * RECOVERY, "snapshots hold space", holds).await?;
     let held = sum_of(&shown, "snapshot_bytes");
+    told_is_true(dev).await?;
     refused(dev, &["volume", "delete", VOLUME, "--yes"], 4, &["attached"]).await?;
     let began = Instant::now();
     for name in ["s@two", "s@four"] {

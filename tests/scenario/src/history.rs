@@ -8,17 +8,17 @@
 //! The check is exact. It walks a block's events in order and keeps every state that some order of the operations
 //! under way allows; when none is left, the history is impossible.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch};
 
-use crate::random::mix;
+use crate::mix;
 
 /// What a block holds: the stamp of a write, or zeros.
-pub(crate) type Stamp = u64;
-pub(crate) const ZEROS: Stamp = 0;
+pub type Stamp = u64;
+const ZEROS: Stamp = 0;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum What {
@@ -28,10 +28,10 @@ enum What {
 
 /// When a moment was, and its place among all moments.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Moment {
+pub struct Moment {
     order: u64,
-    /// Virtual microseconds, for people.
-    pub(crate) at: u64,
+    /// Microseconds since the beginning, for people.
+    pub at: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ struct Operation {
 
 /// Names an operation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct OperationId(usize);
+pub struct OperationId(usize);
 
 #[derive(Default)]
 struct Inner {
@@ -59,11 +59,13 @@ struct Inner {
     stamp: Stamp,
     /// Writes that are not known to have happened.
     open: BTreeSet<OperationId>,
+    /// Nodes whose reads may be stale.
+    distrusted: BTreeSet<u64>,
 }
 
 /// Everything that guests did.
 #[derive(Default)]
-pub(crate) struct History(RefCell<Inner>);
+pub struct History(Mutex<Inner>);
 
 /// The content of a block for a stamp: every word tells block, stamp and place.
 fn content(block: u64, stamp: Stamp) -> [u8; BLOCK_BYTES] {
@@ -79,7 +81,7 @@ fn content(block: u64, stamp: Stamp) -> [u8; BLOCK_BYTES] {
 }
 
 /// The stamp that a block carries in front.
-pub(crate) fn stamp_of(data: &[u8]) -> Stamp {
+pub fn stamp_of(data: &[u8]) -> Stamp {
     let mut first = [0; 8];
     first.copy_from_slice(&data[..8]);
     u64::from_le_bytes(first)
@@ -100,9 +102,13 @@ impl Inner {
 }
 
 impl History {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A write begins; the data to write.
-    pub(crate) fn write(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> (OperationId, Bytes) {
-        let mut inner = self.0.borrow_mut();
+    pub fn write(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> (OperationId, Bytes) {
+        let mut inner = self.inner();
         let mut data = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);
         let mut what = Vec::with_capacity(range.count as usize);
         for block in range.blocks() {
@@ -116,29 +122,29 @@ impl History {
     }
 
     /// A trim or zero begins.
-    pub(crate) fn clear(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
-        let mut inner = self.0.borrow_mut();
+    pub fn clear(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
+        let mut inner = self.inner();
         let id = inner.begin(at, node, epoch, range, vec![What::Write(ZEROS); range.count as usize]);
         inner.open.insert(id);
         id
     }
 
     /// A write, trim or zero was acknowledged.
-    pub(crate) fn acknowledged(&self, at: u64, id: OperationId) {
-        let mut inner = self.0.borrow_mut();
+    pub fn acknowledged(&self, at: u64, id: OperationId) {
+        let mut inner = self.inner();
         let moment = inner.moment(at);
         inner.operations[id.0].acknowledged = Some(moment);
         inner.open.remove(&id);
     }
 
     /// A read begins.
-    pub(crate) fn read(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
-        self.0.borrow_mut().begin(at, node, epoch, range, Vec::new())
+    pub fn read(&self, at: u64, node: u64, epoch: Epoch, range: BlockRange) -> OperationId {
+        self.inner().begin(at, node, epoch, range, Vec::new())
     }
 
     /// A read was answered; what is wrong with the data by itself, if anything is.
-    pub(crate) fn answered(&self, at: u64, id: OperationId, data: &[u8]) -> Result<(), String> {
-        let mut inner = self.0.borrow_mut();
+    pub fn answered(&self, at: u64, id: OperationId, data: &[u8]) -> Result<(), String> {
+        let mut inner = self.inner();
         let moment = inner.moment(at);
         let last = inner.stamp;
         let operation = &mut inner.operations[id.0];
@@ -160,20 +166,42 @@ impl History {
     }
 
     /// A session of `epoch` is attached: no write of an older one counts from here on.
-    pub(crate) fn attached(&self, at: u64, epoch: Epoch) {
-        let mut inner = self.0.borrow_mut();
+    pub fn attached(&self, at: u64, epoch: Epoch) {
+        self.attached_again(at, epoch, &[]);
+    }
+
+    /// As [`Self::attached`], but for writes of older sessions that this one sends again under their numbers.
+    pub fn attached_again(&self, at: u64, epoch: Epoch, again: &[OperationId]) {
+        let mut inner = self.inner();
         let moment = inner.moment(at);
-        let older: Vec<OperationId> =
-            inner.open.iter().copied().filter(|id| inner.operations[id.0].epoch < epoch).collect();
+        let older = |id: &OperationId| inner.operations[id.0].epoch < epoch && !again.contains(id);
+        let older: Vec<OperationId> = inner.open.iter().copied().filter(older).collect();
+        for id in again {
+            inner.operations[id.0].epoch = epoch;
+        }
         for id in older {
             inner.operations[id.0].not_after = Some(moment);
             inner.open.remove(&id);
         }
     }
 
+    /// Reads of this node may be stale: its clock keeps no bound, and leases rest on that. They must still show what
+    /// was once written there, and everything else counts as ever.
+    pub fn allow_stale_reads(&self, node: u64) {
+        self.inner().distrusted.insert(node);
+    }
+
+    /// The first stamp of a write; zeros of everything else.
+    pub fn stamp(&self, id: OperationId) -> Stamp {
+        match self.inner().operations[id.0].what.first() {
+            Some(What::Write(stamp)) => *stamp,
+            _ => ZEROS,
+        }
+    }
+
     /// Blocks that were ever written, in order.
-    pub(crate) fn blocks(&self) -> Vec<u64> {
-        let inner = self.0.borrow();
+    pub fn blocks(&self) -> Vec<u64> {
+        let inner = self.inner();
         let written = inner.operations.iter().filter(|o| matches!(o.what.first(), Some(What::Write(_))));
         let blocks: BTreeSet<u64> =
             written.flat_map(|operation| operation.range.blocks().map(|block| block.0)).collect();
@@ -181,8 +209,8 @@ impl History {
     }
 
     /// The write that a stamp is of, for people.
-    pub(crate) fn who_wrote(&self, stamp: Stamp) -> String {
-        let inner = self.0.borrow();
+    pub fn who_wrote(&self, stamp: Stamp) -> String {
+        let inner = self.inner();
         let writer = inner.operations.iter().enumerate().find(|(_, o)| o.what.contains(&What::Write(stamp)));
         match writer {
             Some((number, o)) if stamp != ZEROS => format!(
@@ -197,8 +225,8 @@ impl History {
     }
 
     /// Acknowledged operations, and writes whose outcome stayed unknown.
-    pub(crate) fn counts(&self) -> (usize, usize) {
-        let inner = self.0.borrow();
+    pub fn counts(&self) -> (usize, usize) {
+        let inner = self.inner();
         let done = inner.operations.iter().filter(|o| o.acknowledged.is_some()).count();
         let unknown = inner
             .operations
@@ -208,11 +236,15 @@ impl History {
     }
 
     /// Whether a disk could have behaved so; else what shows that it could not.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        let inner = self.0.borrow();
+    pub fn check(&self) -> Result<(), String> {
+        let inner = self.inner();
         let mut by_block: BTreeMap<u64, Vec<Event>> = BTreeMap::new();
         for (number, operation) in inner.operations.iter().enumerate() {
+            let may_be_stale = inner.distrusted.contains(&operation.node);
             for (block, what) in operation.range.blocks().zip(&operation.what) {
+                if may_be_stale && matches!(what, What::Read(_)) {
+                    continue;
+                }
                 let events = by_block.entry(block.0).or_default();
                 events.push(Event { order: operation.began.order, number, what: *what, step: Step::Began });
                 let end = match (operation.acknowledged, operation.not_after) {
@@ -394,6 +426,21 @@ mod tests {
         history.acknowledged(8, b);
         read(&history, 9, OLD, &first);
         assert!(history.check().is_err());
+    }
+
+    #[test]
+    fn only_reads_may_be_stale_where_that_is_allowed() {
+        let history = History::default();
+        history.allow_stale_reads(1);
+        let (a, first) = history.write(1, 1, OLD, BLOCK);
+        history.acknowledged(2, a);
+        let (b, _) = history.write(3, 1, OLD, BLOCK);
+        history.acknowledged(4, b);
+        read(&history, 5, OLD, &first);
+        assert_eq!(history.check(), Ok(()));
+        let id = history.read(6, 2, OLD, BLOCK);
+        history.answered(7, id, &first).expect("a well-formed block");
+        assert!(history.check().is_err(), "a write was lost");
     }
 
     #[test]

@@ -1,0 +1,39 @@
+//! INV-MEMBER: who votes after the next change of a volume's voters. Pure, so that it can be attacked with every order
+//! of moves, joins and departures.
+
+use holdfast_types::{ReplicaId, StoreId};
+
+use super::{ReplicaPhase, ReplicaRecord, VolumeRecord};
+
+/// The voters after the next change: those that are to vote, `joining` if one joins, and as many of those that leave as
+/// are needed to have `wanted` voters. Two replicas that are moved at once do not leave before both have their
+/// successors. `voting` are the voters of the group now, of every configuration.
+///
+/// One that leaves and whose successor stands on its own store stays only as long as the group says so: it has to give
+/// way before its successor can be made, and is not counted on. Those whose store answers stay before others do.
+pub fn target_voters(
+    record: &VolumeRecord,
+    voting: &[ReplicaId],
+    joining: Option<ReplicaId>,
+    wanted: usize,
+    answers: impl Fn(&ReplicaRecord) -> bool,
+) -> Vec<ReplicaId> {
+    let phase = |phase| record.replicas.iter().filter(move |replica| replica.phase == phase);
+    let mut target: Vec<ReplicaId> = phase(ReplicaPhase::Voter).map(|replica| replica.id).collect();
+    target.extend(joining);
+    let stays = |replica: &&ReplicaRecord| voting.contains(&replica.id) && !gives_way(record, replica);
+    let missing = wanted.saturating_sub(target.len());
+    let mut leaving: Vec<&ReplicaRecord> = phase(ReplicaPhase::Leaving).filter(stays).collect();
+    leaving.sort_by_key(|replica| !answers(replica));
+    target.extend(leaving.into_iter().take(missing).map(|replica| replica.id));
+    target
+}
+
+/// Whether another replica joins on the store of this one, which leaves: this one has to go first.
+pub fn gives_way(record: &VolumeRecord, leaving: &ReplicaRecord) -> bool {
+    joins_on(record, leaving.store) && leaving.phase == ReplicaPhase::Leaving
+}
+
+fn joins_on(record: &VolumeRecord, store: StoreId) -> bool {
+    record.replicas.iter().any(|replica| replica.phase == ReplicaPhase::Joining && replica.store == store)
+}
