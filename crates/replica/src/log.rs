@@ -80,7 +80,11 @@ impl RaftLogReader<Types> for Log {
             Bound::Excluded(index) => *index,
             Bound::Unbounded => u64::MAX,
         };
+        let wanted_end = to_exclusive;
         let (mut from, to_exclusive) = self.clip(from, to_exclusive);
+        if wanted_end != u64::MAX {
+            self.is_there(from.max(to_exclusive), wanted_end)?;
+        }
         let mut out = Vec::new();
         while from < to_exclusive {
             let part = self.read_some(from, to_exclusive, limits::LOG_TAIL_BYTES_MAX).await?;
@@ -197,10 +201,14 @@ mod tests {
             let mut log = Log::new(group, Rc::default(), Stall::new().0);
             // Nobody misses what was never appended.
             assert!(log.limited_get_log_entries(1, 2).await.expect("reads").is_empty());
+            assert!(log.try_get_log_entries(1..2).await.expect("reads").is_empty());
             journal.stop(&StoreError::Failed("a flush failed".into()));
             let missing = log.limited_get_log_entries(1, 2).await.expect_err("it is missing");
             assert!(missing.to_string().contains("a flush failed"), "{missing}");
             assert!(log.limited_get_log_entries(1, 1).await.expect("asks for nothing").is_empty());
+            // What is applied is read this way.
+            let missing = log.try_get_log_entries(1..2).await.expect_err("it is missing");
+            assert!(missing.to_string().contains("a flush failed"), "{missing}");
         });
     }
 }

@@ -37,6 +37,18 @@ const TIMER_SLACK: u64 = MILLISECOND;
 pub(crate) type Owner = u32;
 pub(crate) const WORLD: Owner = 0;
 
+thread_local! {
+    /// Where the last panic came from.
+    static PANICKED_AT: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Panics end simulated daemons and are told of as violations: nothing else prints them.
+pub(crate) fn remember_where_panics_are() {
+    std::panic::set_hook(Box::new(|panic| {
+        PANICKED_AT.set(panic.location().map(ToString::to_string).unwrap_or_default());
+    }));
+}
+
 /// A node's clock against true time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Clock {
@@ -325,7 +337,8 @@ impl Executor {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         let text = text.unwrap_or_else(|| "a panic without a message".to_owned());
-        self.panics.borrow_mut().push(format!("boot {owner}: {text}"));
+        let place = PANICKED_AT.take();
+        self.panics.borrow_mut().push(format!("boot {owner}, {place}: {text}"));
     }
 
     /// Does the next thing, if there is one not later than `until`.

@@ -185,7 +185,7 @@ fn print_marks(marks: &BTreeMap<&'static str, u64>) {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     trace::install_subscriber(arguments.trace.is_some());
-    std::panic::set_hook(Box::new(|_| {}));
+    executor::remember_where_panics_are();
     plant(&arguments.plant);
     if arguments.list_scenarios {
         scenario::list();

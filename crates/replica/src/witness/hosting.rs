@@ -97,6 +97,7 @@ impl Host {
             machine,
             defaults,
             fault: RefCell::default(),
+            looks: Cell::new(0),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
         });

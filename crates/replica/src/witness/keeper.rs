@@ -60,6 +60,7 @@ pub(super) async fn keep_log(witness: Weak<Witness>, host: Weak<Host>) {
             *this.fault.borrow_mut() = Some(format!("it makes no more checkpoints: {error}"));
             return;
         }
+        this.looks.set(this.looks.get() + 1);
         drop(host);
         this.wait(&journal).await;
     }

@@ -109,6 +109,7 @@ pub struct Witness {
     defaults: Timers,
     /// Why it makes no more checkpoints.
     fault: RefCell<Option<String>>,
+    looks: Cell<u64>,
     stopped: Notify,
     is_stopped: Cell<bool>,
 }
@@ -127,6 +128,11 @@ impl Witness {
     /// Payload that its log holds, in bytes.
     pub fn held_bytes(&self) -> u64 {
         self.group.log().held_bytes()
+    }
+
+    /// How often it has looked what may go from its log since it runs.
+    pub fn looks(&self) -> u64 {
+        self.looks.get()
     }
 
     /// Why the replica does not do its work any more and must be replaced; a store that failed is another matter.
