@@ -104,6 +104,13 @@ const MUTANTS: &[Mutant] = &[
         "destroyed_file::tests::either_copy_is_as_new_as_what_was_answered",
     ),
     ("move-unflushed-home", "INV-ACK", "volume", "crashes::what_is_not_flushed_is_not_moved_home"),
+    ("home-before-commit", "INV-STAGE", "volume", CUT_CLEANING),
+    (
+        "commit-out-of-turn",
+        "INV-ACK",
+        "full_journal",
+        "what_overtakes_the_line_calls_nothing_committed_that_stands_in_it",
+    ),
     ("checkpoint-before-home-flush", "INV-ACK", "volume", CUT_CLEANING),
     (
         "forget-hidden-runs",

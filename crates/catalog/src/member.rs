@@ -100,7 +100,7 @@ impl Member {
         if !fresh {
             reaches(&log, &checkpoint.clone().unwrap_or_default()).map_err(failed)?;
         }
-        let position = Position::recovered(checkpoint.as_ref(), log.last());
+        let position = Position::recovered(checkpoint.as_ref(), log.committed());
         let position = Rc::new(position.map_err(failed)?);
         let machine = CatalogMachine::open(host.identity().cluster, file).map_err(failed)?;
         let inner = Rc::new(machine.clone());

@@ -318,7 +318,7 @@ impl Host {
             let why = "its layers are not those of its checkpoint's state: replace the replica";
             return Err(GroupError::Stopped(why.into()));
         }
-        let position = Rc::new(Position::recovered(Some(&checkpoint), log.last())?);
+        let position = Rc::new(Position::recovered(Some(&checkpoint), log.committed())?);
         observed(|observer| observer.installed(id, checkpoint.id, &checkpoint.state));
         // What the checkpoint tells; what the log tells beyond it is taken up like any change.
         let defaults = self.environment.timers;

@@ -92,20 +92,23 @@ pub struct Position {
     membership: RefCell<StoredMembership>,
     /// INV-STAGE: the home file may hold blocks of entries up to here; below it nothing is served.
     lasting_floor: Cell<LogIndex>,
-    /// As `lasting_floor`, for entries of the recovered log; truncation lowers it, since a truncated entry was
-    /// never applied.
+    /// As `lasting_floor`, for entries of the recovered log. What had come home is known to be committed, so the replica
+    /// applies up to here by itself, even where nobody could commit anything.
     recovered_floor: Cell<LogIndex>,
     changed: Notify,
 }
 
 impl Position {
-    /// A replica that starts from `checkpoint`, with a recovered log that ends at `last`.
-    pub fn recovered(checkpoint: Option<&Checkpoint>, last: Option<EntryId>) -> Result<Self, StoreError> {
+    /// A replica that starts from `checkpoint`, with a recovered log that is known to be committed up to `committed`.
+    pub fn recovered(
+        checkpoint: Option<&Checkpoint>,
+        committed: Option<EntryId>,
+    ) -> Result<Self, StoreError> {
         let position = Self::default();
         if let Some(checkpoint) = checkpoint {
             position.set_checkpoint(checkpoint)?;
         }
-        position.recovered_floor.set(last.map_or(LogIndex::ZERO, |id| id.index));
+        position.recovered_floor.set(committed.map_or(LogIndex::ZERO, |id| id.index));
         Ok(position)
     }
 

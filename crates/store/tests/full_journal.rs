@@ -199,3 +199,42 @@ fn a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next_on(en
         assert!(told.is_ok(), "nothing changes in a full journal: who missed it would sleep");
     });
 }
+
+#[test]
+fn what_overtakes_the_line_calls_nothing_committed_that_stands_in_it() {
+    ENGINES.into_iter().for_each(what_overtakes_the_line_calls_nothing_committed_that_stands_in_it_on);
+}
+
+/// A new leader's entries, which are committed elsewhere, stand in line behind the truncation that makes room for them,
+/// when what is known to be committed is written out of turn and the process ends.
+fn what_overtakes_the_line_calls_nothing_committed_that_stands_in_it_on(engine: IoEngine) {
+    let place = tempfile::tempdir().expect("a place");
+    let anew = |index| EntryId { term: Term(2), ..id(index) };
+    let cut = holdfast_env::real::run(async {
+        let (journal, _) = open(place.path(), engine).await;
+        let log = begin(&journal).await;
+        let durable = fill(&log, 1).await;
+        assert!(durable >= 20, "only {durable} were written");
+        let cut = durable - 5;
+        let truncating = log.clone();
+        holdfast_env::spawn("truncation", async move {
+            // The process ends while it stands in line.
+            drop(truncating.truncate_after(Some(LogIndex(cut - 1))).await);
+        });
+        while log.last().is_some_and(|last| last.index.0 >= cut) {
+            holdfast_env::yield_now().await;
+        }
+        for index in cut..cut + 4 {
+            log.append(vec![LogEntry { id: anew(index), ..entry(index) }], Box::new(|_| {}));
+        }
+        log.note_committed(anew(cut + 3));
+        within("what is committed", log.keep_committed(LogIndex(cut + 3))).await.expect("is written");
+        cut
+    });
+    holdfast_env::real::run(async {
+        let (_journal, recovered) = open(place.path(), engine).await;
+        let log = recovered.expect("a log").log;
+        let known = log.committed().expect("something is committed");
+        assert!(known.index.0 < cut || known.term == Term(2), "{known:?} was never committed: cut at {cut}");
+    });
+}

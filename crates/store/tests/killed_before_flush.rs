@@ -188,6 +188,9 @@ impl holdfast_store::volume::PayloadSource for Nothing {
     ) -> LocalBoxFuture<'static, Result<Bytes, holdfast_store::StoreError>> {
         unreachable!("nothing was written")
     }
+    fn keep_committed(&self, _: LogIndex) -> LocalBoxFuture<'static, Result<(), holdfast_store::StoreError>> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 #[test]

@@ -5,6 +5,10 @@
 //! that it must not show itself, and it must not come and go. So one check holds everything that is promised: no
 //! acknowledged write is lost, no read is stale, no write of an older epoch counts after a newer one was attached.
 //!
+//! That a session was attached shows itself by its operations only. So what is demanded is an order in which no write of
+//! an older epoch comes after an operation of a newer one. The former holder may still read, until its lease ends, what
+//! was before a write of its own that nobody has acknowledged.
+//!
 //! The check is exact. It walks a block's events in order and keeps every state that some order of the operations
 //! under way allows; when none is left, the history is impossible.
 
@@ -239,6 +243,7 @@ impl History {
     pub fn check(&self) -> Result<(), String> {
         let inner = self.inner();
         let mut by_block: BTreeMap<u64, Vec<Event>> = BTreeMap::new();
+        let newer = inner.first_shown();
         for (number, operation) in inner.operations.iter().enumerate() {
             let may_be_stale = inner.distrusted.contains(&operation.node);
             for (block, what) in operation.range.blocks().zip(&operation.what) {
@@ -246,17 +251,26 @@ impl History {
                     continue;
                 }
                 let events = by_block.entry(block.0).or_default();
-                events.push(Event { order: operation.began.order, number, what: *what, step: Step::Began });
-                let end = match (operation.acknowledged, operation.not_after) {
-                    // An acknowledgement that came after a newer session was attached: it happened before that.
-                    (Some(at), not_after) => {
-                        Some((not_after.map_or(at, |bound| bound.min(at)), Step::Happened))
-                    }
-                    (None, Some(at)) => Some((at, Step::Expired)),
+                let epoch = operation.epoch;
+                events.push(Event {
+                    order: operation.began.order,
+                    number,
+                    epoch,
+                    what: *what,
+                    step: Step::Began,
+                });
+                let newer = newer.get(&block.0).map_or(&[][..], Vec::as_slice);
+                let shown = operation.not_after.and_then(|_| shown_by(newer, operation.epoch));
+                // The former holder may go on, in vain.
+                let shown = shown.map(|shown| shown.max(operation.began));
+                let end = match (operation.acknowledged, shown) {
+                    // An acknowledgement that came after a newer session showed itself: it happened before that.
+                    (Some(at), shown) => Some((shown.map_or(at, |shown| shown.min(at)), Step::Happened)),
+                    (None, Some(shown)) => Some((shown, Step::Expired)),
                     (None, None) => None,
                 };
                 if let Some((at, step)) = end {
-                    events.push(Event { order: at.order, number, what: *what, step });
+                    events.push(Event { order: at.order, number, epoch, what: *what, step });
                 }
             }
         }
@@ -283,44 +297,90 @@ enum Step {
 struct Event {
     order: u64,
     number: usize,
+    epoch: Epoch,
     what: What,
     step: Step,
+}
+
+/// When an epoch had first shown itself on a block by an operation that has ended, per epoch.
+type Shown = Vec<(Epoch, Moment)>;
+
+/// When an epoch newer than this one had first shown itself.
+fn shown_by(shown: &[(Epoch, Moment)], epoch: Epoch) -> Option<Moment> {
+    shown.iter().filter(|(other, _)| *other > epoch).map(|(_, at)| *at).min()
 }
 
 /// Operations under way at once on one block, at most.
 const UNDER_WAY_MAX: usize = 64;
 
-/// A state that is possible: what the block holds, and which of the operations under way have happened.
-type Possible = (Stamp, u64);
+/// A state that is possible.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Possible {
+    /// What the block holds.
+    value: Stamp,
+    /// Which of the operations under way have happened.
+    happened: u64,
+    /// The newest epoch of which anything has happened: no write of an older one does any more.
+    newest: Epoch,
+}
+
+impl Possible {
+    fn after(self, place: usize, operation: &UnderWay) -> Self {
+        let value = match operation.what {
+            What::Write(stamp) | What::Read(stamp) => stamp,
+        };
+        Self { value, happened: self.happened | 1 << place, newest: self.newest.max(operation.epoch) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct UnderWay {
+    number: usize,
+    epoch: Epoch,
+    what: What,
+}
 
 struct Walk {
-    under_way: Vec<Option<(usize, What)>>,
+    under_way: Vec<Option<UnderWay>>,
     possible: BTreeSet<Possible>,
 }
 
 impl Walk {
-    /// Reads that see what they answered may happen at once: that rules nothing out.
-    fn with_reads(&self, (value, mut happened): Possible) -> Possible {
-        for (place, operation) in self.under_way.iter().enumerate() {
-            if matches!(operation, Some((_, What::Read(stamp))) if *stamp == value) {
-                happened |= 1 << place;
-            }
+    /// Operations that have not happened in a state, and could.
+    fn open(&self, state: Possible) -> impl Iterator<Item = (usize, &UnderWay)> {
+        let all = self.under_way.iter().enumerate();
+        let all = all.filter_map(|(place, operation)| Some((place, operation.as_ref()?)));
+        all.filter(move |(place, operation)| {
+            let could = match operation.what {
+                What::Write(_) => operation.epoch >= state.newest,
+                What::Read(stamp) => stamp == state.value,
+            };
+            could && state.happened & (1 << place) == 0
+        })
+    }
+
+    /// Reads that see what they answered may happen at once where that rules nothing out.
+    fn with_reads(&self, mut state: Possible) -> Possible {
+        let oldest =
+            self.open(state).filter(|(_, o)| matches!(o.what, What::Write(_))).map(|(_, o)| o.epoch).min();
+        let reads = self.open(state).filter(|(_, o)| matches!(o.what, What::Read(_)));
+        let free = reads.filter(|(_, o)| oldest.is_none_or(|oldest| o.epoch <= oldest.max(state.newest)));
+        let free: Vec<(usize, UnderWay)> = free.map(|(place, operation)| (place, *operation)).collect();
+        for (place, operation) in free {
+            state = state.after(place, &operation);
         }
-        (value, happened)
+        state
     }
 
     /// Every state that operations under way may lead to.
     fn spread(&mut self) {
-        let mut pending: Vec<Possible> = self.possible.iter().map(|p| self.with_reads(*p)).collect();
+        let mut pending: Vec<Possible> = self.possible.iter().map(|state| self.with_reads(*state)).collect();
         let mut all: BTreeSet<Possible> = pending.iter().copied().collect();
-        while let Some((_, happened)) = pending.pop() {
-            for (place, operation) in self.under_way.iter().enumerate() {
-                let Some((_, What::Write(stamp))) = operation else { continue };
-                if happened & (1 << place) == 0 {
-                    let next = self.with_reads((*stamp, happened | (1 << place)));
-                    if all.insert(next) {
-                        pending.push(next);
-                    }
+        while let Some(state) = pending.pop() {
+            for (place, operation) in self.open(state) {
+                let next = self.with_reads(state.after(place, operation));
+                if all.insert(next) {
+                    pending.push(next);
                 }
             }
         }
@@ -328,12 +388,13 @@ impl Walk {
     }
 
     fn place_of(&self, number: usize) -> Option<usize> {
-        self.under_way.iter().position(|operation| operation.is_some_and(|(n, _)| n == number))
+        self.under_way.iter().position(|operation| operation.is_some_and(|other| other.number == number))
     }
 }
 
 fn check_block(events: &[Event]) -> Result<(), Event> {
-    let mut walk = Walk { under_way: Vec::new(), possible: BTreeSet::from([(ZEROS, 0)]) };
+    let start = Possible { value: ZEROS, happened: 0, newest: Epoch(0) };
+    let mut walk = Walk { under_way: Vec::new(), possible: BTreeSet::from([start]) };
     for event in events {
         if event.step == Step::Began {
             let free = walk.under_way.iter().position(Option::is_none);
@@ -344,15 +405,19 @@ fn check_block(events: &[Event]) -> Result<(), Event> {
             if place == walk.under_way.len() {
                 walk.under_way.push(None);
             }
-            walk.under_way[place] = Some((event.number, event.what));
+            walk.under_way[place] =
+                Some(UnderWay { number: event.number, epoch: event.epoch, what: event.what });
             continue;
         }
         let Some(place) = walk.place_of(event.number) else { return Err(*event) };
         walk.spread();
         let bit = 1 << place;
-        let kept =
-            walk.possible.iter().filter(|(_, happened)| event.step == Step::Expired || happened & bit != 0);
-        walk.possible = kept.map(|(value, happened)| (*value, happened & !bit)).collect();
+        let kept = walk
+            .possible
+            .iter()
+            .filter(|state| event.step == Step::Expired || state.happened & bit != 0)
+            .map(|state| Possible { happened: state.happened & !bit, ..*state });
+        walk.possible = kept.collect();
         walk.under_way[place] = None;
         if walk.possible.is_empty() {
             return Err(*event);
@@ -362,6 +427,29 @@ fn check_block(events: &[Event]) -> Result<(), Event> {
 }
 
 impl Inner {
+    /// Per block and epoch, the end of the first operation that ended.
+    fn first_shown(&self) -> BTreeMap<u64, Shown> {
+        let mut first: BTreeMap<(u64, Epoch), Moment> = BTreeMap::new();
+        for operation in self.operations.iter().filter(|operation| !operation.what.is_empty()) {
+            let is_read = matches!(operation.what.first(), Some(What::Read(_)));
+            let Some(at) = operation.acknowledged else { continue };
+            if is_read && self.distrusted.contains(&operation.node) {
+                continue;
+            }
+            for block in operation.range.blocks() {
+                first
+                    .entry((block.0, operation.epoch))
+                    .and_modify(|known| *known = at.min(*known))
+                    .or_insert(at);
+            }
+        }
+        let mut out: BTreeMap<u64, Shown> = BTreeMap::new();
+        for ((block, epoch), at) in first {
+            out.entry(block).or_default().push((epoch, at));
+        }
+        out
+    }
+
     fn explain(&self, block: u64, events: &[Event], at: &Event) -> String {
         let place = events.iter().position(|event| event.order == at.order && event.number == at.number);
         let upto = place.unwrap_or(0);
@@ -459,6 +547,45 @@ mod tests {
         assert_eq!(late.check(), Ok(()));
         read(&late, 6, NEW, &unknown);
         assert!(late.check().is_err(), "it landed late");
+    }
+
+    #[test]
+    fn a_former_holder_may_read_what_was_before_its_own_write_that_nobody_acknowledged() {
+        let history = History::default();
+        let (a, data) = history.write(1, 1, OLD, BLOCK);
+        history.attached(3, NEW);
+        let by_new = history.read(4, 2, NEW, BLOCK);
+        read(&history, 5, OLD, &[0; BLOCK_BYTES]);
+        history.acknowledged(7, a);
+        history.answered(8, by_new, &data).expect("a well-formed block");
+        assert_eq!(history.check(), Ok(()));
+        read(&history, 9, OLD, &[0; BLOCK_BYTES]);
+        assert!(history.check().is_err(), "it is acknowledged now");
+    }
+
+    #[test]
+    fn nothing_of_an_older_epoch_comes_after_what_a_newer_one_has_done() {
+        let history = History::default();
+        let (_, unknown) = history.write(1, 1, OLD, BLOCK);
+        history.attached(3, NEW);
+        let (b, _) = history.write(4, 2, NEW, BLOCK);
+        history.acknowledged(5, b);
+        // The session before is attached still, and sees its own write over the newer one.
+        read(&history, 6, OLD, &unknown);
+        assert!(history.check().is_err(), "it landed late");
+    }
+
+    #[test]
+    fn what_a_former_holder_begins_after_that_never_happens() {
+        let history = History::default();
+        history.attached(1, NEW);
+        let (a, _) = history.write(2, 2, NEW, BLOCK);
+        history.acknowledged(3, a);
+        let (_, late) = history.write(4, 1, OLD, BLOCK);
+        history.attached(5, Epoch(3));
+        assert_eq!(history.check(), Ok(()));
+        read(&history, 6, Epoch(3), &late);
+        assert!(history.check().is_err());
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Host {
         let checkpoint = file.newest().checkpoint;
         let state = VolumeState::decode(&checkpoint.state)
             .map_err(|error| GroupError::Stopped(format!("the checkpoint's state is damaged: {error}")))?;
-        let position = Rc::new(Position::recovered(Some(&checkpoint), log.last())?);
+        let position = Rc::new(Position::recovered(Some(&checkpoint), log.committed())?);
         let defaults = self.environment().timers;
         let environment = self.environment().with_timers(state.timers().with_defaults(defaults).run(), fresh);
         let machine = WitnessMachine::new(state, file);

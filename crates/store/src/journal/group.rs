@@ -68,6 +68,8 @@ pub(super) struct Group {
     pub(super) cached_bytes: usize,
     /// Payload of the entries, in memory or not.
     pub(super) held_bytes: u64,
+    /// What is durably known to be committed, as far as it was asked for.
+    pub(super) committed_kept: LogIndex,
     /// Nobody purges it: its replica does not run.
     pub(super) parked: bool,
     /// Entries before this index have no payload in memory.
@@ -77,6 +79,19 @@ pub(super) struct Group {
 impl Group {
     pub(super) fn last(&self) -> Option<EntryId> {
         self.entries.back().map(|meta| meta.id).or(self.state.purged)
+    }
+    /// What is known to be committed and may be written out of turn. What overtakes the line must not speak of entries that
+    /// stand in it: after a crash it would be about those which they were to replace.
+    pub(super) fn committed_and_flushed(&self) -> LogIndex {
+        if planted("commit-out-of-turn") {
+            self.state.committed
+        } else {
+            self.state.committed.min(self.flushed)
+        }
+    }
+    /// The state as it is written, now or out of turn.
+    pub(super) fn state_to_write(&self, truncate_from: Option<LogIndex>) -> GroupState {
+        GroupState { truncate_from, committed: self.committed_and_flushed(), ..self.state.clone() }
     }
     pub(super) fn get(&self, index: LogIndex) -> Option<&Meta> {
         let at = index.0.checked_sub(self.first)?;
@@ -232,7 +247,7 @@ impl GroupLog {
         if !self.journal.0.groups.borrow().contains_key(&self.who) {
             return Err(StoreError::Failed("the group was dropped".into()));
         }
-        let state = GroupState { truncate_from, ..self.group.borrow().state.clone() };
+        let state = self.group.borrow().state_to_write(truncate_from);
         let (sender, receiver) = oneshot::channel();
         self.journal.removed(&removed);
         let removed = if planted("release-at-once") {
@@ -339,6 +354,25 @@ impl GroupLog {
     pub fn note_committed(&self, id: EntryId) {
         let mut group = self.group.borrow_mut();
         group.state.committed = group.state.committed.max(id.index);
+    }
+
+    /// Knows that everything up to `index` is committed; durable when it returns. A full journal has room for it: cleaning,
+    /// which makes room, waits for this.
+    pub async fn keep_committed(&self, index: LogIndex) -> Result<(), StoreError> {
+        let known = {
+            let mut group = self.group.borrow_mut();
+            // What lies beyond is not durable here, and comes from others again.
+            let known = index.min(group.flushed);
+            if group.committed_kept >= known || planted("home-before-commit") {
+                return Ok(());
+            }
+            group.state.committed = group.state.committed.max(known);
+            known
+        };
+        self.write_state(None, true, Vec::new()).await?;
+        let mut group = self.group.borrow_mut();
+        group.committed_kept = group.committed_kept.max(known);
+        Ok(())
     }
 
     /// The highest entry known to be committed, if the log still knows it.
@@ -466,6 +500,13 @@ impl crate::volume::PayloadSource for GroupLog {
     ) -> futures_util::future::LocalBoxFuture<'static, Result<Bytes, StoreError>> {
         let log = self.clone();
         Box::pin(async move { Self::read_payload(&log, index, block, blocks).await })
+    }
+    fn keep_committed(
+        &self,
+        index: LogIndex,
+    ) -> futures_util::future::LocalBoxFuture<'static, Result<(), StoreError>> {
+        let log = self.clone();
+        Box::pin(async move { Self::keep_committed(&log, index).await })
     }
     fn evict_hint(&self) {
         self.group.borrow_mut().evict();

@@ -59,7 +59,7 @@ impl GroupLog {
         }
         let record = {
             let mut group = self.group.borrow_mut();
-            let committed = group.state.committed;
+            let committed = group.committed_and_flushed();
             let Some(meta) = group.get_mut(id.index).filter(|meta| meta.id == id) else { return Ok(false) };
             let is_it =
                 meta.payload_bytes as usize == payload.len() && crc32fast::hash(&payload) == meta.payload_crc;

@@ -98,7 +98,7 @@ impl Journal {
                 if !group.parked || !meta.durable {
                     return None;
                 }
-                let mut entry = meta.record(group.state.committed, true);
+                let mut entry = meta.record(group.committed_and_flushed(), true);
                 entry.damaged = meta.faulty;
                 out.push(Leaving { who: *who, entry, place });
             }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use holdfast_env::Instant;
 use holdfast_env::disk::{ALIGNMENT, Durability};
 
-use super::format::{self, GroupState, List, Record};
+use super::format::{self, List, Record};
 use super::group::{Done, Meta};
 use super::{HUNG_AFTER, Journal, planted, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
@@ -519,8 +519,8 @@ impl Journal {
         let groups = self.0.groups.borrow();
         match record {
             Record::State(who, queued) => {
-                let now = groups.get(&who)?.borrow().state.clone();
-                Some(Record::State(who, GroupState { truncate_from: queued.truncate_from, ..now }))
+                let now = groups.get(&who)?.borrow().state_to_write(queued.truncate_from);
+                Some(Record::State(who, now))
             }
             Record::Entry(who, entry) => {
                 let group = groups.get(&who)?.borrow();
@@ -719,11 +719,11 @@ impl Journal {
         for (who, group) in self.0.groups.borrow().iter() {
             let group = group.borrow();
             if group.state_segment == Some(segment) {
-                out.push(Record::State(*who, group.state.clone()));
+                out.push(Record::State(*who, group.state_to_write(None)));
             }
             for meta in &group.entries {
                 if meta.payload_bytes == 0 && meta.place.is_some_and(|place| place.segment == segment) {
-                    out.push(Record::Entry(*who, meta.record(group.state.committed, true)));
+                    out.push(Record::Entry(*who, meta.record(group.committed_and_flushed(), true)));
                 }
             }
         }

@@ -45,6 +45,8 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("destroyed-in-one-copy", "what was destroyed is forgotten when one copy rots"),
     // The cleaner.
     ("move-unflushed-home", "a block is home of which the journal knows nothing"),
+    ("home-before-commit", "a block is home that nothing durable calls committed"),
+    ("commit-out-of-turn", "what overtakes the line calls entries committed that stand in it"),
     ("checkpoint-before-home-flush", "a checkpoint says home what was never flushed"),
     ("forget-hidden-runs", "a block is served of which an older version never came home"),
     ("trim-leaves-no-mark", "a chunk changes and its mark does not"),

@@ -245,6 +245,7 @@ impl VolumeData {
         }
         self.write_owed_copies().await?;
         self.raise_floor(applied).await?;
+        self.0.payloads.keep_committed(applied.min(self.0.payloads.flushed())).await?;
         // Who reads home now looks again if it does not match.
         self.changed();
         let mut lines = BTreeMap::new();

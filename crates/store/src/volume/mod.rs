@@ -72,6 +72,9 @@ pub trait PayloadSource {
         block: u32,
         blocks: u32,
     ) -> LocalBoxFuture<'static, Result<Bytes, StoreError>>;
+    /// Knows, durably when it returns, that everything up to `index` is committed: what may stand at home after a crash is
+    /// repeated at the start, without anybody's help (INV-STAGE).
+    fn keep_committed(&self, index: LogIndex) -> LocalBoxFuture<'static, Result<(), StoreError>>;
     /// A good moment to drop payloads from memory.
     fn evict_hint(&self) {}
 }

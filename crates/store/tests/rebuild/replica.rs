@@ -37,6 +37,9 @@ impl PayloadSource for Log {
         let found = found.map(|whole| whole.slice(from..from + bytes));
         Box::pin(async move { found.ok_or_else(|| StoreError::Failed("no such entry".into())) })
     }
+    fn keep_committed(&self, _: LogIndex) -> LocalBoxFuture<'static, Result<(), StoreError>> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// The state at an index, which is applied and durable.

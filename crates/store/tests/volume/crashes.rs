@@ -179,6 +179,9 @@ fn cleaned_before_the_flush(image: &Image) -> Result<(), String> {
     live(&disk, &reference, 1, |replica| async move {
         replica.submit(command(What::Write, 0, 8));
         replica.flushed().await;
+        // Else this is what waits for the disk.
+        let known = replica.log.keep_committed(replica.log.flushed()).await;
+        known.map_err(|error| error.to_string())?;
         // Later than the closing mark of the journal.
         holdfast_env::sleep(Duration::from_secs(1)).await;
         slow.at(slow.operations(), Fault::Hang(Duration::from_secs(60)));
@@ -196,6 +199,11 @@ fn what_is_not_flushed_is_not_moved_home() {
     plant(&["move-unflushed-home"]);
     assert!(cleaned_before_the_flush(&image).is_err());
     plant(&[]);
+}
+
+#[test]
+fn what_comes_home_is_known_to_be_committed() {
+    assert!(is_noticed("home-before-commit"));
 }
 
 #[test]

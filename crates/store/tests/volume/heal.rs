@@ -177,8 +177,9 @@ fn home_writes_that_are_lost_or_misdirected_are_found_and_healed() {
             replica.submit(write(BLOCK, 1));
             replica.flushed().await;
             let right = content(&replica, BLOCK).await;
-            // The chunk has its room already: the cleaner takes room for the manifest, and then writes the block.
-            disk.at(disk.operations() + 1, fault);
+            // The chunk has its room already: the cleaner takes room for the manifest, the journal says what is committed, and
+            // then comes the block.
+            disk.at(disk.operations() + 2, fault);
             replica.clean().await.expect("the disk says that it is done");
             let misdirected = matches!(fault, Fault::Misdirect(_));
             let bad = if misdirected { vec![BLOCK, 40] } else { vec![BLOCK] };

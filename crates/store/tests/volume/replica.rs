@@ -231,7 +231,13 @@ impl Replica {
         *reference.commands.borrow_mut() = kept.to_vec();
         let applied = Cell::new(checkpoint.id);
         let replica = Rc::new(Self { journal, log, data, applied, reference: reference.clone() });
+        // INV-STAGE: a replica serves as soon as it has applied again what is known to be committed.
+        let known = replica.log.committed().map_or(0, |id| id.index.0);
+        let floor = known.max(checkpoint.serve_floor.0).max(checkpoint.id.index.0).min(last);
         for index in checkpoint.id.index.0 + 1..=last {
+            if index == floor + 1 {
+                replica.check().await.map_err(|why| format!("at its floor {floor}: {why}"))?;
+            }
             let read = replica.log.read(LogIndex(index), LogIndex(index + 1), 1).await;
             let entry = read.map_err(|error| error.to_string())?.pop().ok_or("an entry is missing")?;
             replica.apply(&entry)?;
