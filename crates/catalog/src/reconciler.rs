@@ -326,19 +326,41 @@ impl Member {
         let is_stray = |replica: &&ReplicaRecord| {
             replica.phase == ReplicaPhase::Voter && !report.voters.contains(&replica.id)
         };
-        let Some(stray) = record.replicas.iter().find(is_stray).filter(|_| report.settled_membership) else {
+        if !report.settled_membership {
             return Ok(None);
-        };
+        }
+        for stray in record.replicas.iter().filter(is_stray) {
+            match self.take_back(record, stray).await {
+                Ok(()) => return Ok(Some(Step::Progress)),
+                // Others do not wait for a store that does not answer.
+                Err(AnswerError::Refused(error)) => {
+                    tracing::warn!(volume = record.spec.name, replica = %stray.id, %error, "it does not join again now");
+                }
+                Err(elsewhere) => return Err(elsewhere),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn take_back(&self, record: &VolumeRecord, stray: &ReplicaRecord) -> Result<(), AnswerError> {
         tracing::warn!(volume = record.spec.name, replica = %stray.id, "a voter is no member of its group: it joins again");
         let (id, revision, replica, phase) = (record.id, record.revision, stray.id, ReplicaPhase::Joining);
         let identity = ReplicaIdentity { group: record.group, replica };
-        volumes::shard(&self.rpc, stray.store, &ShardRequest::Keep { id: identity, revision }).await?;
-        if !stray.made {
-            self.apply(&CatalogCommand::ReplicaMade { id, revision, replica }).await?;
-            return Ok(Some(Step::Progress));
+        let keep = ShardRequest::Keep { id: identity, revision };
+        match volumes::shard(&self.rpc, stray.store, &keep).await {
+            Ok(_) => {}
+            // It votes no more, so nothing is lost with it, and nobody waits for its turn.
+            Err(error) if error.code == ErrorCode::NotFound => {
+                return self.replace_in_place(record, stray).await;
+            }
+            Err(error) => return Err(error.into()),
         }
-        self.apply(&CatalogCommand::SetReplica { id, revision, replica, phase }).await?;
-        Ok(Some(Step::Progress))
+        let command = match stray.made {
+            false => CatalogCommand::ReplicaMade { id, revision, replica },
+            true => CatalogCommand::SetReplica { id, revision, replica, phase },
+        };
+        self.apply(&command).await?;
+        Ok(())
     }
 
     async fn set_voters(

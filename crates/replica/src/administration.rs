@@ -473,7 +473,11 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
             host.destroy(id, revision).await.map_err(|error| user_error(&error))?;
         }
         ShardRequest::Keep { id, revision } => {
-            host.keep(id, revision).await.map_err(|error| user_error(&error))?;
+            if !host.keep(id, revision).await.map_err(|error| user_error(&error))? {
+                let why = format!("replica {} does not stand here any more", id.replica);
+                let hint = "it cannot be taken back: place another one";
+                return Err(UserError::new(ErrorCode::NotFound, why).hint(hint));
+            }
         }
         ShardRequest::AddLearner { group, replica, store, witness } => {
             let volume = volume(group)?;

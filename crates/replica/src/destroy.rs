@@ -91,18 +91,16 @@ impl Host {
     }
 
     /// Notes, durably, that a replica that stands here was taken back on this revision of its volume: nothing that was
-    /// decided before ends it. Refused if it does not stand here any more.
-    pub async fn keep(&self, id: ReplicaIdentity, revision: u64) -> Result<(), GroupError> {
+    /// decided before ends it. False if it does not stand here any more: then it can only be replaced.
+    pub async fn keep(&self, id: ReplicaIdentity, revision: u64) -> Result<bool, GroupError> {
         self.check_loaded()?;
         let turn = self.turn(id.group);
         let _one_at_a_time = turn.lock().await;
         let runs = self.group(id.group).is_some_and(|group| group.id() == id);
         if !runs && !self.faulty().iter().any(|faulty| faulty.id == id) {
-            return Err(GroupError::Refused(format!(
-                "replica {} does not stand here any more: it cannot be taken back, place another one",
-                id.replica
-            )));
+            return Ok(false);
         }
-        Ok(self.departures.destroyed.note_kept(id, revision).await?)
+        self.departures.destroyed.note_kept(id, revision).await?;
+        Ok(true)
     }
 }

@@ -119,7 +119,9 @@ async fn late_destruction(place: &Path) -> Outcome {
     assert!(runs, "the voter runs: {:?}", third.host.faulty());
     // What is decided afterwards counts.
     done(&third, destroy(3, 12)).await?;
-    refused(&third, keep(3, 13), "does not stand here any more").await?;
+    let gone = ask(&third, keep(3, 13)).await;
+    let is_told = gone.as_ref().is_err_and(|error| error.code == ErrorCode::NotFound);
+    assert!(is_told, "whoever asks must know that it can only be replaced: {gone:?}");
     refused(&third, create(3, false), "does not come back").await?;
     for member in members.iter().chain([&third]) {
         member.host.stop().await;

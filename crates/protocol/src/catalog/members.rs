@@ -19,7 +19,10 @@ pub fn target_voters(
     answers: impl Fn(&ReplicaRecord) -> bool,
 ) -> Vec<ReplicaId> {
     let phase = |phase| record.replicas.iter().filter(move |replica| replica.phase == phase);
-    let mut target: Vec<ReplicaId> = phase(ReplicaPhase::Voter).map(|replica| replica.id).collect();
+    // One that is to vote and is no member of the group any more has to join again first: as long as it does not, the
+    // others do not wait for it.
+    let voters = phase(ReplicaPhase::Voter).map(|replica| replica.id);
+    let mut target: Vec<ReplicaId> = voters.filter(|id| voting.contains(id)).collect();
     target.extend(joining);
     let stays = |replica: &&ReplicaRecord| voting.contains(&replica.id) && !gives_way(record, replica);
     let missing = wanted.saturating_sub(target.len());

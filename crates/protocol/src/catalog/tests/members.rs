@@ -206,6 +206,16 @@ fn of_those_that_leave_the_one_that_answers_stays_longer() {
 }
 
 #[test]
+fn one_that_is_no_member_any_more_holds_up_nobody() {
+    let world = World::new();
+    let stray = world.find(0, |_| true).expect("a replica");
+    let others: Vec<ReplicaId> = world.voters().into_iter().filter(|id| *id != stray.id).collect();
+    let next = target_voters(&world.record(), &others, Some(ReplicaId(77)), WANTED, |_| true);
+    assert!(!next.contains(&stray.id), "it is no learner, so nobody can make it a voter: {next:?}");
+    assert_eq!(next.len(), WANTED, "{next:?}");
+}
+
+#[test]
 fn what_runs_again_is_kept_in_one_step() {
     let mut world = World::new();
     let old = world.find(0, |_| true).expect("a replica");
