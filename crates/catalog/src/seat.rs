@@ -101,6 +101,10 @@ impl Seat {
             None if stood => {
                 return nobody(None, "its log is gone: the store was emptied".into());
             }
+            // INV-TERM: a power cut came between its end and its successor.
+            None if host.may_make(identity(first)).is_err() => {
+                return nobody(None, "its first member was given up: it takes one under a new id".into());
+            }
             None if host.journal().doubt() => {
                 let why = "part of the journal is unreadable and may have held its vote";
                 return nobody(None, why.into());
