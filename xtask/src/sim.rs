@@ -38,6 +38,7 @@ const MUTANTS: &[(&str, u64, u64)] = &[
     ("forget-vote", 1, 20),
     ("acknowledge-out-of-order", 1, 20),
     ("checkpoint-before-home-flush", 1, 60),
+    ("rebuild-is-outrun", 20_221, 20),
     ("append-clock", 1_795_700_000, 500),
 ];
 

@@ -38,6 +38,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("serve-floor-ignored", "INV-STAGE"),
     ("rebuilt-serves-at-once", "INV-STAGE"),
     ("rebuild-from-anybody", "INV-STAGE"),
+    ("rebuild-is-outrun", "progress"),
     ("numbers-from-one", "INV-ONCE"),
     ("append-acknowledged-early", "INV-ACK"),
     ("purge-too-far", "INV-TERM"),

@@ -18,7 +18,6 @@ use holdfast_store::volume::Dirty;
 use holdfast_store::{Reserve, StoreError};
 use holdfast_types::{LogIndex, limits};
 
-use crate::rebuild::PurgeHold;
 use crate::space::FULL_PAUSE;
 use crate::volume::Volume;
 
@@ -42,11 +41,11 @@ const PURGE_ABOVE_PERCENT_FULL: u32 = 12;
 /// and writers will wait for the room.
 const URGENT_ABOVE_PERCENT: u32 = 60;
 /// Above this fraction the log is not kept for a rebuild any more: retention slows nobody. A rebuild that falls out of
-/// the log begins again, and sends only what differs by then.
-const HOLD_BELOW_PERCENT: u32 = 60;
+/// the log begins again, and sends only what differs by then (`rebuild/hold.rs` sees to it that this ends).
+pub(crate) const HOLD_BELOW_PERCENT: u32 = 60;
 
 /// Cleans one volume until it is dropped or its store fails.
-pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHold>) {
+pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
     loop {
         let Some(this) = volume.upgrade().filter(|this| !this.is_stopped()) else { return };
         if journal.failed().is_some() {
@@ -64,7 +63,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal, hold: Rc<PurgeHo
         if due && cleaner.may_clean(&dirty).await {
             done = cleaner.clean().await;
         }
-        if done == Done::Failed || (pressed && !purge(&this, &journal, &hold).await) {
+        if done == Done::Failed || (pressed && !purge(&this, &journal).await) {
             return;
         }
         if this.data().dirty().merges {
@@ -321,11 +320,11 @@ fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool 
 }
 
 /// Purges the log to the checkpoint, or to what a rebuild from this replica still needs; false if the group stopped.
-async fn purge(volume: &Rc<Volume>, journal: &Journal, hold: &PurgeHold) -> bool {
+async fn purge(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
     let pressure = journal.pressure();
     let may_hold = !pressure.line_waits && pressure.used_percent < HOLD_BELOW_PERCENT;
-    let held = hold.index().filter(|_| may_hold);
+    let held = volume.hold().index().filter(|_| may_hold);
     let upto = held.map_or(checkpoint, |index| checkpoint.min(index));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
     if upto <= purged {

@@ -27,7 +27,7 @@ use crate::machine::{Position, SnapshotData, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
 use crate::observe::observed;
 use crate::past::{self, Pasts};
-use crate::rebuild::{self, Offer, PurgeHold, RebuildError, Receivers, Receiving};
+use crate::rebuild::{self, Offer, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::volume::{Volume, VolumeMachine};
@@ -85,7 +85,6 @@ pub struct Faulty {
 struct HostedVolume {
     volume: Rc<Volume>,
     of: VolumeId,
-    hold: Rc<PurgeHold>,
 }
 
 /// The replicas of one store.
@@ -328,11 +327,10 @@ impl Host {
         let environment = self.environment.with_timers(timers, fresh);
         let group = Group::start(&environment, id, log, inner, position, fresh).await?;
         let volume = Volume::new(group, machine, self.environment.rpc.clone(), defaults);
-        let hold = Rc::new(PurgeHold::default());
-        let cleaning = cleaner::run(Rc::downgrade(&volume), self.journal.clone(), hold.clone());
+        let cleaning = cleaner::run(Rc::downgrade(&volume), self.journal.clone());
         holdfast_env::spawn("cleaner", cleaning);
         holdfast_env::spawn("healer", heal::run(Rc::downgrade(&volume), self.journal.clone()));
-        self.volumes.borrow_mut().insert(id.group, HostedVolume { volume: volume.clone(), of, hold });
+        self.volumes.borrow_mut().insert(id.group, HostedVolume { volume: volume.clone(), of });
         Ok(volume)
     }
 
@@ -700,13 +698,12 @@ impl Host {
             Ok(group) => group,
             Err(error) => return responder.refuse(error.to_string()),
         };
-        let hosted = self.volumes.borrow().get(&group).map(|h| (h.volume.clone(), h.hold.clone()));
-        let Some((volume, hold)) = hosted else {
+        let Some(volume) = self.volume(group) else {
             return responder.refuse("no replica of the group stands here");
         };
         let rest = request.head.slice(request.head.len() - input.remaining()..);
         holdfast_env::spawn("rebuild-serve", async move {
-            match rebuild::serve(&volume, &hold, Reader::new(&rest)).await {
+            match rebuild::serve(&volume, Reader::new(&rest)).await {
                 Ok(frame) => responder.reply(frame),
                 Err(error) => responder.refuse(error.to_string()),
             }

@@ -4,7 +4,7 @@
 //! the chunks whose marks differ, then the blocks that differ, into a staging layer that is switched in atomically
 //! (INV-STAGE). The leader's content moves on meanwhile, so what is staged is the checkpoint or newer, all of it
 //! committed; the receiver serves nothing until it has applied the log up to the leader's applied index at the end,
-//! after which it is exact. The leader holds its purge while somebody pulls.
+//! after which it is exact. The leader holds its purge while somebody pulls, and paces writers that outrun it (`hold.rs`).
 //!
 //! Layers are compared one by one, as the offered checkpoint names them: a layer's content is what all its pieces say
 //! together, its mark the latest of them, and absent, zero and data are three things. A frozen layer of the checkpoint
@@ -17,6 +17,7 @@
 //! A replica takes one offer at a time: a newer one ends the comparison for the older, and waits for it if it is being
 //! switched in. Two at once would write into one staging file.
 
+mod hold;
 mod source;
 
 use std::cell::{Cell, RefCell};
@@ -27,7 +28,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::volume::VolumeState;
@@ -49,13 +49,12 @@ use crate::machine::Staged;
 use crate::messages;
 use crate::rotten_source;
 use crate::volume::Volume;
+pub(crate) use hold::PurgeHold;
 use source::Source;
 
 /// A receiver answers an offer at least this often, done or not.
 const POLL: Duration = Duration::from_secs(1);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a leader keeps its log for a receiver that has gone silent.
-const HOLD: Duration = Duration::from_secs(30);
 /// How long a replica that is being rebuilt applies what it can of its own log first. It may be unable to: what of it
 /// is committed, only a leader could tell whose log still has it.
 const OWN_LOG_PATIENCE: Duration = Duration::from_secs(2);
@@ -252,20 +251,6 @@ impl Receivers {
     }
 }
 
-/// Purging waits while somebody pulls from this replica.
-#[derive(Default)]
-pub(crate) struct PurgeHold(Cell<Option<(LogIndex, Instant)>>);
-
-impl PurgeHold {
-    fn renew(&self, index: LogIndex) {
-        self.0.set(Some((index, Instant::now() + HOLD)));
-    }
-    /// The index that must stay in the log, if any.
-    pub(crate) fn index(&self) -> Option<LogIndex> {
-        self.0.get().filter(|(_, until)| Instant::now() < *until).map(|(index, _)| index)
-    }
-}
-
 fn put_summary(out: &mut Writer, summary: &ChunkSummary) {
     out.u64(summary.chunk.0);
     out.u64(summary.incarnation);
@@ -303,11 +288,7 @@ pub(crate) fn get_sum(input: &mut Reader<'_>) -> Result<BlockSum, DecodeError> {
 }
 
 /// Serves a receiver's pulls from this replica.
-pub(crate) async fn serve(
-    volume: &Volume,
-    hold: &PurgeHold,
-    mut input: Reader<'_>,
-) -> Result<Frame, RebuildError> {
+pub(crate) async fn serve(volume: &Volume, mut input: Reader<'_>) -> Result<Frame, RebuildError> {
     // After a restart home may be newer than what is applied: then nobody could tell what the content is as of.
     if !volume.group().position().has_reached(LogIndex::ZERO) {
         return Err(RebuildError::Failed("this replica has not caught up with its own log yet".into()));
@@ -315,7 +296,7 @@ pub(crate) async fn serve(
     let kind = input.u8()?;
     let (asked, from) = (ReplicaId::decode(&mut input)?, LogIndex::decode(&mut input)?);
     check_source(volume, asked, from)?;
-    hold.renew(from);
+    volume.hold().renew(from);
     let count = input.count("layers", limits::SNAPSHOTS_PER_VOLUME_MAX + 1)?;
     let layers = (0..count).map(|_| LayerMark::decode(&mut input)).collect::<Result<Vec<_>, _>>()?;
     check_layering(volume, &layers)?;

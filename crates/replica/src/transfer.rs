@@ -15,6 +15,9 @@ use tokio::sync::Notify;
 use crate::config::{LogId, Membership};
 use crate::group::{Group, GroupError, stopped};
 
+/// Entries that a member which keeps up may lack.
+const ON_THE_WAY: u64 = 16;
+
 /// No leases meanwhile, and proposals wait; ends with whoever transfers, also if it is given up.
 #[derive(Default)]
 pub(crate) struct Transfer {
@@ -67,6 +70,12 @@ impl Group {
     pub(crate) fn matched(&self) -> BTreeMap<u64, Option<LogId>> {
         let metrics = self.raft().metrics();
         metrics.borrow_watched().replication.clone().unwrap_or_default()
+    }
+
+    /// Whether a member lacks more of the log than what is on its way to one that keeps up.
+    pub(crate) fn is_somebody_behind(&self) -> bool {
+        let last = self.log().last().map_or(0, |id| id.index.0);
+        self.matched().values().any(|id| id.map_or(0, |id| id.index) + ON_THE_WAY < last)
     }
 
     /// Whether a witness campaigns when it misses its leader.

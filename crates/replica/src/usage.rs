@@ -26,6 +26,8 @@ pub struct GroupUsage {
     pub leaderships: u64,
     /// Times that it gave its leadership away because of the disk below it.
     pub leaderships_given: u64,
+    /// Writes that waited so that a rebuild could end.
+    pub paced_writes: u64,
     /// Bytes received while being rebuilt by chunks.
     pub chunk_bytes_received: u64,
     /// Bytes sent to replicas that were being rebuilt by chunks.

@@ -30,6 +30,7 @@ use crate::config::{AppData, AppReply};
 use crate::group::{Group, GroupError};
 use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
+use crate::rebuild::PurgeHold;
 use crate::scrub::ScrubProgress;
 use crate::space;
 
@@ -209,6 +210,8 @@ pub struct Volume {
     watch: RefCell<HolderWatch>,
     /// What the watch counts for: the term in which this replica leads, and since when it has led without a break.
     watch_term: Cell<Option<(Term, Instant)>>,
+    /// Who pulls from it.
+    hold: Rc<PurgeHold>,
     /// How the replica last caught up, and what that took.
     pub(crate) healed: RefCell<(String, u64)>,
     /// How far the store's scrub is with it.
@@ -232,6 +235,7 @@ impl Volume {
             rpc,
             watch: RefCell::new(HolderWatch::new(terms)),
             watch_term: Cell::new(None),
+            hold: Rc::default(),
             healed: RefCell::default(),
             scrubbed: Cell::default(),
             cleaner_fault: RefCell::new(None),
@@ -242,6 +246,10 @@ impl Volume {
         });
         holdfast_env::spawn("volume-settle", Self::settle_loop(Rc::downgrade(&volume)));
         volume
+    }
+
+    pub(crate) fn hold(&self) -> &Rc<PurgeHold> {
+        &self.hold
     }
 
     /// Its group.
@@ -413,6 +421,7 @@ impl Volume {
         if !self.settled(tag.epoch).await {
             return self.elsewhere("the volume waits for its former holder's lease to end");
         }
+        self.pace(payload.len()).await;
         let _admitted = loop {
             if space::brings_data(&decoded) && !self.has_room().await {
                 return self.elsewhere("the medium is full: data waits for room");

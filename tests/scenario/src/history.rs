@@ -5,14 +5,15 @@
 //! that it must not show itself, and it must not come and go. So one check holds everything that is promised: no
 //! acknowledged write is lost, no read is stale, no write of an older epoch counts after a newer one was attached.
 //!
-//! That a session was attached shows itself by its operations only. So what is demanded is an order in which no write of
-//! an older epoch comes after an operation of a newer one. The former holder may still read, until its lease ends, what
-//! was before a write of its own that nobody has acknowledged.
+//! That a session was attached shows itself by its operations only, and the first of them ends after the lease of the
+//! former holder. So until then that one may read what was before a write of its own that nobody has acknowledged; and
+//! what is demanded is an order in which no write of an older epoch comes after an operation of a newer one.
 //!
 //! The check is exact. It walks a block's events in order and keeps every state that some order of the operations
 //! under way allows; when none is left, the history is impossible.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
@@ -259,8 +260,7 @@ impl History {
                     what: *what,
                     step: Step::Began,
                 });
-                let newer = newer.get(&block.0).map_or(&[][..], Vec::as_slice);
-                let shown = operation.not_after.and_then(|_| shown_by(newer, operation.epoch));
+                let shown = operation.not_after.and_then(|_| shown_by(&newer, operation.epoch));
                 // The former holder may go on, in vain.
                 let shown = shown.map(|shown| shown.max(operation.began));
                 let end = match (operation.acknowledged, shown) {
@@ -302,12 +302,9 @@ struct Event {
     step: Step,
 }
 
-/// When an epoch had first shown itself on a block by an operation that has ended, per epoch.
-type Shown = Vec<(Epoch, Moment)>;
-
-/// When an epoch newer than this one had first shown itself.
-fn shown_by(shown: &[(Epoch, Moment)], epoch: Epoch) -> Option<Moment> {
-    shown.iter().filter(|(other, _)| *other > epoch).map(|(_, at)| *at).min()
+/// When an epoch newer than this one had first shown itself, on any block.
+fn shown_by(shown: &BTreeMap<Epoch, Moment>, epoch: Epoch) -> Option<Moment> {
+    shown.range((Bound::Excluded(epoch), Bound::Unbounded)).map(|(_, at)| *at).min()
 }
 
 /// Operations under way at once on one block, at most.
@@ -342,6 +339,8 @@ struct UnderWay {
 
 struct Walk {
     under_way: Vec<Option<UnderWay>>,
+    /// Those under way that may never happen.
+    optional: u64,
     possible: BTreeSet<Possible>,
 }
 
@@ -372,14 +371,21 @@ impl Walk {
         state
     }
 
-    /// Every state that operations under way may lead to.
+    /// Whether whatever may follow one state may follow the other, too: what need not happen at all is still open there.
+    fn covers(&self, one: &Possible, other: &Possible) -> bool {
+        let same = one.value == other.value && (one.happened ^ other.happened) & !self.optional == 0;
+        same && one.happened & !other.happened == 0 && one.newest <= other.newest
+    }
+
+    /// Every state that operations under way may lead to, but for those that another one covers.
     fn spread(&mut self) {
         let mut pending: Vec<Possible> = self.possible.iter().map(|state| self.with_reads(*state)).collect();
         let mut all: BTreeSet<Possible> = pending.iter().copied().collect();
         while let Some(state) = pending.pop() {
             for (place, operation) in self.open(state) {
                 let next = self.with_reads(state.after(place, operation));
-                if all.insert(next) {
+                if !all.iter().any(|known| self.covers(known, &next)) {
+                    all.insert(next);
                     pending.push(next);
                 }
             }
@@ -394,7 +400,9 @@ impl Walk {
 
 fn check_block(events: &[Event]) -> Result<(), Event> {
     let start = Possible { value: ZEROS, happened: 0, newest: Epoch(0) };
-    let mut walk = Walk { under_way: Vec::new(), possible: BTreeSet::from([start]) };
+    let ended = events.iter().filter(|event| event.step == Step::Happened);
+    let required: BTreeSet<usize> = ended.map(|event| event.number).collect();
+    let mut walk = Walk { under_way: Vec::new(), optional: 0, possible: BTreeSet::from([start]) };
     for event in events {
         if event.step == Step::Began {
             let free = walk.under_way.iter().position(Option::is_none);
@@ -404,6 +412,9 @@ fn check_block(events: &[Event]) -> Result<(), Event> {
             }
             if place == walk.under_way.len() {
                 walk.under_way.push(None);
+            }
+            if !required.contains(&event.number) {
+                walk.optional |= 1 << place;
             }
             walk.under_way[place] =
                 Some(UnderWay { number: event.number, epoch: event.epoch, what: event.what });
@@ -419,6 +430,7 @@ fn check_block(events: &[Event]) -> Result<(), Event> {
             .map(|state| Possible { happened: state.happened & !bit, ..*state });
         walk.possible = kept.collect();
         walk.under_way[place] = None;
+        walk.optional &= !bit;
         if walk.possible.is_empty() {
             return Err(*event);
         }
@@ -427,27 +439,18 @@ fn check_block(events: &[Event]) -> Result<(), Event> {
 }
 
 impl Inner {
-    /// Per block and epoch, the end of the first operation that ended.
-    fn first_shown(&self) -> BTreeMap<u64, Shown> {
-        let mut first: BTreeMap<(u64, Epoch), Moment> = BTreeMap::new();
+    /// Per epoch, the end of the first operation that ended.
+    fn first_shown(&self) -> BTreeMap<Epoch, Moment> {
+        let mut first: BTreeMap<Epoch, Moment> = BTreeMap::new();
         for operation in self.operations.iter().filter(|operation| !operation.what.is_empty()) {
             let is_read = matches!(operation.what.first(), Some(What::Read(_)));
             let Some(at) = operation.acknowledged else { continue };
             if is_read && self.distrusted.contains(&operation.node) {
                 continue;
             }
-            for block in operation.range.blocks() {
-                first
-                    .entry((block.0, operation.epoch))
-                    .and_modify(|known| *known = at.min(*known))
-                    .or_insert(at);
-            }
+            first.entry(operation.epoch).and_modify(|known| *known = at.min(*known)).or_insert(at);
         }
-        let mut out: BTreeMap<u64, Shown> = BTreeMap::new();
-        for ((block, epoch), at) in first {
-            out.entry(block).or_default().push((epoch, at));
-        }
-        out
+        first
     }
 
     fn explain(&self, block: u64, events: &[Event], at: &Event) -> String {
@@ -561,6 +564,20 @@ mod tests {
         assert_eq!(history.check(), Ok(()));
         read(&history, 9, OLD, &[0; BLOCK_BYTES]);
         assert!(history.check().is_err(), "it is acknowledged now");
+    }
+
+    #[test]
+    fn once_a_newer_epoch_has_done_anything_the_former_holder_reads_nothing_stale() {
+        let history = History::default();
+        let (_, data) = history.write(1, 1, OLD, BLOCK);
+        history.attached(3, NEW);
+        let elsewhere = BlockRange { start: BlockIndex(9), count: 1 };
+        let (b, _) = history.write(4, 2, NEW, elsewhere);
+        history.acknowledged(5, b);
+        read(&history, 6, OLD, &[0; BLOCK_BYTES]);
+        assert_eq!(history.check(), Ok(()), "it may never have happened");
+        read(&history, 8, NEW, &data);
+        assert!(history.check().is_err(), "the lease had ended, or it landed late");
     }
 
     #[test]

@@ -317,6 +317,11 @@ fn replicas(all: &[ReplicaSnapshot]) -> Vec<Family> {
             "Times that it gave the leadership away because of its disk",
             of(|r| r.group_usage.leaderships_given),
         ),
+        counter(
+            "raft_paced_writes",
+            "Writes that waited so that a rebuild could end",
+            of(|r| r.group_usage.paced_writes),
+        ),
         counter("raft_proposals", "Commands proposed to it as leader", of(|r| r.group_usage.proposals)),
         counter("raft_applied_entries", "Entries applied", of(|r| r.group_usage.entries_applied)),
         counter("raft_purges", "Times that its log was purged", of(|r| r.group_usage.purges)),

@@ -302,6 +302,12 @@ impl GroupLog {
         self.journal.has_room().await;
     }
 
+    /// Bytes that the journal may grow by until so many percent of it are in use.
+    pub fn room_below(&self, percent: u32) -> u64 {
+        let left = percent.saturating_sub(self.journal.pressure().used_percent);
+        self.journal.bytes_total() / 100 * u64::from(left)
+    }
+
     /// Whether data of a leader elsewhere is taken now: on a full medium only while the journal is rather empty.
     pub fn takes_data_of_others(&self) -> bool {
         self.journal.takes_data_of_others()

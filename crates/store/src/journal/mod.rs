@@ -366,6 +366,11 @@ impl Journal {
         self.0.groups.borrow().contains_key(&DOUBT)
     }
 
+    /// Bytes of all segments.
+    pub(super) fn bytes_total(&self) -> u64 {
+        u64::from(self.0.options.segments) * self.0.options.segment_bytes
+    }
+
     /// How full the journal is.
     pub fn pressure(&self) -> Pressure {
         let state = self.0.state.borrow();
@@ -417,7 +422,7 @@ impl Journal {
 
     /// Counters.
     pub fn usage(&self) -> JournalUsage {
-        let total = u64::from(self.0.options.segments) * self.0.options.segment_bytes;
+        let total = self.bytes_total();
         let state = self.0.state.borrow();
         let mut usage = JournalUsage {
             bytes_total: total,

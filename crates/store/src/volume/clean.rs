@@ -103,7 +103,7 @@ impl VolumeData {
             self.write_manifest(Change { checkpoint: Some(target.clone()), pieces, ..Change::default() })
                 .await?;
         }
-        self.0.payloads.keep_committed(target.id.index.max(target.serve_floor)).await?;
+        self.0.payloads.keep_committed(target.id.index).await?;
         // Who reads home now looks again if it does not match.
         self.changed();
         for Work { files, runs, .. } in work {

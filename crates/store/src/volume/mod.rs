@@ -11,7 +11,7 @@
 //! Invariants: home and table are repeatable from the journal until the manifest names the checkpoint that covers
 //! them; only blocks whose entries are locally flushed and applied are moved home; a chunk is punched only after the
 //! checkpoint that emptied it. After a restart home may hold blocks newer than the checkpoint: the layer above serves
-//! nothing until it has applied again up to the end of its recovered log.
+//! nothing until it has applied again up to what its recovered log calls committed.
 
 mod adopt;
 mod clean;
