@@ -129,6 +129,9 @@ pub trait Directory {
     fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>>;
     /// Names of all files below `prefix`, sorted.
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>>;
+    /// Names and sizes of all files below `prefix`, sorted, looked at in one go; one that comes or goes meanwhile may be
+    /// among them or not.
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>>;
     /// Removes a file; no error if it does not exist. Durable after [`Self::sync`].
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>>;
     /// Renames a file over another, atomically. Durable after [`Self::sync`].

@@ -40,6 +40,10 @@ pub enum Command {
         /// How the store's files are read and written, instead of the configured way (threads).
         #[arg(long, value_name = "ENGINE")]
         io_engine: Option<holdfast_node::config::IoEngine>,
+        /// How much of its medium the store may take, journal included, instead of the configured part (all of it). It
+        /// may be less than what stands: then writes wait until trims and deletions have made room.
+        #[arg(long, value_name = "SIZE")]
+        capacity: Option<ByteSize>,
         /// Take witnesses only: vote for volumes, and hold no data. A node is this from its first start on.
         #[arg(long)]
         witness: bool,

@@ -58,6 +58,7 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
             metrics,
             scrub_period,
             io_engine,
+            capacity,
             witness,
             witness_log,
             follow_parent,
@@ -71,6 +72,7 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
                 metrics,
                 scrub_period_seconds: scrub_period,
                 io_engine,
+                capacity_bytes: capacity.map(|size| size.0),
                 witness,
                 witness_log_bytes: witness_log.map(|size| size.0),
             };

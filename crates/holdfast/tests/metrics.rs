@@ -189,6 +189,45 @@ fn counters_count_what_was_done() {
         assert_eq!(sum(&now, "holdfast_store_failed", &[]), 0.0);
     }
     assert_eq!(leaders, 1.0);
+    the_medium_is_told_as_it_is(&dev, &nodes[0]);
+}
+
+/// Bytes that a file takes, or the files below a directory.
+fn du(path: &Path) -> u64 {
+    // Files come and go while a store works.
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => {
+            let entries = std::fs::read_dir(path).expect("a directory");
+            entries.map(|entry| du(&entry.expect("an entry").path())).sum()
+        }
+        Ok(found) => std::os::unix::fs::MetadataExt::blocks(&found) * 512,
+        Err(_) => 0,
+    }
+}
+
+/// What stands on the medium is what the file system says, in metrics and on the command line.
+fn the_medium_is_told_as_it_is(dev: &Dev, (name, url): &(String, String)) {
+    let store = dev.directory.join(name).join("store");
+    until("the store's files are told", || {
+        let (before, samples) = (du(&store), scrape(url));
+        let node = dev.command(&["node", "show", name]);
+        let shown = &node["stores"][0];
+        let told = |metric: &str, field: &str, bytes: u64| {
+            let metric = format!("holdfast_store_{metric}_bytes");
+            samples.get(&metric) == Some(&(bytes as f64)) && shown[field] == bytes
+        };
+        told("allocated", "allocated_bytes", before)
+            && told("journal", "journal_bytes", du(&store.join("journal")))
+            && told("reserve", "reserve_bytes", du(&store.join("reserve")))
+            && told("snapshot", "snapshot_bytes", 0)
+            && shown["blocks_bytes"].as_u64().is_some_and(|blocks| blocks > 0)
+            && du(&store) == before
+    });
+    let samples = scrape(url);
+    assert!(!samples.contains_key("holdfast_store_capacity_bytes"), "only the medium limits it");
+    let replica = |part: &str| sum(&samples, "holdfast_replica_bytes", &[r#"volume="v""#, part]);
+    assert!(replica(r#"part="allocated""#) >= replica(r#"part="used""#));
+    assert!(replica(r#"part="journal""#) >= 0.0);
 }
 
 #[test]

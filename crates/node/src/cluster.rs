@@ -137,6 +137,7 @@ pub fn create_loopback(
                 .map(|host| format!("{host}:{METRICS_PORT}")),
             lost_after_seconds: plan.lost_after_seconds,
             journal_bytes: plan.journal_bytes,
+            capacity_bytes: None,
             scrub: ScrubConfig::default(),
             allow_faults: true,
             disk: plan.disk,

@@ -45,6 +45,9 @@ pub struct NodeConfig {
     /// Bytes of the journal.
     #[serde(default = "default_journal_bytes")]
     pub journal_bytes: u64,
+    /// Bytes of its medium that the store may take, journal and reserve included; left out, all that it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity_bytes: Option<u64>,
     /// How the store is scrubbed.
     #[serde(default)]
     pub scrub: ScrubConfig,

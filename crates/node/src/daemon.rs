@@ -33,6 +33,8 @@ pub struct Overrides {
     pub scrub_period_seconds: Option<u64>,
     /// How the store's files are read and written.
     pub io_engine: Option<IoEngine>,
+    /// How many bytes of its medium the store may take.
+    pub capacity_bytes: Option<u64>,
     /// It takes witnesses only.
     pub witness: bool,
     /// As a witness: bytes that the log of one volume may hold for a data replica that is away.
@@ -43,6 +45,7 @@ impl Overrides {
     /// A configuration as the command line wants it.
     pub(crate) fn apply(&self, mut config: NodeConfig) -> NodeConfig {
         config.io_engine = self.io_engine.unwrap_or(config.io_engine);
+        config.capacity_bytes = self.capacity_bytes.or(config.capacity_bytes);
         config.witness |= self.witness;
         config.witness_log_bytes = self.witness_log_bytes.unwrap_or(config.witness_log_bytes);
         config.scrub.period_seconds = self.scrub_period_seconds.unwrap_or(config.scrub.period_seconds);

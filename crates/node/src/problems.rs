@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use holdfast_replica::administration::StoreReport;
 use holdfast_replica::{SLOW_FACTOR, SLOW_FLOOR};
-use holdfast_types::NodeName;
+use holdfast_types::{ByteSize, NodeName};
 use time::format_description::well_known::Rfc3339;
 
 use crate::admin::pb;
@@ -42,21 +42,32 @@ pub(crate) fn condition(
     }
 }
 
-/// What is wrong with a medium that is full.
+/// What is wrong with a medium that is full, or with a store that has used up what it may take.
 fn of_full(name: &NodeName, report: &StoreReport) -> pb::Problem {
+    let (is, more) = match report.is_beyond_budget {
+        true => {
+            let (taken, capacity) = (ByteSize(report.allocated_bytes), ByteSize(report.capacity_bytes));
+            let is = format!("the store takes {taken} and what is kept back, of {capacity} that it may");
+            (is, "let the store take more (--capacity)")
+        }
+        false => ("the medium is full".to_owned(), "add space"),
+    };
     let (what, doing) = match report.waiting {
         0 => (
-            "the medium is full: what stands on it falls behind".to_owned(),
-            "nobody waits for it; it catches up when there is room: add space, or move replicas away",
+            format!("{is}: what stands on it falls behind"),
+            format!("nobody waits for it; it catches up when there is room: {more}, or move replicas away"),
         ),
         waiting => (
-            format!("the medium is full: writes to {waiting} volumes wait"),
-            "reads, trims and deletions go on; writes go on by themselves when there is room: trim, delete snapshots \
-             or volumes, add space, or move replicas away",
+            format!("{is}: writes to {waiting} volumes wait"),
+            format!(
+                "reads, trims and deletions go on; writes go on by themselves when there is room: trim, delete \
+                 volumes or snapshots (what only a snapshot holds comes back once its layer is merged, in the \
+                 background), {more}, or move replicas away"
+            ),
         ),
     };
     let since = ago(Duration::from_millis(report.full_ms));
-    pb::Problem { subject: format!("node {name}"), what, since, doing: doing.to_owned() }
+    pb::Problem { subject: format!("node {name}"), what, since, doing }
 }
 
 /// The problems of the disks that answer for themselves.
@@ -121,6 +132,24 @@ mod tests {
         assert_eq!(found[0].what, "the medium is full: writes to 2 volumes wait");
         assert_eq!(found[1].what, "the medium is full: what stands on it falls behind");
         assert!(found.iter().all(|problem| problem.since.ends_with('Z')), "{found:?}");
+        assert!(found[0].doing.contains("add space") && found[0].doing.contains("merged"), "{found:?}");
+    }
+
+    #[test]
+    fn a_store_that_has_used_up_its_budget_says_so() {
+        let report = StoreReport {
+            full_ms: 4_000,
+            waiting: 1,
+            is_beyond_budget: true,
+            allocated_bytes: 9 << 30,
+            capacity_bytes: 10 << 30,
+            ..Default::default()
+        };
+        let found = of_disks(&BTreeMap::from([(NodeName::new("a"), report)]));
+        let what =
+            "the store takes 9 GiB and what is kept back, of 10 GiB that it may: writes to 1 volumes wait";
+        assert_eq!(found[0].what, what);
+        assert!(found[0].doing.contains("--capacity"), "{found:?}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use holdfast_protocol::catalog::{CatalogCommand, NodeRecord};
 use holdfast_replica::{GroupEnvironment, Host, Timers, administration};
 use holdfast_session::Sessions;
 use holdfast_store::journal::{Journal, StoreOptions};
-use holdfast_store::{StoreError, StoreIdentity};
+use holdfast_store::{Budget, StoreError, StoreIdentity};
 use holdfast_types::{DaemonStart, ErrorCode, StoreId, UserError};
 use holdfast_wire::rpc::Rpc;
 use holdfast_wire::tcp::{Faults, Peer, TcpNetwork, answers_as};
@@ -58,6 +58,7 @@ fn store_error(error: StoreError) -> UserError {
     let hint = match &error {
         StoreError::Identity { .. } => "give each daemon its own data directory",
         StoreError::Io { full: true, .. } => "make room on the medium",
+        StoreError::Capacity { .. } => "let it take more (--capacity, or `capacity_bytes` in node.json)",
         _ => {
             "if the disk is bad, give the node an empty data directory; the other replicas heal what is lost"
         }
@@ -110,7 +111,10 @@ async fn open_store(
         Err(error) => return Err(store_error(error)),
     };
     if fresh {
-        Journal::format(directory.clone(), &identity, &options(config)).await.map_err(store_error)?;
+        let planned = options(config);
+        let journal = u64::from(planned.segments).saturating_mul(planned.segment_bytes);
+        Budget::check(config.capacity_bytes, journal).map_err(store_error)?;
+        Journal::format(directory.clone(), &identity, &planned).await.map_err(store_error)?;
     }
     Ok((directory, identity, fresh))
 }
@@ -157,8 +161,9 @@ impl Shard {
         let silence = if fresh { Duration::ZERO } else { timers.startup_silence() };
         let environment =
             GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
-        let host =
-            Host::open(environment, directory, identity, &options(&config)).await.map_err(store_error)?;
+        let (planned, capacity) = (options(&config), config.capacity_bytes);
+        let opened = Host::open_within(environment, directory, identity, &planned, capacity);
+        let host = opened.await.map_err(store_error)?;
         if config.witness {
             host.take_witnesses_only(config.witness_log_bytes);
         }

@@ -149,6 +149,7 @@ fn replica(
     shown.used_bytes = report.used_bytes;
     shown.snapshot_bytes = report.snapshot_bytes;
     shown.allocated_bytes = report.allocated_bytes;
+    shown.journal_bytes = report.journal_bytes;
     shown.purged_index = report.purged.0;
     shown.healed_by = report.healed_by.clone();
     shown.healed_bytes = report.healed_bytes;
@@ -173,6 +174,11 @@ fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
         shown.available_bytes = report.available_bytes;
         shown.used_bytes = report.total_bytes.saturating_sub(report.available_bytes);
         shown.journal_bytes = report.journal_bytes;
+        shown.allocated_bytes = report.allocated_bytes;
+        shown.blocks_bytes = report.used_bytes;
+        shown.snapshot_bytes = report.snapshot_bytes;
+        shown.reserve_bytes = report.reserve_bytes;
+        shown.capacity_bytes = report.capacity_bytes;
         shown.replicas = report.replicas.len() as u32;
         shown.failed = report.failed.clone();
         shown.flush_us = report.flush_us;

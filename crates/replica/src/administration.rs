@@ -116,8 +116,20 @@ pub struct StoreReport {
     pub total_bytes: u64,
     /// Bytes free on it.
     pub available_bytes: u64,
-    /// Bytes of the journal.
+    /// How many bytes the store may take; 0 if nothing but the medium limits it.
+    pub capacity_bytes: u64,
+    /// Bytes of all of the store's files on the medium.
+    pub allocated_bytes: u64,
+    /// Of these, blocks of replicas, those of snapshots included.
+    pub used_bytes: u64,
+    /// Of these, what only snapshots hold.
+    pub snapshot_bytes: u64,
+    /// Bytes of the journal on the medium.
     pub journal_bytes: u64,
+    /// Bytes that are kept back for a full medium; 0 while they are given up.
+    pub reserve_bytes: u64,
+    /// It is full because it may take no more, not because the medium is full.
+    pub is_beyond_budget: bool,
     /// Why the store has fail-stopped; empty while healthy.
     pub failed: String,
     /// For how long the disk has not answered, in milliseconds; 0 while it does.
@@ -291,13 +303,19 @@ impl StoreReport {
         for number in [
             self.total_bytes,
             self.available_bytes,
+            self.capacity_bytes,
+            self.allocated_bytes,
+            self.used_bytes,
+            self.snapshot_bytes,
             self.journal_bytes,
+            self.reserve_bytes,
             self.hung_ms,
             self.flush_us,
             self.full_ms,
         ] {
             out.u64(number);
         }
+        out.bool(self.is_beyond_budget);
         out.u32(self.waiting);
         out.u32(self.leading);
         out.text(&self.failed);
@@ -314,8 +332,11 @@ impl StoreReport {
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let (total_bytes, available_bytes, journal_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+        let (total_bytes, available_bytes, capacity_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+        let (allocated_bytes, used_bytes, snapshot_bytes) = (input.u64()?, input.u64()?, input.u64()?);
+        let (journal_bytes, reserve_bytes) = (input.u64()?, input.u64()?);
         let (hung_ms, flush_us, full_ms) = (input.u64()?, input.u64()?, input.u64()?);
+        let is_beyond_budget = input.bool()?;
         let (waiting, leading) = (input.u32()?, input.u32()?);
         let failed = input.text(limits::FRAME_HEAD_BYTES_MAX)?;
         let count = input.count("replicas", REPLICAS_MAX)?;
@@ -332,7 +353,13 @@ impl StoreReport {
         Ok(Self {
             total_bytes,
             available_bytes,
+            capacity_bytes,
+            allocated_bytes,
+            used_bytes,
+            snapshot_bytes,
             journal_bytes,
+            reserve_bytes,
+            is_beyond_budget,
             failed,
             hung_ms,
             flush_us,
@@ -519,9 +546,11 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
             UserError::new(ErrorCode::Unavailable, "the store is loading its replicas").hint("ask again")
         );
     }
-    let space = host.directory().space().await.map_err(|error| {
-        UserError::new(ErrorCode::Internal, format!("the store's space is unknown: {error}"))
+    let survey = host.survey().await.ok_or_else(|| {
+        UserError::new(ErrorCode::Unavailable, "the store's disk has not told yet what stands on it")
+            .hint("ask again; if it stays so, look at the disk")
     })?;
+    let (space, stands) = (survey.space, host.space_of(&survey));
     let running = host.volumes().into_iter();
     let running = running.map(|(of, volume)| (of, volume.group().id(), volume.fault().unwrap_or_default()));
     let witnesses = host.witnesses().into_iter();
@@ -545,7 +574,13 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
         leading: host.all_groups().iter().filter(|group| group.is_leader()).count() as u32,
         total_bytes: space.total,
         available_bytes: space.available.saturating_sub(owed),
-        journal_bytes: host.journal().usage().bytes_total,
+        capacity_bytes: host.budget().capacity().unwrap_or(0),
+        allocated_bytes: stands.allocated,
+        used_bytes: stands.used,
+        snapshot_bytes: stands.snapshots,
+        journal_bytes: stands.journal,
+        reserve_bytes: stands.reserve,
+        is_beyond_budget: full_ms > 0 && host.budget().has_refused(),
         failed: host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
         replicas: running.chain(witnesses).chain(faulty).collect(),
         repairing: repairing.collect(),

@@ -510,6 +510,7 @@ impl Group {
             runs: self.timers(),
             owes_silence: self.owes_silence(),
             round_trip_us: self.farthest_voter_us(),
+            journal_bytes: self.log.held_bytes(),
             ..Default::default()
         }
     }

@@ -16,7 +16,7 @@ use holdfast_store::past_file;
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
 use holdfast_store::witness_file::{WitnessFile, WitnessManifest};
-use holdfast_store::{EntryId, FailStop, ReplicaIdentity, StoreError, StoreIdentity};
+use holdfast_store::{Budget, EntryId, FailStop, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder};
 
@@ -30,6 +30,7 @@ use crate::past::{self, Pasts};
 use crate::rebuild::{self, Offer, RebuildError, Receivers, Receiving};
 use crate::repair::{self, Repair, RepairUsage};
 use crate::scrub::{self, Scrub, ScrubOptions};
+use crate::survey::Surveys;
 use crate::volume::{Volume, VolumeMachine};
 use crate::witness::Witnesses;
 use crate::{cleaner, config, gray, heal, space};
@@ -92,14 +93,15 @@ pub struct Host {
     environment: GroupEnvironment,
     identity: StoreIdentity,
     directory: Rc<dyn Directory>,
+    pub(crate) surveys: Surveys,
     journal: Journal,
     volumes: RefCell<BTreeMap<GroupId, HostedVolume>>,
     pub(crate) witnesses: Witnesses,
     groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
     faulty: RefCell<BTreeMap<GroupId, Faulty>>,
     /// Replicas that do not run before their peers have answered; they are in `faulty` too.
-    repairs: RefCell<BTreeMap<GroupId, Rc<Repair>>>,
-    repaired: Cell<RepairUsage>,
+    pub(crate) repairs: RefCell<BTreeMap<GroupId, Rc<Repair>>>,
+    pub(crate) repaired: Cell<RepairUsage>,
     pasts: Pasts,
     receivers: Rc<Receivers>,
     pub(crate) departures: Departures,
@@ -122,13 +124,27 @@ impl Host {
         identity: StoreIdentity,
         options: &StoreOptions,
     ) -> Result<Rc<Self>, StoreError> {
+        Self::open_within(environment, directory, identity, options, None).await
+    }
+
+    /// As [`Self::open`], for a store that may take so many bytes of its medium.
+    pub async fn open_within(
+        environment: GroupEnvironment,
+        directory: Rc<dyn Directory>,
+        identity: StoreIdentity,
+        options: &StoreOptions,
+        capacity: Option<u64>,
+    ) -> Result<Rc<Self>, StoreError> {
         let (journal, recovered) = Journal::open(directory.clone(), &identity, options).await?;
+        let budget = Budget::open(&directory, capacity, journal.usage().bytes_total).await?;
+        let directory = budget.guard(directory);
         journal.open_reserve(directory.clone()).await?;
         let directory: Rc<dyn Directory> = Rc::new(FailStop::new(directory, journal.clone()));
         let departures = Departures::open(directory.clone(), &identity).await?;
         let host = Rc::new(Self {
             identity,
             directory,
+            surveys: Surveys::new(budget),
             departures,
             journal,
             volumes: RefCell::default(),
@@ -260,31 +276,6 @@ impl Host {
             }
             (opened, _) => opened,
         }
-    }
-
-    pub(crate) fn repair_begins(&self, repair: &Rc<Repair>) {
-        self.repairs.borrow_mut().insert(repair.id.group, repair.clone());
-    }
-    /// Whether this repair is still the group's: its replica was not destroyed, and the host not stopped.
-    pub(crate) fn is_repairing(&self, repair: &Rc<Repair>) -> bool {
-        self.repairs.borrow().get(&repair.id.group).is_some_and(|now| Rc::ptr_eq(now, repair))
-    }
-    pub(crate) fn repair_ends(&self, repair: &Rc<Repair>) {
-        if self.is_repairing(repair) {
-            self.repairs.borrow_mut().remove(&repair.id.group);
-        }
-    }
-    pub(crate) fn count_repaired(&self, more: RepairUsage) {
-        let now = self.repaired.get();
-        self.repaired.set(RepairUsage {
-            entries: now.entries + more.entries,
-            bytes: now.bytes + more.bytes,
-            dropped: now.dropped + more.dropped,
-        });
-    }
-    /// What was repaired of the logs here since the daemon started.
-    pub fn repaired(&self) -> RepairUsage {
-        self.repaired.get()
     }
 
     /// Runs a replica that may run now, and whose log was repaired with so many bytes.

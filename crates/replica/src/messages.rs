@@ -293,6 +293,8 @@ pub struct ReplicaReport {
     pub snapshot_bytes: u64,
     /// Bytes of all its files on the medium.
     pub allocated_bytes: u64,
+    /// Payload of its log that the store's journal holds, in bytes.
+    pub journal_bytes: u64,
     /// Living snapshots as applied here.
     pub snapshots: u32,
     /// The volume's epoch.
@@ -641,6 +643,7 @@ impl ReplicaReport {
         out.u64(self.used_bytes);
         out.u64(self.snapshot_bytes);
         out.u64(self.allocated_bytes);
+        out.u64(self.journal_bytes);
         out.u32(self.snapshots);
         self.epoch.encode(out);
         put_text(out, &self.holder);
@@ -705,6 +708,7 @@ impl ReplicaReport {
             used_bytes: input.u64()?,
             snapshot_bytes: input.u64()?,
             allocated_bytes: input.u64()?,
+            journal_bytes: input.u64()?,
             snapshots: input.u32()?,
             epoch: Epoch::decode(input)?,
             holder: input.text(limits::TEXT_LENGTH_MAX)?,

@@ -20,7 +20,7 @@ use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::timers::{Timers, VolumeTimers};
 use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
-use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, VolumeData};
+use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, SpaceUsed, VolumeData};
 use holdfast_store::{EntryId, StoreError};
 use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
@@ -220,6 +220,8 @@ pub struct Volume {
     cleaner_fault: RefCell<Option<String>>,
     /// How often the medium had been full when all of its blocks were last brought home in the reserve's room.
     pub(crate) home_when_full: Cell<u64>,
+    /// Its space on the medium when it was last looked at.
+    pub(crate) last_space: Cell<SpaceUsed>,
     stopped: Notify,
     is_stopped: Cell<bool>,
     /// The timers of a volume whose state tells none.
@@ -240,6 +242,7 @@ impl Volume {
             scrubbed: Cell::default(),
             cleaner_fault: RefCell::new(None),
             home_when_full: Cell::new(0),
+            last_space: Cell::default(),
             stopped: Notify::new(),
             is_stopped: Cell::new(false),
             defaults,
@@ -666,7 +669,7 @@ impl Volume {
         report.unsettled_chunks = scrub.unsettled;
         report.since_scrub_seconds =
             scrub.ended.map_or(u64::MAX, |ended| Instant::now().since(ended).as_secs());
-        match self.data().space().await {
+        match self.space_told().await {
             Ok(space) => {
                 report.used_bytes = space.blocks + space.snapshots;
                 report.snapshot_bytes = space.snapshots;

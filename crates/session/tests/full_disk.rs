@@ -10,15 +10,19 @@ use std::time::Duration;
 
 use group::{GROUP, Member, Switch, attach, begin, first_leads, start_on};
 use holdfast_env::Instant;
+use holdfast_replica::administration::{self, ShardRequest, StoreReport};
 use holdfast_replica::{Group, Volume};
 use holdfast_session::Session;
 use holdfast_store::testing::MemoryDisk;
-use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange};
+use holdfast_types::{BLOCK_BYTES, BlockIndex, BlockRange, StoreId};
 
 const LONG: Duration = Duration::from_secs(60);
 /// Requests of 1 MiB that the volume has room for.
 const REQUESTS: u64 = 64;
 const REQUEST_BLOCKS: u64 = 256;
+/// What a store may take that may not take all: its journal and its reserve of 24 MiB each, and this.
+const BUDGET: u64 = 48 * MIB + 20 * MIB;
+const MIB: u64 = 1 << 20;
 /// What is left on a medium that is to fill up.
 const LEFT: u64 = 5 << 20;
 
@@ -110,6 +114,12 @@ impl Guest {
 
     fn longest(&self) -> Duration {
         self.took.borrow().iter().max().copied().unwrap_or_default()
+    }
+
+    /// Ends it after the request that it is at; awaited, when that is done.
+    fn give_up(self) -> tokio::sync::oneshot::Receiver<()> {
+        self.end.set(true);
+        self.ended
     }
 
     async fn end(self) -> u64 {
@@ -277,6 +287,100 @@ fn a_daemon_starts_on_a_full_medium_and_trims_make_room() {
         disks.iter().for_each(|disk| disk.limit_space(None));
         let written_by_now = guest.end().await;
         check(&session, trimmed..written_by_now).await;
+        are_equal(&all).await;
+        stop(&all).await;
+    });
+}
+
+/// How the store of a member is, as it says itself.
+async fn report_of(member: &Member) -> StoreReport {
+    let asked = administration::carry_out(&member.host, ShardRequest::Report);
+    within("a report", asked).await.expect("is told").expect("a report")
+}
+
+/// INV-BUDGET: the leader's store may take no more, and its medium has room for ever.
+#[test]
+fn a_store_that_has_used_up_its_budget_lets_data_wait_and_trims_make_room() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let (switch, disks) = (Rc::new(Switch::default()), disks());
+        switch.capacity.borrow_mut().insert(StoreId(1), BUDGET);
+        let members = members(place.path(), &switch, &disks).await;
+        let session = attach(&members[2], false).await.expect("attaches");
+        let guest = Guest::start(session.clone(), REQUESTS);
+        until("the budget is used up", || {
+            assert!(disks[0].used() <= BUDGET, "{} bytes stand", disks[0].used());
+            volume(&members[0]).waits_for_room()
+        })
+        .await;
+        let written = guest.stands_still(Duration::from_secs(1)).await;
+        assert!(
+            written < REQUESTS - 8,
+            "{written} requests were written: the budget was to be used up before"
+        );
+        assert!(group_of(&members[0]).is_leader(), "nothing has moved");
+        let report = report_of(&members[0]).await;
+        assert!(report.full_ms > 0 && report.is_beyond_budget && report.waiting == 1, "{report:?}");
+        assert_eq!((report.capacity_bytes, report.total_bytes), (BUDGET, BUDGET));
+        assert_eq!(report_of(&members[1]).await.capacity_bytes, 0);
+        check(&session, 0..written).await;
+        until("the journal is home", || volume(&members[0]).data().dirty().bytes == 0).await;
+        let trimmed = (written / 2).max(8);
+        for request in 0..trimmed {
+            within("a trim", session.trim(range_of(request))).await.expect("trims");
+        }
+        until("there is room again", || !is_full(&members[0])).await;
+        until("writes go on by themselves", || guest.count() > written + 1).await;
+        assert!(disks[0].used() <= BUDGET);
+        // What is left is not enough for all that the guest wants to write.
+        let end = guest.give_up();
+        let trims = async {
+            for request in trimmed..written {
+                session.trim(range_of(request)).await.expect("trims");
+            }
+        };
+        within("trims", trims).await;
+        within("the guest's last write", end).await.expect("it ends");
+        are_equal(&members).await;
+        assert!(disks[0].used() <= BUDGET);
+        stop(&members).await;
+    });
+}
+
+/// More stands than the store may take since its daemon was started anew: it is full, not dead.
+#[test]
+fn a_store_that_may_take_less_than_stands_makes_room_by_trims() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let (switch, disks) = (Rc::new(Switch::default()), disks());
+        let mut all = members(place.path(), &switch, &disks).await;
+        let session = attach(&all[2], false).await.expect("attaches");
+        for request in 0..REQUESTS / 2 {
+            session.write(range_of(request), data(request)).await.expect("writes");
+        }
+        all[0].host.stop().await;
+        drop(all.remove(0));
+        switch.capacity.borrow_mut().insert(StoreId(1), BUDGET);
+        assert!(disks[0].used() > BUDGET, "{} bytes stand", disks[0].used());
+        let path = place.path().join("n1");
+        let again = start_on(&path, &switch, 1, false, |_| disks[0].directory()).await;
+        assert_eq!(again.host.faulty(), []);
+        assert!(is_full(&again), "more stands than it may take");
+        assert!(report_of(&again).await.is_beyond_budget);
+        all.insert(0, again);
+        within("the first leads", first_leads(&all)).await;
+        // As many as fit once there is room again.
+        let guest = Guest::start(session.clone(), 8);
+        guest.stands_still(Duration::from_secs(1)).await;
+        assert_eq!(guest.count(), 0, "no data is taken");
+        // Not where the guest's first write waits: what overlaps waits for it.
+        for request in 1..REQUESTS / 2 {
+            within("a trim", session.trim(range_of(request))).await.expect("trims");
+        }
+        until("there is room again", || !is_full(&all[0])).await;
+        until("writes go on by themselves", || guest.count() == 8).await;
+        assert!(disks[0].used() <= BUDGET, "{} bytes stand", disks[0].used());
+        guest.end().await;
         are_equal(&all).await;
         stop(&all).await;
     });

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use holdfast_types::DecodeError;
+use holdfast_types::{ByteSize, DecodeError};
 
 /// An error of a store. Cloneable, since one failure answers many waiters.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +36,17 @@ pub enum StoreError {
         what: String,
         /// How.
         why: String,
+    },
+    /// The store may take less than it needs to work.
+    #[error(
+        "a store cannot do with {}: with its journal, and as much kept back, it needs {} ({least} bytes)",
+        ByteSize(*.asked), ByteSize(*.least)
+    )]
+    Capacity {
+        /// What it may take.
+        asked: u64,
+        /// What it needs at least.
+        least: u64,
     },
     /// The store or a part of it has stopped.
     #[error("{0}")]

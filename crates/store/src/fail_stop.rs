@@ -95,6 +95,9 @@ impl Directory for FailStop {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         self.inner.list(prefix)
     }
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        self.inner.sizes(prefix)
+    }
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         self.guarded(format!("removing {name}"), is_full, || self.inner.remove(name))
     }

@@ -1,6 +1,7 @@
 //! One disk: the journal that all groups of a store share, and the blocks of each replica. Knows nothing of Raft or
 //! of the network. Byte layouts and their argument are in `docs/FORMAT.md`.
 
+mod budget;
 pub mod destroyed_file;
 mod entry;
 mod error;
@@ -11,14 +12,17 @@ mod recent;
 mod reserve;
 pub mod scrub_file;
 mod sealed;
+mod standing;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod volume;
 pub mod witness_file;
 
+pub use budget::Budget;
 pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;
 pub use fail_stop::FailStop;
 pub use recent::RecentLatency;
 pub use reserve::{InUse, Reserve};
+pub use standing::Standing;

@@ -21,7 +21,8 @@ use tokio::sync::Notify;
 
 use crate::StoreError;
 
-const NAME: &str = "reserve";
+/// Its file.
+pub(crate) const NAME: &str = "reserve";
 /// The last part of its room is for what makes room only.
 const LAST_PART: u64 = 4;
 

@@ -541,6 +541,19 @@ impl Directory for SimDirectory {
         })
     }
 
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        let prefix = prefix.to_owned();
+        self.0.metadata(move |disk| {
+            let state = disk.state.borrow();
+            let named = state.names.iter().filter(|(name, _)| name.starts_with(&prefix));
+            let size = |inode: &usize| {
+                let file = &state.inodes[*inode];
+                FileSize { length: file.length, allocated: file.pages.len() as u64 * PAGE }
+            };
+            Ok(named.map(|(name, inode)| (name.clone(), size(inode))).collect())
+        })
+    }
+
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         let name = name.to_owned();
         self.0.metadata(move |disk| {

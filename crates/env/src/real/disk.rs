@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -275,6 +276,41 @@ fn list_files(root: &Path, prefix: &str) -> io::Result<Vec<String>> {
     Ok(out)
 }
 
+/// Sizes of the files whose names begin so. Only the directory that the prefix names is walked.
+fn size_files(root: &Path, prefix: &str) -> io::Result<Vec<(String, FileSize)>> {
+    let within = prefix.rsplit_once('/').map_or("", |(directory, _)| directory);
+    let mut out = Vec::new();
+    let mut pending = vec![root.join(within)];
+    while let Some(directory) = pending.pop() {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            // It never was, or has gone since it was seen.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let found = match fs::symlink_metadata(&path) {
+                Ok(found) => found,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            if found.is_dir() {
+                pending.push(path);
+                continue;
+            }
+            let relative = path.strip_prefix(root).map_err(io::Error::other)?;
+            let name = relative.to_str().ok_or_else(|| io::Error::other("a file name is not UTF-8"))?;
+            if name.starts_with(prefix) {
+                let size = FileSize { length: found.len(), allocated: found.blocks() * 512 };
+                out.push((name.to_owned(), size));
+            }
+        }
+    }
+    out.sort_by(|one, other| one.0.cmp(&other.0));
+    Ok(out)
+}
+
 impl Directory for RealDirectory {
     fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>> {
         let (path, pool) = (self.at(name), self.pool.clone());
@@ -290,6 +326,11 @@ impl Directory for RealDirectory {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         let (root, prefix) = (self.root.clone(), prefix.to_owned());
         self.pool.run(move || list_files(&root, &prefix))
+    }
+
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        let (root, prefix) = (self.root.clone(), prefix.to_owned());
+        self.pool.run(move || size_files(&root, &prefix))
     }
 
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
@@ -491,6 +532,14 @@ mod tests {
             file.punch(8192, 4096).await.expect("punches");
             let back = file.read_at(8192, 4096).await.expect("reads");
             assert_eq!(back.as_slice(), &[0; 4096]);
+            let size = file.size().await.expect("a size");
+            let sizes = directory.sizes("a/").await.expect("sizes");
+            assert_eq!(sizes, [("a/b".to_owned(), size)]);
+            assert_eq!(size.length, 16384);
+            assert_eq!(directory.sizes("a/c").await.expect("sizes"), []);
+            assert_eq!(directory.sizes("b/").await.expect("nothing is there"), []);
+            let all = directory.sizes("").await.expect("sizes");
+            assert_eq!(all.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a/b", "lock"]);
             directory.rename("a/b", "a/c").await.expect("renames");
             directory.sync().await.expect("syncs");
             assert_eq!(directory.list("a/").await.expect("lists"), ["a/c"]);

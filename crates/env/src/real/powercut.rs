@@ -66,6 +66,9 @@ impl Directory for PowerCutDirectory {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         self.inner.list(prefix)
     }
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        self.inner.sizes(prefix)
+    }
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         self.files.borrow_mut().remove(name);
         self.inner.remove(name)

@@ -30,6 +30,32 @@ fn list(nodes: &[pb::Node]) -> String {
     table(&["name", "region", "zone", "state", "kind", "replicas", "free", "size"], rows.collect())
 }
 
+/// What the store of a node holds, by what it is for.
+fn stands(node: &pb::Node) -> String {
+    let Some(store) = node.stores.first().filter(|_| node.state != "unreachable") else {
+        return String::new();
+    };
+    let row = |name: &str, value: u64| vec![name.to_owned(), bytes(value)];
+    let capacity = match store.capacity_bytes {
+        0 => vec!["capacity".to_owned(), "the medium's".to_owned()],
+        capacity => row("capacity", capacity),
+    };
+    let rows = vec![
+        capacity,
+        row("allocated", store.allocated_bytes),
+        row("blocks", store.blocks_bytes),
+        row("of snapshots", store.snapshot_bytes),
+        row("journal", store.journal_bytes),
+        row("kept back", store.reserve_bytes),
+    ];
+    table(&["the store", "bytes"], rows)
+}
+
+/// A node with what its store holds.
+fn one(node: &pb::Node) -> String {
+    format!("{}\n{}", list(std::slice::from_ref(node)), stands(node))
+}
+
 /// Runs the command.
 pub fn run(command: NodeCommand, admin: Option<String>, output: &Output) -> Result<ExitCode, UserError> {
     match command {
@@ -43,7 +69,7 @@ pub fn run(command: NodeCommand, admin: Option<String>, output: &Output) -> Resu
                 UserError::new(ErrorCode::NotFound, format!("there is no node {name}"))
                     .hint("`holdfast node list` shows them all")
             })?;
-            output.show(&node, || list(std::slice::from_ref(&node)));
+            output.show(&node, || one(&node));
         }
         NodeCommand::Cordon { name } => cordon(admin, name, true, output)?,
         NodeCommand::Uncordon { name } => cordon(admin, name, false, output)?,

@@ -33,6 +33,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
             "scrubs",
             "snapshots",
             "allocated",
+            "journal",
         ]);
     }
     let rows = replicas.iter().map(|replica| {
@@ -62,6 +63,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(replica.scrub_passes.to_string()),
                 told(bytes(replica.snapshot_bytes)),
                 told(bytes(replica.allocated_bytes)),
+                told(bytes(replica.journal_bytes)),
             ]);
         }
         row

@@ -3,13 +3,14 @@
 use std::rc::Rc;
 
 use bytes::Bytes;
+use holdfast_env::disk::Space;
 use holdfast_env::net::Lane;
-use holdfast_replica::GroupUsage;
 use holdfast_replica::repair::RepairUsage;
 use holdfast_replica::scrub::ScrubProgress;
+use holdfast_replica::{GroupUsage, StoreSpace, Survey};
 use holdfast_session::SessionUsage;
 use holdfast_store::journal::JournalUsage;
-use holdfast_store::volume::VolumeUsage;
+use holdfast_store::volume::{SpaceUsed, VolumeUsage};
 use holdfast_types::{GroupId, LatencyHistogram, VolumeId};
 use holdfast_wire::tcp::Counters;
 
@@ -33,6 +34,9 @@ pub(super) struct ReplicaSnapshot {
     pub(super) scrub: ScrubProgress,
     pub(super) group_usage: GroupUsage,
     pub(super) volume_usage: VolumeUsage,
+    /// As of the last survey of the medium.
+    pub(super) space: Option<SpaceUsed>,
+    pub(super) journal_bytes: u64,
 }
 
 /// The sessions of one volume.
@@ -57,6 +61,10 @@ pub(crate) struct Snapshot {
     pub(super) full: bool,
     pub(super) times_full: u64,
     pub(super) waiting: u64,
+    /// The medium and what stands on it, as of its last survey: a scrape waits for no disk.
+    pub(super) medium: Option<(Space, StoreSpace)>,
+    /// What the store may take, if it may not take all of its medium.
+    pub(super) capacity: Option<u64>,
     pub(super) store_failed: bool,
     pub(super) replicas: Vec<ReplicaSnapshot>,
     pub(super) faulty_replicas: u64,
@@ -74,6 +82,7 @@ impl Snapshot {
     /// As of now.
     pub(crate) fn take(shard: &Rc<Shard>) -> Self {
         let journal = shard.host.journal();
+        let survey = shard.host.last_survey();
         let mut wire_queued = (0, 0);
         for (_, lane, bytes) in shard.network.queued() {
             match lane {
@@ -92,8 +101,15 @@ impl Snapshot {
             full: journal.is_full(),
             times_full: journal.reserve().map_or(0, |reserve| reserve.times_full()),
             waiting: shard.host.volumes().iter().filter(|(_, volume)| volume.waits_for_room()).count() as u64,
+            medium: survey.as_ref().map(|survey| (survey.space, shard.host.space_of(survey))),
+            capacity: shard.host.budget().capacity(),
             store_failed: journal.failed().is_some(),
-            replicas: shard.host.volumes().into_iter().map(|(of, volume)| replica(of, &volume)).collect(),
+            replicas: shard
+                .host
+                .volumes()
+                .into_iter()
+                .map(|(of, volume)| replica(of, &volume, survey.as_ref()))
+                .collect(),
             faulty_replicas: shard.host.faulty().len() as u64,
             repaired: shard.host.repaired(),
             sessions: sessions(shard),
@@ -106,7 +122,7 @@ impl Snapshot {
     }
 }
 
-fn replica(volume: VolumeId, of: &holdfast_replica::Volume) -> ReplicaSnapshot {
+fn replica(volume: VolumeId, of: &holdfast_replica::Volume, survey: Option<&Survey>) -> ReplicaSnapshot {
     let report = of.group().report();
     ReplicaSnapshot {
         volume,
@@ -123,6 +139,8 @@ fn replica(volume: VolumeId, of: &holdfast_replica::Volume) -> ReplicaSnapshot {
         scrub: of.scrub_progress(),
         group_usage: of.group().usage(),
         volume_usage: of.data().usage(),
+        space: survey.map(|survey| of.data().space_in(&survey.standing)),
+        journal_bytes: report.journal_bytes,
     }
 }
 

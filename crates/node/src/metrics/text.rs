@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use holdfast_env::disk::Space;
+use holdfast_replica::StoreSpace;
+use holdfast_store::volume::SpaceUsed;
 use holdfast_types::{LATENCY_BOUNDS_US, LatencyHistogram, VolumeSpec};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, prometheus_text};
@@ -69,6 +72,7 @@ impl Collector for Holdfast {
         let snapshot = &self.0;
         let mut families = node(snapshot);
         families.extend(journal(snapshot));
+        families.extend(medium(snapshot));
         families.extend(wire(snapshot));
         families.extend(sessions(&snapshot.sessions, &snapshot.replicas));
         families.extend(replicas(&snapshot.replicas));
@@ -185,9 +189,6 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
         gauge("journal_size_bytes", "Bytes of all segments", one(usage.bytes_total)),
         gauge("journal_used_bytes", "Bytes of segments that are in use", one(usage.bytes_used)),
         gauge("journal_hung", "Whether the disk does not answer for the journal", one(snapshot.hung.into())),
-        gauge("medium_full", "Whether the medium is full: data waits for room", one(snapshot.full.into())),
-        counter("medium_filled", "Times that the medium was found full", one(snapshot.times_full)),
-        gauge("medium_waiting_volumes", "Volumes led here whose writes wait for room", one(snapshot.waiting)),
         gauge("journal_queue_records", "Records that wait for a batch", one(usage.waiting_records)),
         gauge("journal_queue_bytes", "Payload that waits for a batch", one(usage.waiting_bytes)),
         latency(
@@ -195,6 +196,34 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
             "From the hand-over of a batch to the disk until it is durable",
             vec![(Vec::new(), snapshot.flush_latency.clone())],
         ),
+    ]
+}
+
+/// The medium, and what stands on it.
+fn medium(snapshot: &Snapshot) -> Vec<Family> {
+    let of = |value: fn(&StoreSpace) -> u64| -> Vec<(Labels, u64)> {
+        snapshot.medium.iter().map(|(_, stands)| (Vec::new(), value(stands))).collect()
+    };
+    let space = |value: fn(&Space) -> u64| -> Vec<(Labels, u64)> {
+        snapshot.medium.iter().map(|(space, _)| (Vec::new(), value(space))).collect()
+    };
+    let capacity = snapshot.capacity.map(one).unwrap_or_default();
+    vec![
+        gauge("medium_full", "Whether the medium is full: data waits for room", one(snapshot.full.into())),
+        counter("medium_filled", "Times that the medium was found full", one(snapshot.times_full)),
+        gauge("medium_waiting_volumes", "Volumes led here whose writes wait for room", one(snapshot.waiting)),
+        gauge("medium_size_bytes", "Bytes of the medium that the store may use", space(|space| space.total)),
+        gauge("medium_free_bytes", "Bytes of them that are free", space(|space| space.available)),
+        gauge("store_capacity_bytes", "Bytes of its medium that the store may take", capacity),
+        gauge("store_allocated_bytes", "Bytes of all files of the store", of(|stands| stands.allocated)),
+        gauge(
+            "store_blocks_bytes",
+            "Bytes of blocks of replicas, snapshots included",
+            of(|stands| stands.used),
+        ),
+        gauge("store_snapshot_bytes", "Bytes that only snapshots hold", of(|stands| stands.snapshots)),
+        gauge("store_journal_bytes", "Bytes of the journal's files", of(|stands| stands.journal)),
+        gauge("store_reserve_bytes", "Bytes kept back for a full medium", of(|stands| stands.reserve)),
     ]
 }
 
@@ -340,6 +369,17 @@ fn replicas(all: &[ReplicaSnapshot]) -> Vec<Family> {
 fn homes(all: &[ReplicaSnapshot]) -> Vec<Family> {
     let of = |value: fn(&ReplicaSnapshot) -> u64| of_replicas(all, value);
     let part = |value: fn(&ReplicaSnapshot) -> u64, part: &str| labelled(of(value), &[("part", part)]);
+    let told: Vec<ReplicaSnapshot> = all.iter().filter(|replica| replica.space.is_some()).cloned().collect();
+    let space = |value: fn(&SpaceUsed) -> u64, part: &str| {
+        let of_one = |replica: &ReplicaSnapshot| replica.space.as_ref().map_or(0, value);
+        labelled(of_replicas(&told, of_one), &[("part", part)])
+    };
+    let spaces = [
+        space(|space| space.blocks + space.snapshots, "used"),
+        space(|space| space.snapshots, "snapshot"),
+        space(|space| space.allocated, "allocated"),
+        part(|r| r.journal_bytes, "journal"),
+    ];
     let parts = [
         part(|r| r.volume_usage.home_bytes_written, "home"),
         part(|r| r.volume_usage.table_bytes_written, "table"),
@@ -398,5 +438,10 @@ fn homes(all: &[ReplicaSnapshot]) -> Vec<Family> {
             of(|r| r.volume_usage.chunks_punched),
         ),
         gauge("store_dirty_bytes", "Bytes of blocks that are in the journal only", of(|r| r.dirty_bytes)),
+        gauge(
+            "replica_bytes",
+            "Bytes of a replica on the medium: blocks, those that only snapshots hold, all files; payload of its log",
+            spaces.concat(),
+        ),
     ]
 }

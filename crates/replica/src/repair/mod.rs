@@ -390,3 +390,30 @@ async fn look(log: &GroupLog, is_trusted: bool, wanted: &EntrySum, room: usize) 
     };
     (has, Bytes::new())
 }
+
+impl Host {
+    pub(crate) fn repair_begins(&self, repair: &Rc<Repair>) {
+        self.repairs.borrow_mut().insert(repair.id.group, repair.clone());
+    }
+    /// Whether this repair is still the group's: its replica was not destroyed, and the host not stopped.
+    pub(crate) fn is_repairing(&self, repair: &Rc<Repair>) -> bool {
+        self.repairs.borrow().get(&repair.id.group).is_some_and(|now| Rc::ptr_eq(now, repair))
+    }
+    pub(crate) fn repair_ends(&self, repair: &Rc<Repair>) {
+        if self.is_repairing(repair) {
+            self.repairs.borrow_mut().remove(&repair.id.group);
+        }
+    }
+    pub(crate) fn count_repaired(&self, more: RepairUsage) {
+        let now = self.repaired.get();
+        self.repaired.set(RepairUsage {
+            entries: now.entries + more.entries,
+            bytes: now.bytes + more.bytes,
+            dropped: now.dropped + more.dropped,
+        });
+    }
+    /// What was repaired of the logs here since the daemon started.
+    pub fn repaired(&self) -> RepairUsage {
+        self.repaired.get()
+    }
+}

@@ -46,6 +46,8 @@ pub struct Switch {
     pub damage: RefCell<Option<Damage>>,
     /// Stores whose disk is slow.
     pub slow: RefCell<BTreeSet<StoreId>>,
+    /// What stores may take of their media, of those that may not take all.
+    pub capacity: RefCell<BTreeMap<StoreId, u64>>,
 }
 
 struct Port {
@@ -170,7 +172,9 @@ pub async fn start_as(
     let timers = Timers::default();
     let silent_until = Instant::now() + if fresh { Duration::ZERO } else { timers.startup_silence() };
     let environment = GroupEnvironment { rpc: rpc.clone(), timers, silent_until };
-    let host = Host::open(environment, directory, identity, &options).await.expect("opens");
+    let capacity = switch.capacity.borrow().get(&identity.store).copied();
+    let opened = Host::open_within(environment, directory, identity, &options, capacity);
+    let host = opened.await.expect("opens");
     if let Kind::Witness(budget) = kind {
         host.take_witnesses_only(budget);
     }

@@ -92,6 +92,9 @@ impl Directory for StallingDirectory {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         self.inner.list(prefix)
     }
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        self.inner.sizes(prefix)
+    }
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         self.inner.remove(name)
     }

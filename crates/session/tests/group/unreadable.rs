@@ -50,6 +50,9 @@ impl Directory for BadDirectory {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         self.inner.list(prefix)
     }
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        self.inner.sizes(prefix)
+    }
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
         self.inner.remove(name)
     }

@@ -176,6 +176,10 @@ impl Content {
         }
     }
 
+    fn size(&self) -> FileSize {
+        FileSize { length: self.length, allocated: self.allocated.len() as u64 * BLOCK }
+    }
+
     fn read_block(&self, block: u64) -> [u8; ALIGNMENT] {
         for change in self.cached.iter().rev() {
             match change {
@@ -642,11 +646,7 @@ impl File for Handle {
             _ => self.allocate_blocks(offset / BLOCK, (offset + length).div_ceil(BLOCK)),
         };
         let disk = self.disk.clone();
-        async move {
-            disk.turn().await;
-            done
-        }
-        .boxed_local()
+        async move { disk.turn().await }.map(|()| done).boxed_local()
     }
 
     fn punch(&self, offset: u64, length: u64) -> LocalBoxFuture<'static, io::Result<()>> {
@@ -691,9 +691,7 @@ impl File for Handle {
     }
 
     fn size(&self) -> LocalBoxFuture<'static, io::Result<FileSize>> {
-        let size = self
-            .with(|file| FileSize { length: file.length, allocated: file.allocated.len() as u64 * BLOCK });
-        async move { Ok(size) }.boxed_local()
+        std::future::ready(Ok(self.with(|file| file.size()))).boxed_local()
     }
 }
 
@@ -734,6 +732,17 @@ impl Directory for MemoryDisk {
     fn list(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<String>>> {
         let names = self.names().into_iter().filter(|name| name.starts_with(prefix)).collect();
         async move { Ok(names) }.boxed_local()
+    }
+
+    fn sizes(&self, prefix: &str) -> LocalBoxFuture<'static, io::Result<Vec<(String, FileSize)>>> {
+        let (this, prefix) = (self.clone(), prefix.to_owned());
+        async move {
+            this.turn().await;
+            let State { names, files, .. } = &this.disk.borrow().state;
+            let named = names.iter().filter(|(name, _)| name.starts_with(&prefix));
+            Ok(named.map(|(name, id)| (name.clone(), files[id].size())).collect())
+        }
+        .boxed_local()
     }
 
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {

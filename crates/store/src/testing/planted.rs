@@ -53,6 +53,10 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("clean-while-rebuilding", "home changes while it is compared with a peer's"),
     ("keep-unnamed-files", "a rebuild takes the names of files that a failed pass goes on to write"),
     ("keep-what-was-taken", "a pass that finds no room keeps what it had taken"),
+    // The budget.
+    ("budget-not-kept", "room is taken and not counted while it is being taken"),
+    ("budget-below-what-stands", "a budget that is smaller than what stands lets nothing be made room for"),
+    ("refuse-within-a-file", "a write is refused whose room was taken before"),
     // Layers.
     ("trim-falls-through", "what was given back shows what an older layer holds"),
     ("merge-before-manifest", "a layer is merged while a durable checkpoint has the snapshot at its end"),

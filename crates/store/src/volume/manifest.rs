@@ -217,12 +217,6 @@ impl ManifestFile {
         self.bytes_written.get()
     }
 
-    /// Bytes on the medium.
-    pub(super) async fn allocated(&self) -> Result<u64, StoreError> {
-        let size = self.file.size().await.map_err(|error| StoreError::io(&self.name, &error))?;
-        Ok(size.allocated)
-    }
-
     /// Takes room for a generation of so many bytes.
     pub(super) async fn take_room(&self, generation: u64, bytes: usize) -> Result<(), StoreError> {
         let taken = &self.taken[(generation % 2) as usize];

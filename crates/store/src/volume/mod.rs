@@ -54,7 +54,7 @@ pub use table::BlockSum;
 pub const PAGE_CHUNKS: u64 = table::PAGE_CHUNKS;
 
 use crate::journal::planted;
-use crate::{EntryId, ReplicaIdentity, StoreError};
+use crate::{EntryId, ReplicaIdentity, Standing, StoreError};
 use extent::{Extent, What};
 use layers::{Chain, open_files};
 use manifest::ManifestFile;
@@ -408,24 +408,27 @@ impl VolumeData {
         dirty
     }
 
-    /// Space on the medium.
+    /// Space on the medium, looked at now.
     pub async fn space(&self) -> Result<SpaceUsed, StoreError> {
+        let own = format!("{}/", self.0.prefix);
+        let sizes = self.0.directory.sizes(&own).await.map_err(|error| StoreError::io(&own, &error))?;
+        Ok(self.space_in(&Standing::of(sizes)))
+    }
+
+    /// Space on the medium as it was counted then.
+    pub fn space_in(&self, standing: &Standing) -> SpaceUsed {
         let mut used = SpaceUsed::default();
         let top = self.layers().last().map_or(LayerId::BASE, |layer| layer.id);
         for piece in self.0.chain.all() {
-            let Some(files) = piece.files() else { continue };
-            let home = files.home.size().await.map_err(|error| StoreError::io("home", &error))?.allocated;
-            let table = files.table.file().size().await;
-            let table = table.map_err(|error| StoreError::io(files.table.name(), &error))?.allocated;
+            let file = |name| standing.of_file(&layers::name_of(&self.0.prefix, piece.id, name));
             if piece.is_base() || piece.id >= top {
-                used.blocks += home;
+                used.blocks += file("home");
             } else {
-                used.snapshots += home + table;
+                used.snapshots += file("home") + file("table");
             }
-            used.allocated += home + table;
         }
-        used.allocated += self.0.manifest_file.allocated().await? + self.staged_bytes().await?;
-        Ok(used)
+        used.allocated = standing.below(&format!("{}/", self.0.prefix));
+        used
     }
 
     /// Counters.

@@ -119,20 +119,6 @@ impl VolumeData {
         format!("{}/staging", self.0.prefix)
     }
 
-    /// Bytes on the medium of what a rebuild has collected.
-    pub(super) async fn staged_bytes(&self) -> Result<u64, StoreError> {
-        if self.0.rebuilds.get() == 0 {
-            return Ok(0);
-        }
-        let name = self.staging_name();
-        let found = async { self.0.directory.open(&name, OpenMode::Existing).await?.size().await };
-        match found.await {
-            Ok(size) => Ok(size.allocated),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
-            Err(error) => Err(StoreError::io(&name, &error)),
-        }
-    }
-
     /// Begins a rebuild: what is home stays as it is until the layer is switched in or dropped. What was collected by
     /// one that did not end is thrown away. One at a time.
     ///

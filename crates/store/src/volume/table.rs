@@ -719,12 +719,6 @@ impl Table {
     pub(super) fn written(&self) -> (u64, u64) {
         (self.bytes_written.get(), self.flushes.get())
     }
-    pub(super) fn file(&self) -> &Rc<dyn File> {
-        &self.file
-    }
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The blocks of a replica over its journal, on a disk that loses, tears, rots and fills up, against a reference.
 
 mod bounds;
+mod budget;
 mod crashes;
 mod full;
 mod golden;
