@@ -103,6 +103,24 @@ const MUTANTS: &[Mutant] = &[
         "holdfast_store",
         "destroyed_file::tests::either_copy_is_as_new_as_what_was_answered",
     ),
+    (
+        "forget-recovery",
+        "INV-RECOVER",
+        "holdfast_store",
+        "recovery_file::tests::what_was_sealed_is_known_whenever_the_power_goes",
+    ),
+    (
+        "late-take-over",
+        "INV-RECOVER",
+        "holdfast_store",
+        "recovery_file::tests::what_comes_twice_or_late_changes_nothing",
+    ),
+    (
+        "recovery-in-one-copy",
+        "INV-RECOVER",
+        "holdfast_store",
+        "recovery_file::tests::either_copy_is_as_new_as_what_was_answered",
+    ),
     ("move-unflushed-home", "INV-ACK", "volume", "crashes::what_is_not_flushed_is_not_moved_home"),
     ("home-before-commit", "INV-STAGE", "volume", CUT_CLEANING),
     (

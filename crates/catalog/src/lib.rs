@@ -12,6 +12,7 @@ mod machine;
 pub mod member;
 mod messages;
 mod reconciler;
+pub mod recovery;
 pub mod seat;
 mod snapshots;
 mod timers;

@@ -124,6 +124,7 @@ impl Member {
                 }
             }
             VolumePhase::Ready => self.replicas(record).await,
+            VolumePhase::Recovering => self.recover(record).await,
         }
     }
 
@@ -212,7 +213,7 @@ impl Member {
 
     /// A deletion never waits for a dead node: its replica stays on the list until the node is back.
     async fn remove(&self, record: &VolumeRecord) -> Result<Step, AnswerError> {
-        if record.replicas.is_empty() {
+        if record.replicas.is_empty() && record.quarantined.is_empty() {
             let forget = CatalogCommand::ForgetVolume { id: record.id, revision: record.revision };
             self.apply(&forget).await?;
             return Ok(Step::Progress);
@@ -226,7 +227,7 @@ impl Member {
                 Err(elsewhere) => return Err(elsewhere),
             }
         }
-        Ok(Step::Rest)
+        self.remove_quarantined(record).await
     }
 
     /// The leader's store and what it reports.
@@ -494,7 +495,11 @@ impl Member {
             if let Err(AnswerError::Refused(error)) = self.replace_one(record, &lost, state, &reports).await {
                 tracing::warn!(volume = record.spec.name, %error, "a lost replica is not replaced yet");
             }
+            if let Err(AnswerError::Refused(error)) = self.grow_back(record, state, &reports).await {
+                tracing::warn!(volume = record.spec.name, %error, "a recovered volume does not get its copies yet");
+            }
         }
+        self.quarantine(state, &reports).await;
     }
 
     /// Has one replica of a volume placed anew that is lost or faulty; also one that was to take another's place.

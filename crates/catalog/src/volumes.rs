@@ -16,7 +16,7 @@ use holdfast_protocol::volume::{Refusal, VolumeReply};
 use holdfast_replica::administration::{ADMINISTRATION, ShardRequest, StoreReport, decode_reply};
 use holdfast_replica::messages::{DATA, DataReply, DataRequest, ReplicaReport};
 use holdfast_types::{ErrorCode, GroupId, NodeName, ReplicaId, StoreId, UserError};
-use holdfast_wire::rpc::Rpc;
+use holdfast_wire::rpc::{CallError, Rpc};
 
 /// How long a store may take to tell how it is; one that takes longer counts as not answering.
 const REPORT_DEADLINE: Duration = Duration::from_secs(2);
@@ -41,6 +41,21 @@ pub async fn shard(rpc: &Rpc, to: StoreId, request: &ShardRequest) -> Result<Opt
             .hint("is its node up? `holdfast node list` shows it")
     })?;
     decode_reply(&answer.head).map_err(|error| UserError::new(ErrorCode::Internal, error.to_string()))?
+}
+
+/// What a store says of itself, or why it cannot; none if it does not answer at all.
+pub async fn store_answer(rpc: &Rpc, store: StoreId) -> Option<Result<StoreReport, String>> {
+    let frame = Frame::small(ShardRequest::Report.encode());
+    match rpc.call(store, Lane::Control, ADMINISTRATION, frame, REPORT_DEADLINE).await {
+        Ok(answer) => Some(match decode_reply(&answer.head) {
+            Ok(Ok(Some(report))) => Ok(report),
+            Ok(Ok(None)) => Err("it tells nothing of itself".into()),
+            Ok(Err(error)) => Err(error.message),
+            Err(error) => Err(error.to_string()),
+        }),
+        Err(CallError::Send(_) | CallError::Disconnected | CallError::TimedOut) => None,
+        Err(answered) => Some(Err(answered.to_string())),
+    }
 }
 
 /// How every node's store is; nodes that do not answer are left out.

@@ -361,6 +361,18 @@ pub enum VolumeCommand {
         #[arg(long)]
         yes: bool,
     },
+    /// Let a volume that has lost its majority for good go on from survivors. Without --accept-loss nothing is done, and it
+    /// is told what would be lost.
+    Recover {
+        /// Its name or id.
+        name: String,
+        /// Replicas to go on from, by id or by node: all that can. The one that has most is taken.
+        #[arg(long, value_delimiter = ',', value_name = "REPLICA")]
+        survivors: Vec<String>,
+        /// Do it: what only lost replicas hold is gone, and if they come back they are kept and not served.
+        #[arg(long, requires = "survivors")]
+        accept_loss: bool,
+    },
     /// Let every replica be read from its disk, compared with the others and healed, without stopping at an index.
     Scrub {
         /// Its name or id.
@@ -492,7 +504,7 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 /// A command of the design that does not exist yet.
 pub fn not_built(words: &[String], within: &str) -> UserError {
     const PLANNED: &[&str] =
-        &["explain", "fence", "bench", "kube", "keeper", "adopt", "switchover", "failover", "recover", "top"];
+        &["explain", "fence", "bench", "kube", "keeper", "adopt", "switchover", "failover", "top"];
     let first = words.first().map(String::as_str).unwrap_or_default();
     if PLANNED.contains(&first) {
         return UserError::new(ErrorCode::Unimplemented, format!("'{first}' is not built yet"))

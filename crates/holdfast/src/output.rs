@@ -34,6 +34,8 @@ const NULL_IF_EMPTY: &[&str] = &[
     "source_volume",
     "source_snapshot",
     "filled_by",
+    "recovery",
+    "refused",
 ];
 
 fn tidy(value: &mut Value) {

@@ -19,6 +19,7 @@ mod operations;
 mod parameters;
 mod planted;
 mod problems;
+mod recovery;
 mod shard;
 mod shown;
 mod snapshots;

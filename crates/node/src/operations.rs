@@ -24,7 +24,7 @@ use crate::{parameters, snapshots, views};
 /// How long reads and small changes of the catalog may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a volume may take to be created.
-const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const CREATE_PATIENCE: Duration = Duration::from_secs(30);
 /// Between tries while a volume has no leader.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Looks at a volume that a majority answers for and nobody leads, and the pause between them: as long as an election.
@@ -131,7 +131,7 @@ impl Shard {
         }
     }
 
-    async fn record(&self, name: &str) -> Result<VolumeRecord, UserError> {
+    pub(crate) async fn record(&self, name: &str) -> Result<VolumeRecord, UserError> {
         Ok(self.catalog.state(PATIENCE).await?.get(name)?.clone())
     }
 

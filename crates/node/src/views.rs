@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use holdfast_catalog::volumes;
 use holdfast_protocol::catalog::{
-    CatalogState, NodeRecord, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord, VolumeSource,
+    CatalogState, NodeRecord, Quarantined, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
+    VolumeSource,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::StoreReport;
@@ -50,7 +51,12 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
             .and_then(|(id, _)| record.replicas.iter().find(|at| at.id == id))
             .map(|at| at.location.node.to_string())
             .unwrap_or_default(),
-        incarnation: "1".into(),
+        incarnation: record.incarnation.number.to_string(),
+        recovery: match record.incarnation.is_first() {
+            true => String::new(),
+            false => record.incarnation.recovery.to_string(),
+        },
+        quarantined: record.quarantined.iter().map(quarantined).collect(),
         survive: record.spec.survive.as_str().into(),
         replicas,
         published_to: record.published.keys().map(NodeName::as_str).collect::<Vec<_>>().join(","),
@@ -67,6 +73,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
             VolumePhase::Creating => "creating",
             VolumePhase::Filling => "filling",
             VolumePhase::Ready => "ready",
+            VolumePhase::Recovering => "recovering",
             VolumePhase::Deleting => "deleting",
         }
         .into(),
@@ -81,6 +88,14 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
             .unwrap_or_default(),
         filled_percent: source.map_or(100, VolumeSource::percent),
         filled_by: newest.filter(|_| filling).map(|report| report.holder.clone()).unwrap_or_default(),
+    }
+}
+
+fn quarantined(kept: &Quarantined) -> pb::QuarantinedReplica {
+    pb::QuarantinedReplica {
+        id: kept.replica.0,
+        node: kept.location.node.to_string(),
+        recovery: kept.by.to_string(),
     }
 }
 
@@ -245,9 +260,13 @@ pub(crate) fn status(
         for (volume, id, why) in report.replicas.iter().filter(|(_, _, why)| !why.is_empty()) {
             if let Some(record) = state.volumes.get(volume) {
                 let what = format!("replica {} on node {name} does not run: {why}", id.replica);
-                let repairing = report.repairing.contains(id);
-                let doing =
-                    if repairing { "it runs once the others have answered" } else { "it is replaced" };
+                let doing = match (id.group == record.group, report.repairing.contains(id)) {
+                    (false, _) => {
+                        "it is of before a recovery: kept and not served, until the volume is deleted"
+                    }
+                    (true, true) => "it runs once the others have answered",
+                    (true, false) => "it is replaced",
+                };
                 problem(format!("volume {}", record.spec.name), what, doing);
             }
         }

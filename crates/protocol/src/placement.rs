@@ -101,6 +101,11 @@ fn placed_at(candidate: &Candidate) -> Placed {
     Placed { store: candidate.store, location: candidate.location.clone(), witness: candidate.witness }
 }
 
+/// How many of a volume's voters are witnesses, with these nodes.
+pub fn witnesses(spec: &VolumeSpec, candidates: &[Candidate]) -> Result<usize, UserError> {
+    rule(spec, candidates).map(|rule| rule.witnesses)
+}
+
 /// Places all replicas of a new volume; the first is where it is to be led, and a witness is the last.
 pub fn place(spec: &VolumeSpec, candidates: &[Candidate]) -> Result<Vec<Placed>, UserError> {
     let rule = rule(spec, candidates)?;

@@ -45,6 +45,10 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("joint-not-understood", "INV-MEMBER"),
     ("transfer-without-drain", "INV-MEMBER"),
     ("late-destroy-obeyed", "INV-MEMBER"),
+    ("recover-without-incarnation", "INV-RECOVER"),
+    ("superseded-not-told", "INV-RECOVER"),
+    ("recover-from-the-shorter", "INV-RECOVER"),
+    ("recover-while-answered", "INV-RECOVER"),
 ];
 
 /// Those that break a rule of the state machine outside of it: its own model cannot find them, the simulation does.

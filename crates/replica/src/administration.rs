@@ -6,16 +6,18 @@ use std::rc::{Rc, Weak};
 use bytes::Bytes;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
-use holdfast_store::ReplicaIdentity;
+use holdfast_store::recovery_file::Order;
+use holdfast_store::{EntryId, ReplicaIdentity};
 use holdfast_types::{
-    ByteSize, DecodeError, ErrorCode, GroupId, Reader, ReplicaId, StoreId, UserError, VolumeId, Writer,
-    limits,
+    ByteSize, DecodeError, ErrorCode, GroupId, LogIndex, Reader, RecoveryId, ReplicaId, StoreId, Term,
+    UserError, VolumeId, Writer, limits,
 };
 use holdfast_wire::rpc::{Handler, Responder, Service};
 
 use crate::config::Peer;
 use crate::group::{Group, GroupError};
 use crate::host::{Host, NewReplica, Voters};
+use crate::recover::SealedReplica;
 
 /// Calls of the reconciler to a shard.
 pub const ADMINISTRATION: Service = Service(6);
@@ -100,6 +102,28 @@ pub enum ShardRequest {
         /// The group.
         group: GroupId,
     },
+    /// End a replica of a group that a recovery replaces (INV-RECOVER).
+    Seal {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica.
+        id: ReplicaIdentity,
+        /// The recovery.
+        order: Order,
+        /// The revision of the volume that this was decided on; refused if the replica was kept on a later one.
+        revision: u64,
+    },
+    /// Let a replica that was sealed for a recovery go on as the only one of a new group.
+    TakeOver {
+        /// The replica, as it was sealed.
+        id: ReplicaIdentity,
+        /// The new group.
+        group: GroupId,
+        /// The recovery.
+        order: Order,
+        /// The highest term that is known of the former group.
+        above: Term,
+    },
     /// Let the scrub look at a volume's replica next.
     Scrub {
         /// The group.
@@ -148,6 +172,8 @@ pub struct StoreReport {
     pub repairing: Vec<ReplicaIdentity>,
     /// Witnesses here whose volumes have one full copy, since their logs have gone beyond their budget.
     pub one_copy: Vec<ReplicaIdentity>,
+    /// Replicas of groups that a recovery has replaced.
+    pub sealed: Vec<SealedReplica>,
 }
 
 const CREATE: u8 = 1;
@@ -161,6 +187,8 @@ const SCRUB: u8 = 8;
 const TAKE_UP_TIMERS: u8 = 9;
 const REMOVE_LEARNER: u8 = 10;
 const KEEP: u8 = 11;
+const SEAL: u8 = 12;
+const TAKE_OVER: u8 = 13;
 const REPLICAS_MAX: usize = 100_000;
 
 fn put_id(out: &mut Writer, id: &ReplicaIdentity) {
@@ -180,6 +208,31 @@ fn put_replicas(out: &mut Writer, replicas: &[ReplicaId]) {
 fn get_replicas(input: &mut Reader<'_>) -> Result<Vec<ReplicaId>, DecodeError> {
     let count = input.count("replicas", MEMBERS_MAX)?;
     (0..count).map(|_| ReplicaId::decode(input)).collect()
+}
+
+fn put_order(out: &mut Writer, order: &Order) {
+    out.u64(order.number);
+    order.id.encode(out);
+}
+
+fn get_order(input: &mut Reader<'_>) -> Result<Order, DecodeError> {
+    Ok(Order { number: input.u64()?, id: RecoveryId::decode(input)? })
+}
+
+impl SealedReplica {
+    fn encode(&self, out: &mut Writer) {
+        put_id(out, &self.id);
+        put_order(out, &self.order);
+        self.last.term.encode(out);
+        self.last.leader.encode(out);
+        self.last.index.encode(out);
+    }
+
+    fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let (id, order) = (get_id(input)?, get_order(input)?);
+        let (term, leader) = (Term::decode(input)?, ReplicaId::decode(input)?);
+        Ok(Self { id, order, last: EntryId { term, leader, index: LogIndex::decode(input)? } })
+    }
 }
 
 impl ShardRequest {
@@ -214,6 +267,20 @@ impl ShardRequest {
                 out.u8(KEEP);
                 put_id(&mut out, id);
                 out.u64(*revision);
+            }
+            Self::Seal { volume, id, order, revision } => {
+                out.u8(SEAL);
+                volume.encode(&mut out);
+                put_id(&mut out, id);
+                put_order(&mut out, order);
+                out.u64(*revision);
+            }
+            Self::TakeOver { id, group, order, above } => {
+                out.u8(TAKE_OVER);
+                put_id(&mut out, id);
+                group.encode(&mut out);
+                put_order(&mut out, order);
+                above.encode(&mut out);
             }
             Self::AddLearner { group, replica, store, witness } => {
                 out.u8(ADD_LEARNER);
@@ -272,6 +339,18 @@ impl ShardRequest {
                 Self::Bootstrap { group, voters, witnesses: get_replicas(input)? }
             }
             DESTROY => Self::Destroy { id: get_id(input)?, revision: input.u64()? },
+            SEAL => Self::Seal {
+                volume: VolumeId::decode(input)?,
+                id: get_id(input)?,
+                order: get_order(input)?,
+                revision: input.u64()?,
+            },
+            TAKE_OVER => Self::TakeOver {
+                id: get_id(input)?,
+                group: GroupId::decode(input)?,
+                order: get_order(input)?,
+                above: Term::decode(input)?,
+            },
             KEEP => Self::Keep { id: get_id(input)?, revision: input.u64()? },
             ADD_LEARNER => Self::AddLearner {
                 group: GroupId::decode(input)?,
@@ -329,6 +408,8 @@ impl StoreReport {
             out.u32(ids.len() as u32);
             ids.iter().for_each(|id| put_id(out, id));
         }
+        out.u32(self.sealed.len() as u32);
+        self.sealed.iter().for_each(|sealed| sealed.encode(out));
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -350,6 +431,8 @@ impl StoreReport {
             (0..count).map(|_| get_id(input)).collect::<Result<Vec<_>, DecodeError>>()
         };
         let (repairing, one_copy) = (ids()?, ids()?);
+        let count = input.count("sealed replicas", REPLICAS_MAX)?;
+        let sealed = (0..count).map(|_| SealedReplica::decode(input)).collect::<Result<_, DecodeError>>()?;
         Ok(Self {
             total_bytes,
             available_bytes,
@@ -369,6 +452,7 @@ impl StoreReport {
             replicas,
             repairing,
             one_copy,
+            sealed,
         })
     }
 }
@@ -506,6 +590,12 @@ pub async fn carry_out(host: &Rc<Host>, request: ShardRequest) -> ShardReply {
                 return Err(UserError::new(ErrorCode::NotFound, why).hint(hint));
             }
         }
+        ShardRequest::Seal { volume, id, order, revision } => {
+            host.seal(id, volume, order, revision).await.map_err(|error| user_error(&error))?;
+        }
+        ShardRequest::TakeOver { id, group, order, above } => {
+            host.take_over(id, group, order, above).await.map_err(|error| user_error(&error))?;
+        }
         ShardRequest::AddLearner { group, replica, store, witness } => {
             let volume = volume(group)?;
             let peer = Peer { store, witness };
@@ -585,5 +675,6 @@ async fn report(host: &Host) -> Result<StoreReport, UserError> {
         replicas: running.chain(witnesses).chain(faulty).collect(),
         repairing: repairing.collect(),
         one_copy: one_copy.map(|witness| witness.group().id()).collect(),
+        sealed: host.sealed(),
     })
 }

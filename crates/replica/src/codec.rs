@@ -159,9 +159,14 @@ pub(crate) fn vote_leader(bytes: &[u8]) -> Option<(Term, ReplicaId)> {
 }
 
 /// Who belongs to a group by a checkpoint and by the memberships in the log behind it, committed or not.
-pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog) -> Result<Members, DecodeError> {
-    let mut all = vec![(LogIndex::ZERO, membership_from(checkpoint)?.membership().clone())];
-    for (id, head) in log.heads_of(KIND_MEMBERSHIP) {
+pub(crate) fn members_of(checkpoint: &[u8], log: &GroupLog, fork: LogIndex) -> Result<Members, DecodeError> {
+    let stored = membership_from(checkpoint)?;
+    let is_of_this_group = |index: LogIndex| fork == LogIndex::ZERO || index > fork;
+    let mut all = Vec::new();
+    if is_of_this_group(LogIndex(stored.log_id().as_ref().map_or(0, |id| id.index))) {
+        all.push((LogIndex::ZERO, stored.membership().clone()));
+    }
+    for (id, head) in log.heads_of(KIND_MEMBERSHIP).into_iter().filter(|(id, _)| is_of_this_group(id.index)) {
         let mut input = Reader::new(&head);
         all.push((id.index, get_membership(&mut input)?));
         input.end()?;
@@ -235,6 +240,28 @@ fn payload_of(
         }
         other => Err(DecodeError::Unknown { what: "entry kind", value: other.into() }),
     }
+}
+
+/// INV-RECOVER: the entry with which a recovered group begins: this replica alone votes.
+pub(crate) fn sole_voter(id: EntryId, peer: Peer) -> Result<LogEntry, DecodeError> {
+    let alone = RaftMembership::new(vec![[id.leader.0].into()], BTreeMap::from([(id.leader.0, peer)]));
+    let membership =
+        alone.map_err(|_| DecodeError::Unknown { what: "membership without its members", value: 0 })?;
+    let mut out = Writer::new();
+    put_membership(&mut out, &membership);
+    Ok(LogEntry { id, kind: KIND_MEMBERSHIP, head: out.finish(), payload: Bytes::new() })
+}
+
+/// Whether the entry at `index` is the one of [`sole_voter`] for this replica.
+pub(crate) fn begins_alone(log: &GroupLog, index: LogIndex, replica: ReplicaId, peer: Peer) -> bool {
+    let entries = log.heads_of(KIND_MEMBERSHIP);
+    let entry = entries.into_iter().find(|(id, _)| id.index == index && id.leader == replica);
+    entry.is_some_and(|(id, head)| sole_voter(id, peer).is_ok_and(|alone| alone.head == head))
+}
+
+/// A replica's vote for itself.
+pub(crate) fn vote_for(term: Term, replica: ReplicaId) -> Bytes {
+    vote_bytes(&Vote::new(term.0, replica.0))
 }
 
 /// An entry as the journal keeps it.

@@ -35,6 +35,13 @@ impl Departures {
     }
 }
 
+impl Departures {
+    /// Whether a replica may be ended here, as was decided on this revision of its volume.
+    pub(crate) fn may_end(&self, id: ReplicaIdentity, revision: u64) -> Result<(), Remembered> {
+        self.destroyed.may_destroy(id, revision)
+    }
+}
+
 impl From<Remembered> for GroupError {
     fn from(remembered: Remembered) -> Self {
         Self::Refused(remembered.to_string())
@@ -51,20 +58,27 @@ impl Host {
 
     /// INV-TERM: refuses to make a replica that was destroyed here.
     pub fn may_make(&self, id: ReplicaIdentity) -> Result<(), GroupError> {
+        self.recoveries.may_make(id)?;
         Ok(self.departures.destroyed.may_make(id)?)
     }
 
     /// Notes, durably, that a replica is destroyed: it is never made here again. Before anything of it is removed.
     pub async fn note_destroyed(&self, id: ReplicaIdentity) -> Result<(), StoreError> {
-        let noting = || self.departures.destroyed.note_destroyed(id);
-        match (noting().await, self.journal().reserve()) {
-            // INV-SPACE: what makes room needs a little of it.
+        self.with_the_reserve(|| self.departures.destroyed.note_destroyed(id)).await
+    }
+
+    /// INV-SPACE: what makes room, or must be known on a full medium too, needs a little of it.
+    pub(crate) async fn with_the_reserve<T, W: Future<Output = Result<T, StoreError>>>(
+        &self,
+        work: impl Fn() -> W,
+    ) -> Result<T, StoreError> {
+        match (work().await, self.journal().reserve()) {
             (Err(error), Some(reserve)) if error.is_full() => {
                 reserve.give_up().await?;
                 let _using = reserve.in_use();
-                noting().await
+                work().await
             }
-            (noted, _) => noted,
+            (done, _) => done,
         }
     }
 
@@ -78,15 +92,28 @@ impl Host {
             self.departures.destroyed.may_destroy(id, revision)?;
         }
         self.check_not_starting(id)?;
+        // INV-RECOVER: what was decided of the group before does not end what goes on in its files.
+        self.recoveries.may_destroy(id)?;
+        let files = self.recoveries.files_of(id);
         self.note_destroyed(id).await?;
+        if files != id {
+            self.note_destroyed(files).await?;
+        }
         // It may have begun to start meanwhile.
         self.check_not_starting(id)?;
         self.stop_one(id).await;
-        VolumeData::destroy(self.directory().clone(), id).await?;
-        WitnessFile::destroy(self.directory(), id).await?;
+        VolumeData::destroy(self.directory().clone(), files).await?;
+        if files != id {
+            VolumeData::destroy(self.directory().clone(), id).await?;
+        }
+        WitnessFile::destroy(self.directory(), files).await?;
         self.pasts().forget(id);
-        drop(self.claim(id));
-        self.journal().drop_group(id).await?;
+        drop(self.claim(files));
+        self.journal().drop_group(files).await?;
+        // That a group was replaced is told for as long as there is room, whoever stands here.
+        if files == id {
+            self.recoveries.forget(files).await?;
+        }
         Ok(())
     }
 

@@ -501,6 +501,13 @@ impl Group {
                 && now.membership_config.log_id() == now.committed_membership_config.log_id(),
             term: Term(now.current_term),
             last_log: index(now.last_log_index),
+            last_term: self.log.last_term(),
+            is_damaged: !self.log.faulty().is_empty(),
+            hears_leader: !leads
+                && self
+                    .acknowledged
+                    .get()
+                    .is_some_and(|at| Instant::now().since(at) <= 2 * self.timers().election_max),
             committed: index(now.local_committed.map(|id| id.index)),
             applied: self.machine.position.applied_index(),
             purged: index(now.purged.map(|id| id.index)),

@@ -13,18 +13,19 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::volume::VolumeState;
 use holdfast_store::journal::{GroupLog, Journal, RecoveredGroup, Recovery, StoreOptions};
 use holdfast_store::past_file;
+use holdfast_store::recovery_file::RecoveryFile;
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::{Checkpoint, Manifest, ReplicaFileIdentity, VolumeData};
 use holdfast_store::witness_file::{WitnessFile, WitnessManifest};
 use holdfast_store::{Budget, EntryId, FailStop, ReplicaIdentity, StoreError, StoreIdentity};
-use holdfast_types::{ByteSize, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
+use holdfast_types::{ByteSize, DecodeError, GroupId, LogIndex, Reader, ReplicaId, StoreId, VolumeId};
 use holdfast_wire::rpc::{Handler, Responder};
 
 use crate::codec;
 use crate::destroy::Departures;
 use crate::group::{Group, GroupEnvironment, GroupError};
 use crate::machine::{Position, SnapshotData, StateMachine};
-use crate::messages::{self, DataReply, DataRequest, Method, RaftHead};
+use crate::messages::{self, Method, RaftHead};
 use crate::observe::observed;
 use crate::past::{self, Pasts};
 use crate::rebuild::{self, Offer, RebuildError, Receivers, Receiving};
@@ -90,6 +91,8 @@ struct HostedVolume {
 
 /// The replicas of one store.
 pub struct Host {
+    /// What forced recoveries have made of the replicas here.
+    pub(crate) recoveries: RecoveryFile,
     environment: GroupEnvironment,
     identity: StoreIdentity,
     directory: Rc<dyn Directory>,
@@ -106,6 +109,8 @@ pub struct Host {
     receivers: Rc<Receivers>,
     pub(crate) departures: Departures,
     scrub: Rc<Scrub>,
+    /// Logs of which part is unreadable, and why, by their files' identity.
+    unknown: RefCell<BTreeMap<ReplicaIdentity, String>>,
     /// Logs that no manifest claims: the catalog's, until it is started.
     unclaimed: RefCell<Vec<RecoveredGroup>>,
     loaded: Cell<bool>,
@@ -141,11 +146,14 @@ impl Host {
         journal.open_reserve(directory.clone()).await?;
         let directory: Rc<dyn Directory> = Rc::new(FailStop::new(directory, journal.clone()));
         let departures = Departures::open(directory.clone(), &identity).await?;
+        let recoveries = RecoveryFile::open(directory.clone(), identity.cluster, identity.store).await?;
         let host = Rc::new(Self {
             identity,
             directory,
             surveys: Surveys::new(budget),
             departures,
+            recoveries,
+            unknown: RefCell::default(),
             journal,
             volumes: RefCell::default(),
             witnesses: Witnesses::default(),
@@ -178,11 +186,19 @@ impl Host {
         let data = VolumeData::list(self.directory.clone()).await?.into_iter().map(Standing::Data);
         let witnesses = WitnessFile::list(&self.directory).await?.into_iter().map(Standing::Witness);
         for standing in data.chain(witnesses) {
-            let id = standing.identity().id;
-            let recovered = self.claim(id);
-            let outcome = match recovered {
-                Some(recovered) => self.load_one(&standing, recovered).await,
-                None => Err("its log is not in the journal: the replica must be replaced".to_owned()),
+            let files = standing.identity().id;
+            let id = self.recoveries.known_as(files);
+            let recovered = self.claim(files);
+            if let Some(Recovery::Unknown(why)) = recovered.as_ref().map(|recovered| &recovered.state) {
+                self.unknown.borrow_mut().insert(files, why.clone());
+            }
+            let outcome = match (self.recoveries.may_run(files), recovered) {
+                // INV-RECOVER: what was replaced is kept, and does not run.
+                (Err(barred), _) => Err(barred.to_string()),
+                (Ok(_), Some(recovered)) => self.load_one(&standing, id, recovered).await,
+                (Ok(_), None) => {
+                    Err("its log is not in the journal: the replica must be replaced".to_owned())
+                }
             };
             if let Err(why) = outcome {
                 tracing::error!(group = %id.group, replica = %id.replica, %why, "a replica does not run");
@@ -213,26 +229,41 @@ impl Host {
         Some(claimed)
     }
 
-    async fn load_one(self: &Rc<Self>, standing: &Standing, recovered: RecoveredGroup) -> Result<(), String> {
-        let id = standing.identity().id;
+    async fn load_one(
+        self: &Rc<Self>,
+        standing: &Standing,
+        id: ReplicaIdentity,
+        recovered: RecoveredGroup,
+    ) -> Result<(), String> {
         self.remember(id).await.map_err(|error| error.to_string())?;
         let is_damaged = matches!(recovered.state, Recovery::Faulty(_));
         if recovered.vote_lost || !is_damaged {
             usable(&recovered)?;
         }
-        let members = codec::members_of(&standing.checkpoint().membership, &recovered.log);
+        let members = self.members_of(id, standing, &recovered.log);
         let members = members.map_err(|error| format!("its memberships are not understood: {error}"))?;
         if !is_damaged && past::is_alone(id, &members) {
-            return self.open_and_run(standing, recovered.log).await.map(drop);
+            return self.open_and_run(standing, id, recovered.log).await.map(drop);
         }
-        repair::begin(self, standing.clone(), recovered.log);
+        repair::begin(self, standing.clone(), id, recovered.log);
         Ok(())
     }
 
+    /// Who belongs to the group as which a replica runs, as far as its checkpoint and log know.
+    pub(crate) fn members_of(
+        &self,
+        id: ReplicaIdentity,
+        standing: &Standing,
+        log: &GroupLog,
+    ) -> Result<repair::Members, DecodeError> {
+        codec::members_of(&standing.checkpoint().membership, log, self.recoveries.fork_of(id))
+    }
+
     /// The volume, if it is one that holds data.
-    async fn open_and_run(
+    pub(crate) async fn open_and_run(
         self: &Rc<Self>,
         standing: &Standing,
+        id: ReplicaIdentity,
         log: GroupLog,
     ) -> Result<Option<Rc<Volume>>, String> {
         let manifest = match standing {
@@ -244,7 +275,7 @@ impl Host {
         };
         let data = self.open_data(manifest, &log).await.map_err(|error| error.to_string())?;
         reaches(&log, &data.checkpoint())?;
-        let running = self.run(manifest.identity.volume, manifest.identity.id, log, data, false).await;
+        let running = self.run(manifest.identity.volume, id, log, data, false).await;
         running.map(Some).map_err(|error| error.to_string())
     }
 
@@ -282,10 +313,11 @@ impl Host {
     pub(crate) async fn start_repaired(
         self: &Rc<Self>,
         standing: &Standing,
+        id: ReplicaIdentity,
         log: GroupLog,
         bytes: u64,
     ) -> Result<(), String> {
-        let volume = self.open_and_run(standing, log).await?;
+        let volume = self.open_and_run(standing, id, log).await?;
         if let Some(volume) = volume.filter(|_| bytes > 0) {
             *volume.healed.borrow_mut() = ("entries".into(), bytes);
         }
@@ -365,12 +397,32 @@ impl Host {
     pub fn faulty(&self) -> Vec<Faulty> {
         self.faulty.borrow().values().cloned().collect()
     }
+    /// The replica of a group that does not run here.
+    pub(crate) fn faulty_of(&self, group: GroupId) -> Option<Faulty> {
+        self.faulty.borrow().get(&group).cloned()
+    }
+    /// The log of a replica that stands here, whether it runs or not.
+    pub(crate) fn log_of(&self, id: ReplicaIdentity) -> Option<GroupLog> {
+        self.journal.group(self.recoveries.files_of(id))
+    }
+    /// The volume of a replica that stands here, and whether it runs or is being repaired.
+    pub(crate) fn standing_volume(&self, id: ReplicaIdentity) -> Option<VolumeId> {
+        let volumes = self.volumes.borrow();
+        let hosted = volumes.get(&id.group).filter(|hosted| hosted.volume.group().id() == id);
+        let witness = self.witnesses.get(id.group).filter(|witness| witness.group().id() == id);
+        let faulty = self.faulty_of(id.group).filter(|faulty| faulty.id == id).map(|faulty| faulty.volume);
+        hosted.map(|hosted| hosted.of).or(witness.map(|witness| witness.of())).or(faulty)
+    }
+    /// Why the log of a replica is in doubt beyond single entries.
+    pub(crate) fn unknown_log(&self, files: ReplicaIdentity) -> Option<String> {
+        self.unknown.borrow().get(&files).cloned()
+    }
     /// Notes that the replica of a group that is no volume does not run here, or that it does.
     pub fn set_faulty(&self, group: GroupId, fault: Option<Faulty>) {
         match fault {
             Some(fault) => {
                 // Nobody purges its log. One that only asks runs in a moment, and is not copied about.
-                if let Some(log) = self.journal.group(fault.id).filter(|_| !fault.repairing) {
+                if let Some(log) = self.log_of(fault.id).filter(|_| !fault.repairing) {
                     log.set_parked(true);
                 }
                 self.faulty.borrow_mut().insert(group, fault)
@@ -611,76 +663,6 @@ impl Host {
                 received
             })
         });
-    }
-
-    fn on_data(&self, request: Frame, responder: Responder) {
-        let decoded = match DataRequest::decode(&request.head) {
-            Ok(decoded) => decoded,
-            Err(error) => return responder.refuse(error.to_string()),
-        };
-        let group = decoded.group();
-        if let Some(volume) = self.volume(group) {
-            return volume.handle(decoded, request.into_body(), responder);
-        }
-        if let Some(witness) = self.witnesses.get(group) {
-            let reply = witness.answer(self, &decoded);
-            return responder.reply(Frame::small(reply.encode()));
-        }
-        let faulty = self.faulty.borrow().get(&group).cloned();
-        let reply = match (&decoded, faulty) {
-            (DataRequest::Report { .. }, Some(faulty)) => {
-                DataReply::Report(Box::new(messages::ReplicaReport {
-                    replica: faulty.id.replica,
-                    fault: faulty.why,
-                    repairing: faulty.repairing,
-                    ..Default::default()
-                }))
-            }
-            (_, faulty) => {
-                let why = faulty.map_or("no replica of the volume runs here".to_owned(), |faulty| faulty.why);
-                DataReply::Elsewhere { leader: None, why }
-            }
-        };
-        responder.reply(Frame::small(reply.encode()));
-    }
-
-    fn on_heal(&self, request: Frame, responder: Responder) {
-        let mut input = Reader::new(&request.head);
-        let group = match GroupId::decode(&mut input) {
-            Ok(group) => group,
-            Err(error) => return responder.refuse(error.to_string()),
-        };
-        let Some(volume) = self.volume(group) else {
-            return responder.refuse("no replica of the group stands here");
-        };
-        let rest = request.head.slice(request.head.len() - input.remaining()..);
-        holdfast_env::spawn("heal-serve", async move {
-            match heal::serve(&volume, Reader::new(&rest)).await {
-                Ok(frame) => responder.reply(frame),
-                Err(error) => responder.refuse(error.to_string()),
-            }
-        });
-    }
-
-    /// A peer asks for entries that it cannot read. Whoever has them gives them, whether it runs or not; only a log
-    /// that is not in doubt says that it never had one.
-    fn on_repair(&self, request: &Frame, responder: Responder) {
-        let group = match GroupId::decode(&mut Reader::new(&request.head)) {
-            Ok(group) => group,
-            Err(error) => return responder.refuse(error.to_string()),
-        };
-        if let Some(volume) = self.volume(group) {
-            let is_trusted = volume.fault().is_none();
-            return repair::serve(volume.log().clone(), is_trusted, request, responder);
-        }
-        if let Some(running) = self.groups.borrow().get(&group) {
-            return repair::serve(running.log().clone(), running.fault().is_none(), request, responder);
-        }
-        let faulty = self.faulty.borrow().get(&group).map(|faulty| faulty.id);
-        match faulty.and_then(|id| self.journal.group(id)) {
-            Some(log) => repair::serve(log, false, request, responder),
-            None => responder.refuse("no replica of the group stands here, or it is not loaded yet"),
-        }
     }
 
     fn on_rebuild(&self, request: Frame, responder: Responder) {

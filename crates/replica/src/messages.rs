@@ -277,6 +277,14 @@ pub struct ReplicaReport {
     pub term: Term,
     /// Last entry in its log.
     pub last_log: LogIndex,
+    /// The term of that entry.
+    pub last_term: Term,
+    /// Its log has parts that it cannot read.
+    pub is_damaged: bool,
+    /// Two recoveries have asked for it: it runs for neither.
+    pub is_halted: bool,
+    /// Another replica that takes itself for the leader has called it a moment ago.
+    pub hears_leader: bool,
     /// Last entry it knows to be committed.
     pub committed: LogIndex,
     /// Last entry applied.
@@ -666,6 +674,10 @@ impl ReplicaReport {
         out.u64(self.round_trip_us);
         out.bool(self.is_witness);
         put_text(out, &self.past_budget);
+        self.last_term.encode(out);
+        out.bool(self.is_damaged);
+        out.bool(self.is_halted);
+        out.bool(self.hears_leader);
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -731,6 +743,10 @@ impl ReplicaReport {
             round_trip_us: input.u64()?,
             is_witness: input.bool()?,
             past_budget: input.text(limits::TEXT_LENGTH_MAX)?,
+            last_term: Term::decode(input)?,
+            is_damaged: input.bool()?,
+            is_halted: input.bool()?,
+            hears_leader: input.bool()?,
         })
     }
 }

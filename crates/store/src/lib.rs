@@ -9,6 +9,7 @@ mod fail_stop;
 pub mod journal;
 pub mod past_file;
 mod recent;
+pub mod recovery_file;
 mod reserve;
 pub mod scrub_file;
 mod sealed;

@@ -123,6 +123,10 @@ id128!(
     /// One start of a daemon.
     DaemonStart
 );
+id128!(
+    /// One forced recovery of a volume; drawn by who asks for it, so that a repeated request names the same one.
+    RecoveryId
+);
 
 impl GroupId {
     /// The group of the cluster's catalog.

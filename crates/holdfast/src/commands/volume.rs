@@ -260,6 +260,11 @@ async fn carry_out(
                 || if deleted.existed { "deleted".into() } else { "it did not exist".into() },
             );
         }
+        VolumeCommand::Recover { name, survivors, accept_loss } => {
+            let request = pb::RecoverVolumeRequest { name, survivors, accept_loss };
+            let told = reply(client.recover_volume(request).await)?;
+            output.show(&told, || recovery(&told));
+        }
         VolumeCommand::Scrub { name, wait } => {
             let mut volume = reply(client.scrub_volume(pb::ScrubVolumeRequest { name }).await)?;
             if wait {
@@ -271,6 +276,51 @@ async fn carry_out(
         VolumeCommand::Later(words) => return Err(not_built(&words, "holdfast volume")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a recovery would do, or has done.
+fn recovery(told: &pb::RecoverVolumeReply) -> String {
+    let mark = |is_so: bool| if is_so { "yes".to_owned() } else { "-".to_owned() };
+    let rows = told.replicas.iter().map(|replica| {
+        let known =
+            |figure: u64| if replica.state == "unreachable" { "-".to_owned() } else { figure.to_string() };
+        vec![
+            replica.id.to_string(),
+            replica.node.clone(),
+            replica.zone.clone(),
+            replica.state.clone(),
+            mark(replica.survivor),
+            mark(replica.source),
+            known(replica.term),
+            known(replica.last_log_term),
+            known(replica.last_log_index),
+            known(replica.committed_index),
+            or_dash(&replica.why),
+        ]
+    });
+    let columns = [
+        "id",
+        "node",
+        "zone",
+        "state",
+        "survivor",
+        "source",
+        "term",
+        "last term",
+        "last",
+        "committed",
+        "why",
+    ];
+    let mut lines = vec![table(&columns, rows.collect())];
+    lines.extend(told.loss.iter().cloned());
+    lines.push(match (told.recovered, told.refused.is_empty()) {
+        (true, _) => format!("The volume goes on as incarnation {} (recovery {}).", told.incarnation, told.recovery),
+        (false, true) => {
+            "Nothing was done. To accept this: --survivors with the replicas to go on from, and --accept-loss.".into()
+        }
+        (false, false) => format!("Nothing was done, and it would be refused now: {}", told.refused),
+    });
+    lines.join("\n")
 }
 
 /// The volume once every replica that answers has been looked at since `before`.

@@ -85,6 +85,13 @@ impl Admin for AdminService {
         let was_attached = self.0.run(work).await;
         reply(was_attached.map(|was_attached| pb::DetachVolumeReply { was_attached }))
     }
+    async fn recover_volume(
+        &self,
+        request: Request<pb::RecoverVolumeRequest>,
+    ) -> Reply<pb::RecoverVolumeReply> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.recover_volume(request)).await)
+    }
     async fn verify_volume(&self, request: Request<pb::VerifyVolumeRequest>) -> Reply<pb::VerifyReport> {
         let name = request.into_inner().name;
         reply(self.0.run(move |shard| shard.verify_volume(name)).await)

@@ -68,6 +68,10 @@ impl VolumeRecord {
             (VolumePhase::Deleting, _) => {
                 return Err(refused(ErrorCode::NotFound, format!("volume {name} is being deleted")));
             }
+            (VolumePhase::Recovering, _) => (
+                format!("volume {name} is being recovered"),
+                format!("`holdfast volume show {name}` shows when it goes on"),
+            ),
             _ => (format!("volume {name} is not ready yet"), "wait a moment and ask again".to_owned()),
         };
         Err(refused(ErrorCode::Unavailable, message).hint(hint))

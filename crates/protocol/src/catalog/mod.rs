@@ -6,19 +6,21 @@
 
 mod clones;
 mod members;
+pub mod recovery;
 mod snapshots;
 mod state;
 
 use std::collections::BTreeMap;
 
 use holdfast_types::{
-    ByteSize, ClusterId, GroupId, Location, LogIndex, NodeName, ReplicaId, SnapshotId, StoreId, TimersPolicy,
-    UserError, VolumeId, VolumeSpec,
+    ByteSize, ClusterId, GroupId, Location, LogIndex, NodeName, RecoveryId, ReplicaId, SnapshotId, StoreId,
+    TimersPolicy, UserError, VolumeId, VolumeSpec,
 };
 use serde::{Deserialize, Serialize};
 
 pub use clones::{SourceOrder, VolumeSource};
 pub use members::{gives_way, target_voters};
+pub use recovery::{Incarnation, Quarantined, Recovery};
 pub use snapshots::{SnapshotPhase, SnapshotRecord};
 pub use state::{CatalogReply, CatalogState};
 
@@ -60,6 +62,8 @@ pub enum VolumePhase {
     Filling,
     /// It can be attached.
     Ready,
+    /// It has lost its majority, and is being made to go on from a survivor (INV-RECOVER).
+    Recovering,
     /// Its replicas are being removed; its name is free again.
     Deleting,
 }
@@ -123,6 +127,15 @@ pub struct VolumeRecord {
     pub phase: VolumePhase,
     /// Its replicas.
     pub replicas: Vec<ReplicaRecord>,
+    /// Which life of the volume this is.
+    #[serde(default, skip_serializing_if = "Incarnation::is_first")]
+    pub incarnation: Incarnation,
+    /// The recovery that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
+    /// What is left of groups that were replaced. It goes with the volume.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quarantined: Vec<Quarantined>,
     /// Nodes that may attach it (CSI publish), each with whether only to read.
     pub published: BTreeMap<NodeName, bool>,
     /// Counts up with every change.
@@ -294,6 +307,57 @@ pub enum CatalogCommand {
         id: VolumeId,
         /// The revision that this was decided on.
         revision: u64,
+        /// The replica.
+        replica: ReplicaId,
+    },
+    /// Let a volume that has lost its majority go on from these survivors. Idempotent; refused while another one is under
+    /// way.
+    RecoverVolume {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The recovery; random.
+        recovery: RecoveryId,
+        /// The group as which the volume goes on; random.
+        group: GroupId,
+        /// The survivors.
+        survivors: Vec<ReplicaId>,
+    },
+    /// Survivors are sealed from here on.
+    RecoverySealing {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+    },
+    /// The recovery is called off: somebody else answers.
+    RecoveryAbandoned {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// No survivor was sealed, and none will be: each was told that it is kept.
+        #[serde(default)]
+        kept: bool,
+    },
+    /// The volume goes on.
+    VolumeRecovered {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The survivor that it goes on from.
+        source: ReplicaId,
+    },
+    /// What was left of a deleted volume's former group is gone.
+    DropQuarantined {
+        /// The volume.
+        id: VolumeId,
+        /// The revision that this was decided on.
+        revision: u64,
+        /// The group.
+        group: GroupId,
         /// The replica.
         replica: ReplicaId,
     },

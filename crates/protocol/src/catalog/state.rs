@@ -8,7 +8,7 @@ use holdfast_types::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CatalogCommand, CatalogResult, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
+    CatalogCommand, CatalogResult, Incarnation, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
     SnapshotRecord, SourceOrder, VOLUMES_MAX, VolumePhase, VolumeRecord,
 };
 
@@ -109,6 +109,9 @@ impl CatalogState {
                     source: kept,
                     phase: VolumePhase::Creating,
                     replicas,
+                    incarnation: Incarnation::default(),
+                    recovery: None,
+                    quarantined: Vec::new(),
                     published: BTreeMap::new(),
                     revision: 1,
                 };
@@ -135,6 +138,11 @@ impl CatalogState {
             CatalogCommand::FillProgress { .. } | CatalogCommand::VolumeFilled { .. } => {
                 self.apply_to_copy(command)
             }
+            CatalogCommand::RecoverVolume { .. }
+            | CatalogCommand::RecoverySealing { .. }
+            | CatalogCommand::RecoveryAbandoned { .. }
+            | CatalogCommand::VolumeRecovered { .. }
+            | CatalogCommand::DropQuarantined { .. } => self.apply_to_recovery(command),
             other => self.apply_to_volume(other),
         }
     }
@@ -285,7 +293,7 @@ impl CatalogState {
         })
     }
 
-    fn change(
+    pub(super) fn change(
         &mut self,
         id: VolumeId,
         revision: Option<u64>,
@@ -315,6 +323,10 @@ impl CatalogState {
         Self::check_not_copied(&name, self.copy_of_volume(id))?;
         self.check_without_snapshots(id)?;
         let deleted = self.change(id, None, |volume| {
+            if volume.phase == VolumePhase::Recovering {
+                // Its survivors are being changed.
+                volume.check_ready()?;
+            }
             if let Some(node) = volume.published.keys().next()
                 && volume.phase != VolumePhase::Deleting
             {
@@ -335,7 +347,8 @@ impl CatalogState {
         if volume.revision != revision {
             return Err(outdated(volume));
         }
-        if volume.phase != VolumePhase::Deleting || !volume.replicas.is_empty() {
+        let is_empty = volume.replicas.is_empty() && volume.quarantined.is_empty();
+        if volume.phase != VolumePhase::Deleting || !is_empty {
             return Err(refused(ErrorCode::Refused, "only a deleted volume without replicas is forgotten"));
         }
         self.volumes.remove(&id);

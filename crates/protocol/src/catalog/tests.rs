@@ -2,6 +2,7 @@
 
 mod clones;
 mod members;
+mod recovery;
 mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};

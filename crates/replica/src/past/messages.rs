@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use holdfast_store::past_file::{Acknowledged, LINES_MAX};
-use holdfast_types::{DecodeError, GroupId, Reader, ReplicaId, Writer};
+use holdfast_store::recovery_file::Order;
+use holdfast_types::{DecodeError, GroupId, Reader, RecoveryId, ReplicaId, Writer};
 
 const ASK: u8 = 1;
 const TELL: u8 = 2;
@@ -72,6 +73,8 @@ pub(crate) struct Answer {
     pub(crate) leads: bool,
     /// What is known here; nothing also where no replica of the group stands any more.
     pub(crate) known: Option<Acknowledged>,
+    /// A recovery has replaced the group (INV-RECOVER): its replicas do not run any more.
+    pub(crate) superseded: Option<Order>,
 }
 
 impl Answer {
@@ -82,6 +85,11 @@ impl Answer {
         if let Some(known) = &self.known {
             known.encode(&mut out);
         }
+        // Left out where it says nothing, so that whoever knows no recoveries reads the rest.
+        if let Some(order) = &self.superseded {
+            out.u64(order.number);
+            order.id.encode(&mut out);
+        }
         out.finish()
     }
 
@@ -89,8 +97,12 @@ impl Answer {
         let mut input = Reader::new(head);
         let leads = input.bool()?;
         let known = if input.bool()? { Some(Acknowledged::decode(&mut input)?) } else { None };
+        let superseded = match input.remaining() {
+            0 => None,
+            _ => Some(Order { number: input.u64()?, id: RecoveryId::decode(&mut input)? }),
+        };
         input.end()?;
-        Ok(Self { leads, known })
+        Ok(Self { leads, known, superseded })
     }
 }
 
@@ -119,11 +131,15 @@ mod tests {
                 assert!(Message::decode(&bytes[..end]).is_err());
             }
         }
-        for answer in [Answer::default(), Answer { leads: true, known: Some(known) }] {
+        let told = Answer { leads: true, known: Some(known), superseded: None };
+        let superseded = Some(Order { number: 2, id: RecoveryId(9) });
+        for answer in [Answer::default(), told.clone(), Answer { superseded, ..told }] {
             let bytes = answer.encode();
-            assert_eq!(Answer::decode(&bytes), Ok(answer));
+            assert_eq!(Answer::decode(&bytes), Ok(answer.clone()));
             for end in 0..bytes.len() {
-                assert!(Answer::decode(&bytes[..end]).is_err());
+                // All but what stands last is a whole answer of one that knows no recoveries.
+                let cut = Answer::decode(&bytes[..end]);
+                assert!(cut.is_err() || cut == Ok(Answer { superseded: None, ..answer.clone() }), "{cut:?}");
             }
         }
     }

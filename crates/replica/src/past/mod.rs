@@ -28,6 +28,7 @@ use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
 use holdfast_store::past_file::{Acknowledged, LINES_MAX, Lines, PastFile};
+use holdfast_store::recovery_file::Order;
 use holdfast_store::state_file::StateIdentity;
 use holdfast_store::volume::Checkpoint;
 use holdfast_store::{ReplicaIdentity, StoreError};
@@ -253,6 +254,8 @@ pub(crate) enum Look {
     Wait(String),
     /// It was further once, and must not run.
     RolledBack(String),
+    /// A recovery has replaced its group: it is quarantined.
+    Superseded(Order),
 }
 
 /// What the replica has, to be compared with what others know.
@@ -286,13 +289,14 @@ pub async fn may_run(
 ) -> Result<(), String> {
     let (asking, mut pause, id) = (Asking::default(), PAUSE, log.id());
     let own = own(&log, checkpoint.id.index, false);
-    let members = codec::members_of(&checkpoint.membership, &log);
+    let members = codec::members_of(&checkpoint.membership, &log, LogIndex::ZERO);
     let members = members.map_err(|error| format!("its memberships are not understood: {error}"))?;
     loop {
         let host = host.upgrade().ok_or("the shard is stopping")?;
         match look(&host, id, &asking, &members, &own).await {
             Look::Clear => return Ok(()),
             Look::RolledBack(why) => return Err(why),
+            Look::Superseded(order) => return Err(format!("recovery {} has replaced its group", order.id)),
             Look::Wait(why) => said(why),
         }
         drop(host);
@@ -329,6 +333,9 @@ pub(crate) async fn look(
         let Some(answer) = answer else { continue };
         asking.answered.borrow_mut().insert(peer);
         asking.leader_answered.set(asking.leader_answered.get() || answer.leads);
+        if let Some(order) = answer.superseded {
+            return Look::Superseded(order);
+        }
         if let Some(known) = answer.known
             && let Some(why) = forgotten(own, &known)
         {
@@ -413,13 +420,19 @@ pub(crate) fn serve(host: &Host, request: &Frame, responder: Responder) {
         Err(error) => return responder.refuse(error.to_string()),
     };
     match message {
+        Message::Ask { group, .. }
+            if host.recoveries.superseded(group).is_some() && !is_planted("superseded-not-told") =>
+        {
+            let superseded = host.recoveries.superseded(group);
+            responder.reply(Frame::small(Answer { superseded, ..Answer::default() }.encode()));
+        }
         Message::Ask { group, replica } => match host.pasts().get(group) {
             Some(past) => {
                 host.wake_starting(group);
                 let known = gather(host, &past, group).get(&replica).copied();
                 let report = host.group(group).map(|running| running.report());
                 let leads = report.is_some_and(|report| report.is_leader && report.has_quorum);
-                responder.reply(Frame::small(Answer { leads, known }.encode()));
+                responder.reply(Frame::small(Answer { leads, known, superseded: None }.encode()));
             }
             None if host.is_loaded() => responder.reply(Frame::small(Answer::default().encode())),
             None => responder.refuse("the store is loading"),

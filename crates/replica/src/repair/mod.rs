@@ -19,7 +19,7 @@ use bytes::Bytes;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::journal::{EntrySum, GroupLog};
 use holdfast_store::{ReplicaIdentity, StoreError};
-use holdfast_types::{DecodeError, LogIndex, ReplicaId, StoreId, Term, limits};
+use holdfast_types::{DecodeError, GroupId, LogIndex, ReplicaId, StoreId, Term, limits};
 use holdfast_wire::rpc::{CallError, Responder, Rpc};
 
 use crate::codec;
@@ -79,9 +79,9 @@ enum AskError {
 }
 
 /// Begins to repair a replica whose log is damaged, and then, as with any other, to ask the others what they know of it.
-pub(crate) fn begin(host: &Rc<Host>, standing: Standing, log: GroupLog) {
+pub(crate) fn begin(host: &Rc<Host>, standing: Standing, id: ReplicaIdentity, log: GroupLog) {
     let (is_starting, silent, asking) = (Cell::new(false), RefCell::default(), Asking::default());
-    let repair = Rc::new(Repair { id: standing.identity().id, log, is_starting, silent, asking });
+    let repair = Rc::new(Repair { id, log, is_starting, silent, asking });
     let count = repair.log.faulty().len();
     host.repair_begins(&repair);
     if count == 0 {
@@ -152,7 +152,7 @@ async fn start(host: &Rc<Host>, repair: &Rc<Repair>, standing: &Standing, receiv
             bytes = received.bytes, dropped = received.dropped, "the log is whole again; the replica starts");
     }
     repair.is_starting.set(true);
-    let started = host.start_repaired(standing, repair.log.clone(), received.bytes).await;
+    let started = host.start_repaired(standing, repair.id, repair.log.clone(), received.bytes).await;
     host.repair_ends(repair);
     match started {
         Ok(()) => host.set_faulty(repair.id.group, None),
@@ -172,7 +172,7 @@ enum Step {
 
 /// Asks the others what they know of the replica, whose log is whole.
 async fn ask_of_past(host: &Rc<Host>, repair: &Repair, standing: &Standing, has_dropped: bool) -> Step {
-    let members = match codec::members_of(&standing.checkpoint().membership, &repair.log) {
+    let members = match host.members_of(repair.id, standing, &repair.log) {
         Ok(members) => members,
         Err(error) => {
             return Step::GiveUp(format!("its memberships are not understood: {error}. Replace the replica"));
@@ -183,6 +183,13 @@ async fn ask_of_past(host: &Rc<Host>, repair: &Repair, standing: &Standing, has_
         Look::Clear => Step::Run,
         Look::Wait(why) => Step::Wait(why),
         Look::RolledBack(why) => Step::GiveUp(why),
+        // INV-RECOVER: its group was replaced while it was away.
+        Look::Superseded(order) => {
+            match host.seal(repair.id, standing.identity().volume, order, u64::MAX).await {
+                Ok(_) => Step::GiveUp("its group was replaced by a recovery".into()),
+                Err(error) => Step::Wait(error.to_string()),
+            }
+        }
     }
 }
 
@@ -195,7 +202,7 @@ async fn round(
     received: &mut RepairUsage,
 ) -> Step {
     let log = &repair.log;
-    let members = match codec::members_of(&standing.checkpoint().membership, log) {
+    let members = match host.members_of(repair.id, standing, log) {
         Ok(members) => members,
         Err(error) => {
             return Step::GiveUp(format!("its memberships are not understood: {error}. Replace the replica"));
@@ -212,7 +219,7 @@ async fn round(
     // Whoever did not answer last time comes last: a silent peer costs the whole deadline.
     others.sort_by_key(|(id, _)| repair.silent.borrow().contains(id));
     for (peer, store) in others {
-        match ask(host, log, store, received).await {
+        match ask(host, repair.id.group, log, store, received).await {
             Ok((answering, said)) => {
                 repair.silent.borrow_mut().remove(&peer);
                 heard.insert(answering, said);
@@ -275,6 +282,7 @@ async fn drop_from(host: &Host, repair: &Repair, from: LogIndex, received: &mut 
 /// Asks one store for everything that is damaged, and writes what it gives.
 async fn ask(
     host: &Rc<Host>,
+    group: GroupId,
     log: &GroupLog,
     store: StoreId,
     received: &mut RepairUsage,
@@ -283,7 +291,7 @@ async fn ask(
     let mut left = log.faulty();
     loop {
         let part: Vec<EntrySum> = left.drain(..left.len().min(WANTED_MAX)).collect();
-        let wanted = Wanted { group: log.id().group, entries: part };
+        let wanted = Wanted { group, entries: part };
         let frame = Frame::small(wanted.encode());
         let rpc: &Rpc = &host.environment().rpc;
         let frame = rpc.call(store, Lane::Bulk, REPAIR, frame, CALL_DEADLINE).await?;

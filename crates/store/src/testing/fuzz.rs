@@ -16,7 +16,7 @@ use crate::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub type Target = fn(&[u8]);
 
 /// What can be fuzzed, by name.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("list", crate::journal::format::fuzz),
     ("journal", journal),
     ("manifest", crate::volume::manifest::fuzz),
@@ -26,6 +26,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("past", crate::past_file::fuzz),
     ("witness", crate::witness_file::fuzz),
     ("destroyed", crate::destroyed_file::fuzz),
+    ("recoveries", crate::recovery_file::fuzz),
 ];
 
 const SEGMENTS: u32 = 4;

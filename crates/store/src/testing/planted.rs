@@ -43,6 +43,10 @@ pub const KNOWN: &[(&str, &str)] = &[
     // What was destroyed.
     ("forget-destroyed", "a replica is destroyed and nothing says so"),
     ("destroyed-in-one-copy", "what was destroyed is forgotten when one copy rots"),
+    // What was recovered.
+    ("forget-recovery", "a replica is sealed or taken over and nothing says so"),
+    ("late-take-over", "an old request lets a replica go on that was sealed or has halted since"),
+    ("recovery-in-one-copy", "what was recovered is forgotten when one copy rots"),
     // The cleaner.
     ("move-unflushed-home", "a block is home of which the journal knows nothing"),
     ("home-before-commit", "a block is home that nothing durable calls committed"),

@@ -158,7 +158,7 @@ impl VolumeData {
     /// While a rebuild is collected nothing is distrusted: what it has compared with must stay as it was, and what it
     /// brings is compared again.
     pub async fn distrust(&self, layer: LayerMark, chunk: ChunkIndex) -> Result<bool, StoreError> {
-        let _nothing_moves = self.0.cleaning.lock().await;
+        let _nothing_moves = self.alone().await?;
         let homes = self.homes(layer);
         // What has never been home comes from the journal.
         if homes.is_empty() || self.0.rebuilds.get() > 0 {
@@ -231,7 +231,7 @@ impl VolumeData {
         chunks: &[ChunkContent],
         applied: LogIndex,
     ) -> Result<bool, StoreError> {
-        let _nothing_moves = self.0.cleaning.lock().await;
+        let _nothing_moves = self.alone().await?;
         let homes = self.homes(layer);
         let (Some(first), Some(((oldest_id, oldest), younger))) = (chunks.first(), homes.split_first())
         else {

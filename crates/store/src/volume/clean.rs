@@ -56,7 +56,7 @@ impl VolumeData {
     }
 
     async fn clean_in(&self, source: &dyn CheckpointSource, room: Room) -> Result<Checkpoint, StoreError> {
-        let _one_at_a_time = self.0.cleaning.lock().await;
+        let _one_at_a_time = self.alone().await?;
         if self.0.rebuilds.get() > 0 && !planted("clean-while-rebuilding") {
             return Ok(self.checkpoint());
         }

@@ -221,7 +221,7 @@ impl VolumeData {
             Finding::Whole
         } else {
             // The cleaner may just have been moving it.
-            let _nothing_moves = self.0.cleaning.lock().await;
+            let _nothing_moves = self.alone().await?;
             self.verify_alone(layer, chunk).await?
         };
         self.note(layer, chunk, &finding);
@@ -253,7 +253,7 @@ impl VolumeData {
 
     /// Looks at the pages of a chunk, in every layer, on the medium. True if they are whole, or are so again.
     pub async fn verify_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
-        let _nothing_moves = self.0.cleaning.lock().await;
+        let _nothing_moves = self.alone().await?;
         let files: Vec<_> = self.0.chain.live().iter().filter_map(|piece| piece.files()).collect();
         self.scrub_page(&files, chunk).await
     }
@@ -324,7 +324,7 @@ impl VolumeData {
         chunk: ChunkIndex,
         blocks: &[(BlockIndex, Bytes)],
     ) -> Result<Finding, StoreError> {
-        let _nothing_moves = self.0.cleaning.lock().await;
+        let _nothing_moves = self.alone().await?;
         let before = match self.verify_alone(layer, chunk).await? {
             Finding::Bad(bad) => bad,
             other => {

@@ -69,7 +69,7 @@ impl VolumeData {
     }
 
     async fn merge_step_in(&self, room: Room) -> Result<bool, StoreError> {
-        let _one_at_a_time = self.0.cleaning.lock().await;
+        let _one_at_a_time = self.alone().await?;
         if self.0.rebuilds.get() > 0 { Ok(false) } else { self.merge_some(room).await }
     }
 

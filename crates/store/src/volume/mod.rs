@@ -201,6 +201,8 @@ struct Inner {
     size: Cell<ByteSize>,
     /// One cleaner or staging commit at a time.
     cleaning: tokio::sync::Mutex<()>,
+    /// The files belong to somebody else from here on: nothing is written any more.
+    is_retired: Cell<bool>,
     /// Counts up whenever home or table have changed, for readers that were under way.
     changes: Cell<u64>,
     usage: Cell<VolumeUsage>,
@@ -290,6 +292,7 @@ impl VolumeData {
             payloads,
             size: Cell::new(SIZE_UNKNOWN),
             cleaning: tokio::sync::Mutex::new(()),
+            is_retired: Cell::new(false),
             changes: Cell::new(0),
             usage: Cell::default(),
             former_tables: Cell::default(),
@@ -353,6 +356,22 @@ impl VolumeData {
             directory.remove(&name).await.map_err(wrap)?;
         }
         directory.sync().await.map_err(|error| StoreError::flush(&prefix, &error))
+    }
+
+    /// Nothing else of this replica writes its files meanwhile.
+    async fn alone(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, StoreError> {
+        let alone = self.0.cleaning.lock().await;
+        if self.0.is_retired.get() {
+            return Err(StoreError::Failed("the replica has ended, and its files are another's".into()));
+        }
+        Ok(alone)
+    }
+
+    /// Ends when nothing of this replica writes its files any more; whatever still runs of it finds itself refused. For
+    /// whoever opens them anew in the same process.
+    pub async fn retire(&self) {
+        let _alone = self.0.cleaning.lock().await;
+        self.0.is_retired.set(true);
     }
 
     /// The volume's specification, as it was when the replica was made.

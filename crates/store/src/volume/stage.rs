@@ -127,7 +127,7 @@ impl VolumeData {
     pub async fn begin_staging(&self, layers: Vec<LayerMark>) -> Result<StagingLayer, StoreError> {
         let name = self.staging_name();
         let wrap = |error: std::io::Error| StoreError::io(&name, &error);
-        let _no_cleaning = self.0.cleaning.lock().await;
+        let _no_cleaning = self.alone().await?;
         if self.0.rebuilds.get() > 0 {
             return Err(StoreError::Failed("another rebuild of this replica has not ended yet".into()));
         }
@@ -327,7 +327,7 @@ impl StagingLayer {
     /// in, and what was collected is given back (INV-SPACE).
     pub async fn take_room(&self) -> Result<(), StoreError> {
         let data = &self.0.data;
-        let _alone = data.0.cleaning.lock().await;
+        let _alone = data.alone().await?;
         let marks = data.pieces_for(&self.0.layers);
         let named = data.0.manifest.borrow().pieces.clone();
         data.give_back_abandoned().await?;
@@ -420,7 +420,7 @@ impl StagingLayer {
             return Err(StoreError::Failed("the rebuild was switched in already".into()));
         }
         let data = &self.0.data;
-        let _alone = data.0.cleaning.lock().await;
+        let _alone = data.alone().await?;
         self.record(KIND_END, LayerId::BASE, BlockRange::new(BlockIndex(0), 0), Bytes::new()).await?;
         let name = data.staging_name();
         data.count(|usage| usage.flushes += 1);

@@ -202,3 +202,24 @@ fn a_failed_flush_of_home_makes_no_checkpoint() {
             .unwrap_or_else(|why| panic!("operation {stop}: {why}"));
     }
 }
+
+/// INV-RECOVER: whoever goes on in a replica's files opens them anew, in the same process.
+#[test]
+fn a_pass_is_waited_for_and_nothing_is_written_after_a_replica_has_ended() {
+    let disk = MemoryDisk::from_image(&formatted(), 1);
+    let (reference, of) = (Rc::new(Reference::default()), disk.clone());
+    live(&disk, &reference, 1, |replica| async move {
+        overwrite(&replica, &Random::new(1), 1 << 20).await?;
+        // The pass is under way when the replica is ended.
+        let (passed, ()) = futures_util::future::join(replica.clean(), replica.data.retire()).await;
+        passed.map_err(|error| error.to_string())?;
+        replica.submit(Command { what: What::Write, start: 5, count: 1 });
+        replica.flushed().await;
+        let before = of.operations();
+        let refused = replica.clean().await.map(drop).expect_err("is refused");
+        assert!(matches!(refused, StoreError::Failed(_)), "{refused:?}");
+        assert_eq!(of.operations(), before, "nothing is written");
+        Ok(())
+    })
+    .unwrap_or_else(|why| panic!("{why}"));
+}

@@ -6,6 +6,7 @@ mod bad_requests;
 mod copies;
 mod damaged_journal;
 mod deaf_leader;
+mod forced_recovery;
 mod foreign_peer;
 mod full_disk;
 mod left_behind;
@@ -48,7 +49,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 22] = [
+pub const ALL: [(&str, &str); 23] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -67,6 +68,10 @@ pub const ALL: [(&str, &str); 22] = [
     ("left-behind", "a replica that was away is healed by log, and by chunks once the log is purged"),
     ("moved-replicas", "a replica is moved, added and removed under load"),
     ("lost-node", "a node that stays away is replaced"),
+    (
+        "forced-recovery",
+        "two of three replicas are lost for good: the volume goes on from the third, and they come back",
+    ),
     ("snapshots", "snapshots over writes, the leader's death, an absence and their own end"),
     ("full-disk", "the media of two of three nodes fill up, and room is made by trims"),
     (
@@ -90,6 +95,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "lost-quorum" => lost_quorum::run(place).await,
         "bad-requests" => bad_requests::run(place).await,
         "wrong-directory" => wrong_directory::run(place).await,
+        "forced-recovery" => forced_recovery::run(place).await,
         "foreign-peer" => foreign_peer::run(place).await,
         "damaged-journal" => damaged_journal::run(place).await,
         "rotten-entry" => rotten_entry::run(place).await,

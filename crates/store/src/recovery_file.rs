@@ -1,0 +1,565 @@
+//! Which replicas of a store have been through a forced recovery of their volume (INV-RECOVER, decision 0155).
+//!
+//! A volume that has lost its majority goes on as a new Raft group, which begins with what one survivor holds. The files
+//! of that survivor stay where they are, under the identity that they were made with; this file says as which group the
+//! replica runs since, and from which entry on its log is that group's. It also says which replicas were *sealed*: they
+//! run no more as what they were, whoever asks for it and however often the daemon starts. A survivor is sealed before
+//! it is looked at which of them holds most, so that none of them changes meanwhile, and whatever is left over of the
+//! former group when it comes back. What is sealed is kept and served to nobody.
+//!
+//! A recovery has an id. A replica that was sealed or taken over for one is not given to another one of the same number:
+//! two operators who name different survivors get no mixture. Where one of them had been carried out, that replica
+//! halts, and both ids are named.
+//!
+//! One small file in two equal copies, either of which may rot. If neither can be read nothing of the store may run:
+//! nobody knows what was sealed.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_types::{
+    ClusterId, DecodeError, GroupId, LogIndex, Reader, RecoveryId, ReplicaId, StoreId, Term, Writer,
+};
+use tokio::sync::Mutex;
+
+use crate::journal::planted;
+use crate::sealed::Seal;
+use crate::{EntryId, ReplicaIdentity, StoreError};
+
+const NAME: &str = "recoveries";
+const SEAL: Seal = Seal { magic: 0x6873_6166_7265_3031, version: 1, body_bytes_max: BODY_BYTES_MAX };
+/// Room for one copy, in bytes.
+const COPY_BYTES: usize = 256 << 10;
+/// Replicas that have a line.
+pub const LINES_MAX: usize = 1024;
+const HEAD_BYTES: usize = 8 + 2 + 4 + 4;
+const ENTRY_BYTES: usize = 8 + 8 + 8;
+const ORDER_BYTES: usize = 8 + 16;
+const LINE_BYTES: usize = 24 + 16 + 16 + ORDER_BYTES + ENTRY_BYTES + 1 + ORDER_BYTES + ENTRY_BYTES + 16;
+const BODY_BYTES_MAX: usize = 16 + 16 + 8 + 4 + LINES_MAX * LINE_BYTES;
+const _: () = assert!(HEAD_BYTES + BODY_BYTES_MAX <= COPY_BYTES, "every line has room in a copy");
+
+/// A forced recovery: the incarnation that it begins, and its id.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    /// Number of the incarnation; a volume that was never recovered is its first.
+    pub number: u64,
+    /// The recovery.
+    pub id: RecoveryId,
+}
+
+/// Why a store does not do what a recovery asks for, or does not run a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Barred {
+    /// Another recovery of the same number has been here.
+    #[error(
+        "replica {replica} belongs to recovery {ours}, and recovery {theirs} asks for it: two operators have named \
+         different survivors. Nothing of either is mixed. Decide which of the two is to go on, and recover the volume \
+         anew from its survivors"
+    )]
+    Rivals {
+        /// The replica.
+        replica: ReplicaId,
+        /// The recovery that it belongs to.
+        ours: RecoveryId,
+        /// The other one.
+        theirs: RecoveryId,
+    },
+    /// The group has been replaced.
+    #[error(
+        "quarantined: recovery {by} has replaced the group of replica {replica} by incarnation {number} of its volume. \
+         What it holds is kept and not served"
+    )]
+    Superseded {
+        /// The replica.
+        replica: ReplicaId,
+        /// The incarnation.
+        number: u64,
+        /// The recovery.
+        by: RecoveryId,
+    },
+    /// It was not sealed for this recovery.
+    #[error("replica {replica} was not sealed for recovery {by}: it is not taken over")]
+    NotSealed {
+        /// The replica.
+        replica: ReplicaId,
+        /// The recovery.
+        by: RecoveryId,
+    },
+    /// What was sealed is not known any more.
+    #[error(
+        "what was recovered on this store cannot be read any more, so no replica of a volume runs on it. Give the node \
+         an empty data directory under a new name"
+    )]
+    Unreadable,
+}
+
+/// A replica that runs no more as what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// By which recovery.
+    pub order: Order,
+    /// The last entry of its log.
+    pub last: EntryId,
+}
+
+/// What is known of one replica, by the identity of its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// The group as which it runs.
+    pub group: GroupId,
+    /// The group as which it ran before that; [`GroupId::NIL`] if that is the one of its files.
+    pub before: GroupId,
+    /// The recovery that began that group.
+    pub order: Order,
+    /// The last entry of its log that is of the group before.
+    pub fork: EntryId,
+    /// It does not run as that group any more.
+    pub sealed: Option<Sealed>,
+    /// Another recovery of the same number, which has asked for it; [`RecoveryId::NIL`] if none has.
+    pub rival: RecoveryId,
+}
+
+impl Line {
+    fn may_run(&self, replica: ReplicaId) -> Result<(), Barred> {
+        if let Some(Sealed { order, .. }) = self.sealed {
+            return Err(Barred::Superseded { replica, number: order.number, by: order.id });
+        }
+        if self.rival != RecoveryId::NIL {
+            return Err(Barred::Rivals { replica, ours: self.order.id, theirs: self.rival });
+        }
+        Ok(())
+    }
+
+    fn of(group: GroupId) -> Self {
+        Self {
+            group,
+            before: GroupId::NIL,
+            order: Order { number: 1, id: RecoveryId::NIL },
+            fork: EntryId::default(),
+            sealed: None,
+            rival: RecoveryId::NIL,
+        }
+    }
+}
+
+/// What the file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Memory {
+    cluster: ClusterId,
+    store: StoreId,
+    /// Counts up with every change.
+    generation: u64,
+    lines: BTreeMap<ReplicaIdentity, Line>,
+}
+
+fn put_entry(out: &mut Writer, entry: &EntryId) {
+    entry.term.encode(out);
+    entry.leader.encode(out);
+    entry.index.encode(out);
+}
+
+fn get_entry(input: &mut Reader<'_>) -> Result<EntryId, DecodeError> {
+    let (term, leader) = (Term::decode(input)?, ReplicaId::decode(input)?);
+    Ok(EntryId { term, leader, index: LogIndex::decode(input)? })
+}
+
+fn put_order(out: &mut Writer, order: &Order) {
+    out.u64(order.number);
+    order.id.encode(out);
+}
+
+fn get_order(input: &mut Reader<'_>) -> Result<Order, DecodeError> {
+    Ok(Order { number: input.u64()?, id: RecoveryId::decode(input)? })
+}
+
+impl Memory {
+    fn encode(&self) -> AlignedBuffer {
+        let mut out = Writer::new();
+        self.cluster.encode(&mut out);
+        self.store.encode(&mut out);
+        out.u64(self.generation);
+        out.u32(self.lines.len() as u32);
+        for (id, line) in &self.lines {
+            id.group.encode(&mut out);
+            id.replica.encode(&mut out);
+            line.group.encode(&mut out);
+            line.before.encode(&mut out);
+            put_order(&mut out, &line.order);
+            put_entry(&mut out, &line.fork);
+            out.bool(line.sealed.is_some());
+            if let Some(sealed) = &line.sealed {
+                put_order(&mut out, &sealed.order);
+                put_entry(&mut out, &sealed.last);
+            }
+            line.rival.encode(&mut out);
+        }
+        let body = out.finish();
+        SEAL.close(&body)
+    }
+
+    fn decode(copy: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(SEAL.open(copy)?);
+        let mut out = Self {
+            cluster: ClusterId::decode(&mut input)?,
+            store: StoreId::decode(&mut input)?,
+            generation: input.u64()?,
+            lines: BTreeMap::new(),
+        };
+        for _ in 0..input.count("lines", LINES_MAX)? {
+            let (group, replica) = (GroupId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
+            let (runs_as, before) = (GroupId::decode(&mut input)?, GroupId::decode(&mut input)?);
+            let (order, fork) = (get_order(&mut input)?, get_entry(&mut input)?);
+            let sealed = match input.bool()? {
+                true => Some(Sealed { order: get_order(&mut input)?, last: get_entry(&mut input)? }),
+                false => None,
+            };
+            let rival = RecoveryId::decode(&mut input)?;
+            let line = Line { group: runs_as, before, order, fork, sealed, rival };
+            out.lines.insert(ReplicaIdentity { group, replica }, line);
+        }
+        input.end()?;
+        Ok(out)
+    }
+
+    /// The identity of the files of a replica that runs as `id`.
+    fn files_of(&self, id: ReplicaIdentity) -> ReplicaIdentity {
+        let runs_as =
+            |(files, line): &(&ReplicaIdentity, &Line)| line.group == id.group && files.replica == id.replica;
+        self.lines.iter().find(runs_as).map_or(id, |(files, _)| *files)
+    }
+
+    /// The line of a replica that was of this group before it was taken over.
+    fn former(&self, id: ReplicaIdentity) -> Option<(ReplicaIdentity, Line)> {
+        let was = |(files, line): &(&ReplicaIdentity, &Line)| {
+            files.replica == id.replica
+                && line.group != id.group
+                && (line.before == id.group || files.group == id.group)
+        };
+        self.lines.iter().find(was).map(|(files, line)| (*files, *line))
+    }
+
+    /// Which recovery has replaced a group, as far as this store knows.
+    fn superseded(&self, group: GroupId) -> Option<Order> {
+        self.lines.iter().find_map(|(files, line)| match &line.sealed {
+            Some(sealed) if line.group == group => Some(sealed.order),
+            _ if line.group != group && (line.before == group || files.group == group) => Some(line.order),
+            _ => None,
+        })
+    }
+
+    fn seal(&mut self, id: ReplicaIdentity, order: Order, last: EntryId) -> Result<EntryId, Barred> {
+        let replica = id.replica;
+        let rivals = |ours, theirs| Barred::Rivals { replica, ours, theirs };
+        if let Some((files, line)) = self.former(id) {
+            if line.order == order {
+                return Ok(line.fork);
+            }
+            if line.order.number != order.number {
+                return Err(Barred::Superseded { replica, number: line.order.number, by: line.order.id });
+            }
+            // Both have taken what one of them may have: neither goes on.
+            if let Some(halted) = self.lines.get_mut(&files) {
+                halted.rival = order.id;
+            }
+            return Err(rivals(line.order.id, order.id));
+        }
+        let files = self.files_of(id);
+        let mut line = self.lines.get(&files).copied().unwrap_or(Line::of(id.group));
+        match line.sealed {
+            Some(sealed) if sealed.order == order => return Ok(sealed.last),
+            Some(sealed) => return Err(rivals(sealed.order.id, order.id)),
+            None => line.sealed = Some(Sealed { order, last }),
+        }
+        self.lines.insert(files, line);
+        Ok(last)
+    }
+
+    fn take_over(&mut self, id: ReplicaIdentity, group: GroupId, order: Order) -> Result<(), Barred> {
+        let replica = id.replica;
+        if let Some((_, line)) = self.former(id) {
+            if line.order != order || line.group != group {
+                return Err(Barred::Rivals { replica, ours: line.order.id, theirs: order.id });
+            }
+            // It went on once. What has ended it since counts: this may be an old request.
+            return if planted("late-take-over") { Ok(()) } else { line.may_run(replica) };
+        }
+        let files = self.files_of(id);
+        let not_sealed = Barred::NotSealed { replica, by: order.id };
+        let line = self.lines.get_mut(&files).ok_or(not_sealed)?;
+        let sealed = line.sealed.ok_or(not_sealed)?;
+        if sealed.order != order {
+            return Err(Barred::Rivals { replica, ours: sealed.order.id, theirs: order.id });
+        }
+        *line = Line { before: line.group, order, fork: sealed.last, ..Line::of(group) };
+        Ok(())
+    }
+}
+
+/// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn fuzz(body: &[u8]) {
+    let whole = SEAL.close(body);
+    if let Ok(found) = Memory::decode(whole.as_slice()) {
+        let again = Memory::decode(found.encode().as_slice());
+        assert_eq!(again, Ok(found), "what was recovered is written otherwise");
+    }
+}
+
+/// The file. It is made when there is something to write.
+pub struct RecoveryFile {
+    directory: Rc<dyn Directory>,
+    file: RefCell<Option<Rc<dyn File>>>,
+    memory: RefCell<Memory>,
+    is_unreadable: Cell<bool>,
+    writing: Mutex<()>,
+}
+
+fn wrap(error: std::io::Error) -> StoreError {
+    StoreError::io(NAME, &error)
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// It may not be.
+    #[error(transparent)]
+    Barred(#[from] Barred),
+    /// It could not be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl RecoveryFile {
+    /// Opens a store's file; without one nothing was recovered. One of another store is refused.
+    pub async fn open(
+        directory: Rc<dyn Directory>,
+        cluster: ClusterId,
+        store: StoreId,
+    ) -> Result<Self, StoreError> {
+        let is_there = directory.list(NAME).await.map_err(wrap)?.iter().any(|name| name == NAME);
+        let opened = Self {
+            directory,
+            file: RefCell::default(),
+            memory: RefCell::new(Memory { cluster, store, ..Memory::default() }),
+            is_unreadable: Cell::new(false),
+            writing: Mutex::default(),
+        };
+        if is_there {
+            opened.load().await?;
+        }
+        Ok(opened)
+    }
+
+    async fn load(&self) -> Result<(), StoreError> {
+        let file = self.directory.open(NAME, OpenMode::Existing).await.map_err(wrap)?;
+        if file.size().await.map_err(wrap)?.length < 2 * COPY_BYTES as u64 {
+            // Its making was interrupted: nothing was ever written to it.
+            return Ok(());
+        }
+        // A killed daemon may have left the newest generation in a cache.
+        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
+        let (mut copies, mut problem) = (Vec::new(), None);
+        for copy in 0..2 {
+            let read = file.read_at(copy * COPY_BYTES as u64, COPY_BYTES).await;
+            match read.map_err(|error| error.to_string()) {
+                Ok(bytes) if bytes.as_slice().iter().all(|byte| *byte == 0) => copies.push(None),
+                Ok(bytes) => match Memory::decode(bytes.as_slice()) {
+                    Ok(found) => copies.push(Some(found)),
+                    Err(error) => problem = Some(error.to_string()),
+                },
+                Err(error) => problem = Some(error),
+            }
+        }
+        if let Some(why) = problem {
+            tracing::error!(file = NAME, %why, copies = copies.len(), "a copy of what was recovered here is lost");
+        }
+        let expected = self.memory.borrow().clone();
+        if let Some(other) = copies.iter().flatten().find(|found| found.store != expected.store) {
+            let name = |memory: &Memory| format!("store {} of cluster {}", memory.store, memory.cluster);
+            return Err(StoreError::Identity { expected: name(&expected), found: name(other) });
+        }
+        *self.file.borrow_mut() = Some(file);
+        if copies.is_empty() {
+            self.is_unreadable.set(true);
+            return Ok(());
+        }
+        let is_whole = copies.len() == 2 && copies[0] == copies[1];
+        let newest = copies.into_iter().flatten().max_by_key(|found| found.generation);
+        let Some(newest) = newest else { return Ok(()) };
+        *self.memory.borrow_mut() = newest.clone();
+        if is_whole { Ok(()) } else { self.write(&newest).await }
+    }
+
+    /// Whether a replica may run that stands in files of this identity: the group as which it does.
+    pub fn may_run(&self, files: ReplicaIdentity) -> Result<ReplicaIdentity, Barred> {
+        if self.is_unreadable.get() {
+            return Err(Barred::Unreadable);
+        }
+        let memory = self.memory.borrow();
+        let replica = files.replica;
+        let Some(line) = memory.lines.get(&files) else { return Ok(files) };
+        line.may_run(replica)?;
+        Ok(ReplicaIdentity { group: line.group, replica })
+    }
+
+    /// As what a replica is known that stands in files of this identity, whether or not it may run.
+    pub fn known_as(&self, files: ReplicaIdentity) -> ReplicaIdentity {
+        let group = self.memory.borrow().lines.get(&files).map_or(files.group, |line| line.group);
+        ReplicaIdentity { group, ..files }
+    }
+
+    /// Whether a recovery has been at a replica that is, or was, known as `id`.
+    pub fn knows(&self, id: ReplicaIdentity) -> bool {
+        let memory = self.memory.borrow();
+        let runs_as = memory.lines.contains_key(&memory.files_of(id));
+        runs_as || memory.former(id).is_some()
+    }
+
+    /// The identity of the files of a replica that runs, or ran last, as `id`.
+    pub fn files_of(&self, id: ReplicaIdentity) -> ReplicaIdentity {
+        self.memory.borrow().files_of(id)
+    }
+
+    /// The last entry of a replica's log that is of a group before the one as which it runs.
+    pub fn fork_of(&self, id: ReplicaIdentity) -> LogIndex {
+        let memory = self.memory.borrow();
+        memory.lines.get(&memory.files_of(id)).map_or(LogIndex::ZERO, |line| line.fork.index)
+    }
+
+    /// Which recovery has replaced a group, as far as this store knows.
+    pub fn superseded(&self, group: GroupId) -> Option<Order> {
+        self.memory.borrow().superseded(group)
+    }
+
+    /// Whether a replica of this name may be made here: nothing of a group that was replaced, and not over the files of
+    /// one that goes on.
+    pub fn may_make(&self, id: ReplicaIdentity) -> Result<(), Barred> {
+        if self.is_unreadable.get() {
+            return Err(Barred::Unreadable);
+        }
+        match self.superseded(id.group) {
+            Some(order) => {
+                Err(Barred::Superseded { replica: id.replica, number: order.number, by: order.id })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the files of a replica may go when it is destroyed under this name: not while it goes on under another.
+    pub fn may_destroy(&self, id: ReplicaIdentity) -> Result<(), Barred> {
+        match self.memory.borrow().former(id) {
+            Some((_, line)) => {
+                Err(Barred::Superseded { replica: id.replica, number: line.order.number, by: line.order.id })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Every replica with a line: as what it is known, and the line.
+    pub fn lines(&self) -> Vec<(ReplicaIdentity, Line)> {
+        let memory = self.memory.borrow();
+        let known = |(files, line): (&ReplicaIdentity, &Line)| {
+            (ReplicaIdentity { group: line.group, replica: files.replica }, *line)
+        };
+        memory.lines.iter().map(known).collect()
+    }
+
+    /// INV-RECOVER: notes, durably, that a replica whose log ends with `last` runs as what it is no more; the end of its
+    /// log when it was sealed. Again for the same recovery is fine.
+    pub async fn seal(
+        &self,
+        id: ReplicaIdentity,
+        order: Order,
+        last: EntryId,
+    ) -> Result<EntryId, RecoveryError> {
+        self.change(|memory| memory.seal(id, order, last)).await
+    }
+
+    /// Notes, durably, that a replica that was sealed for a recovery runs as another group from here on. Again for the
+    /// same recovery is fine.
+    pub async fn take_over(
+        &self,
+        id: ReplicaIdentity,
+        group: GroupId,
+        order: Order,
+    ) -> Result<(), RecoveryError> {
+        self.change(|memory| memory.take_over(id, group, order)).await
+    }
+
+    /// A replica whose files are gone needs no line any more.
+    pub async fn forget(&self, files: ReplicaIdentity) -> Result<(), RecoveryError> {
+        if !self.memory.borrow().lines.contains_key(&files) {
+            return Ok(());
+        }
+        self.change(|memory| {
+            memory.lines.remove(&files);
+            Ok(())
+        })
+        .await
+    }
+
+    /// What a change leaves behind is written although it says no: that a rival came is to be known.
+    async fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Memory) -> Result<T, Barred>,
+    ) -> Result<T, RecoveryError> {
+        if self.is_unreadable.get() {
+            return Err(Barred::Unreadable.into());
+        }
+        let _one_at_a_time = self.writing.lock().await;
+        let mut next = self.memory.borrow().clone();
+        let outcome = change(&mut next);
+        if next.lines.len() > LINES_MAX {
+            let why = "more replicas were recovered on this store than it can remember: delete volumes that are not \
+                       needed, or move replicas away";
+            return Err(StoreError::Failed(why.into()).into());
+        }
+        if next != *self.memory.borrow() {
+            next.generation += 1;
+            if !planted("forget-recovery") {
+                self.write(&next).await?;
+            }
+            *self.memory.borrow_mut() = next;
+        }
+        Ok(outcome?)
+    }
+
+    async fn write(&self, memory: &Memory) -> Result<(), StoreError> {
+        let bytes = memory.encode();
+        let file = self.made().await?;
+        let copies = if planted("recovery-in-one-copy") { 1 } else { 2 };
+        for copy in 0..copies {
+            let bytes = AlignedBuffer::copy_of(bytes.as_slice());
+            file.write_at(copy * COPY_BYTES as u64, bytes, Durability::Durable).await.map_err(wrap)?;
+        }
+        Ok(())
+    }
+
+    /// The file, with room for both copies, so that later changes need none.
+    async fn made(&self) -> Result<Rc<dyn File>, StoreError> {
+        let opened = self.file.borrow().clone();
+        if let Some(file) = opened {
+            return Ok(file);
+        }
+        // A try before this one may have found no room for it.
+        let there = self.directory.open(NAME, OpenMode::Existing).await;
+        let file = match there {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.directory.open(NAME, OpenMode::CreateNew).await.map_err(wrap)?
+            }
+            there => there.map_err(wrap)?,
+        };
+        file.allocate(0, 2 * COPY_BYTES as u64).await.map_err(wrap)?;
+        file.set_length(2 * COPY_BYTES as u64).await.map_err(wrap)?;
+        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
+        self.directory.sync().await.map_err(|error| StoreError::flush(NAME, &error))?;
+        *self.file.borrow_mut() = Some(file.clone());
+        Ok(file)
+    }
+}
+
+#[cfg(test)]
+mod tests;
