@@ -57,6 +57,8 @@ struct Inner {
     since: Cell<u64>,
     /// Being taken now.
     under_way: Cell<u64>,
+    /// Written within files since the last count: it may have filled holes, which a rebuild leaves in its chunks.
+    within: Cell<u64>,
     /// Times that something may have been given back, and how many of them the last count knows of.
     given_back: Cell<(u64, u64)>,
     /// Counts that have begun, and the number of the last one that ended well.
@@ -65,6 +67,9 @@ struct Inner {
     /// Whether the last refusal was the budget's, not the medium's.
     has_refused: Cell<bool>,
 }
+
+/// Bytes that are written within files before what stands is counted again.
+const COUNT_AFTER: u64 = 16 << 20;
 
 /// The budget of one store. Cheap to clone.
 #[derive(Clone)]
@@ -131,6 +136,7 @@ impl Budget {
             before: Cell::default(),
             since: Cell::default(),
             under_way: Cell::default(),
+            within: Cell::default(),
             given_back: Cell::default(),
             counts: Cell::default(),
             counting: tokio::sync::Mutex::new(()),
@@ -188,7 +194,8 @@ impl Budget {
     /// Whether another count would tell more.
     fn is_stale(&self) -> bool {
         let (now, counted) = self.0.given_back.get();
-        now != counted || self.0.before.get() > 0 || self.0.since.get() > 0
+        let within = self.0.within.get() >= COUNT_AFTER;
+        now != counted || within || self.0.before.get() > 0 || self.0.since.get() > 0
     }
 
     fn gave_back(&self) {
@@ -210,6 +217,7 @@ impl Budget {
         inner.counts.set((begun + 1, ended));
         // What has ended by now is seen. What has not stays counted, though it may be seen.
         inner.before.set(inner.before.get().saturating_add(inner.since.take()));
+        inner.within.set(0);
         let (given_back, _) = inner.given_back.get();
         let standing = Standing::of(directory.sizes("").await?);
         inner.before.set(0);
@@ -222,7 +230,9 @@ impl Budget {
     }
 
     fn try_take(&self, bytes: u64, upto: Upto) -> Option<Taking> {
-        if self.taken().saturating_add(bytes) > self.limit(upto) {
+        // What takes nothing may make room: only the reserve is not to stand where it has no place.
+        let grows = bytes > 0 || matches!(upto, Upto::Capacity) || planted("refuse-within-a-file");
+        if grows && self.taken().saturating_add(bytes) > self.limit(upto) {
             return None;
         }
         let bytes = if planted("budget-not-kept") { 0 } else { bytes };
@@ -346,6 +356,7 @@ impl File for BudgetedFile {
     ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         let range = Range { offset, length: buffer.len() as u64, is_write: true };
         if range.end() <= self.length.get() && !planted("refuse-within-a-file") {
+            self.budget.0.within.set(self.budget.0.within.get().saturating_add(range.length));
             return self.inner.write_at(offset, buffer, durability);
         }
         let (inner, budget, upto) = (self.inner.clone(), self.budget.clone(), self.upto);
