@@ -226,14 +226,20 @@ fn a_holder_that_is_cut_off_when_leases_become_shorter_reads_nothing_stale() {
     test(cut_off);
 }
 
-/// The same with leases granted by the longer of the two while they change.
+/// The same with leases granted by the longer of the two while they change. The read has to come before even that lease has
+/// ended, which on busy cores it may not.
 #[test]
 fn leases_by_the_longer_timers_make_a_stale_read_and_it_is_noticed() {
-    let place = tempfile::tempdir().expect("a place");
     planted::plant(&["timers-unequal"]);
-    let outcome = holdfast_env::real::run(async { cut_off(place.path()).await });
+    let outcomes = (0..5).map(|_| {
+        let place = tempfile::tempdir().expect("a place");
+        holdfast_env::real::run(async { cut_off(place.path()).await })
+    });
+    let is_stale = |outcome: &Outcome<()>| *outcome == Err("a stale read".into());
+    let mut seen = Vec::new();
+    let is_found = outcomes.inspect(|outcome| seen.push(outcome.clone())).any(|outcome| is_stale(&outcome));
     planted::plant(&[]);
-    assert_eq!(outcome, Err("a stale read".into()));
+    assert!(is_found, "{seen:?}");
 }
 
 /// INV-ACK: Raft that is made anew takes for durable what its log holds.
