@@ -18,12 +18,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_env::disk::{AlignedBuffer, Directory};
 use holdfast_types::{ClusterId, DecodeError, GroupId, Reader, ReplicaId, StoreId, Writer};
 use tokio::sync::Mutex;
 
 use crate::journal::planted;
 use crate::sealed::Seal;
+use crate::twin_file::{Copied, Found, TwinFile};
 use crate::{ReplicaIdentity, StoreError};
 
 const NAME: &str = "destroyed";
@@ -117,27 +118,6 @@ impl Memory {
         SEAL.close(&body)
     }
 
-    fn decode(copy: &[u8]) -> Result<Self, DecodeError> {
-        let mut input = Reader::new(SEAL.open(copy)?);
-        let mut out = Self {
-            cluster: ClusterId::decode(&mut input)?,
-            store: StoreId::decode(&mut input)?,
-            generation: input.u64()?,
-            floor: ReplicaId::decode(&mut input)?,
-            ..Self::default()
-        };
-        for _ in 0..input.count("groups", GROUPS_MAX)? {
-            let group = GroupId::decode(&mut input)?;
-            let (destroyed, kept) = (ReplicaId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
-            out.groups.insert(group, Line { destroyed, kept, revision: input.u64()? });
-        }
-        for _ in 0..input.count("members of the catalog", DRAWN_MAX)? {
-            out.drawn.insert(ReplicaId::decode(&mut input)?);
-        }
-        input.end()?;
-        Ok(out)
-    }
-
     fn was_destroyed(&self, id: ReplicaIdentity) -> bool {
         if id.group == GroupId::CATALOG {
             return self.drawn.contains(&id.replica);
@@ -197,6 +177,37 @@ impl Memory {
     }
 }
 
+impl Copied for Memory {
+    fn decode(copy: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(SEAL.open(copy)?);
+        let mut out = Self {
+            cluster: ClusterId::decode(&mut input)?,
+            store: StoreId::decode(&mut input)?,
+            generation: input.u64()?,
+            floor: ReplicaId::decode(&mut input)?,
+            ..Self::default()
+        };
+        for _ in 0..input.count("groups", GROUPS_MAX)? {
+            let group = GroupId::decode(&mut input)?;
+            let (destroyed, kept) = (ReplicaId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
+            out.groups.insert(group, Line { destroyed, kept, revision: input.u64()? });
+        }
+        for _ in 0..input.count("members of the catalog", DRAWN_MAX)? {
+            out.drawn.insert(ReplicaId::decode(&mut input)?);
+        }
+        input.end()?;
+        Ok(out)
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn whose(&self) -> (ClusterId, StoreId) {
+        (self.cluster, self.store)
+    }
+}
+
 /// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
 #[cfg(any(test, feature = "testing"))]
 pub(crate) fn fuzz(body: &[u8]) {
@@ -209,17 +220,12 @@ pub(crate) fn fuzz(body: &[u8]) {
 
 /// The file. It is made when there is something to write.
 pub struct DestroyedFile {
-    directory: Rc<dyn Directory>,
-    file: RefCell<Option<Rc<dyn File>>>,
+    file: TwinFile,
     memory: RefCell<Memory>,
     /// The generation that both copies have at least.
     written: Cell<u64>,
     is_unreadable: Cell<bool>,
     writing: Mutex<()>,
-}
-
-fn wrap(error: std::io::Error) -> StoreError {
-    StoreError::io(NAME, &error)
 }
 
 impl DestroyedFile {
@@ -229,63 +235,22 @@ impl DestroyedFile {
         cluster: ClusterId,
         store: StoreId,
     ) -> Result<Self, StoreError> {
-        let is_there = directory.list(NAME).await.map_err(wrap)?.iter().any(|name| name == NAME);
+        let file = TwinFile::new(directory, NAME, COPY_BYTES);
+        let found = file.load::<Memory>((cluster, store)).await?;
         let opened = Self {
-            directory,
-            file: RefCell::default(),
+            file,
             memory: RefCell::new(Memory { cluster, store, ..Memory::default() }),
             written: Cell::new(0),
-            is_unreadable: Cell::new(false),
+            is_unreadable: Cell::new(matches!(found, Found::Unreadable)),
             writing: Mutex::default(),
         };
-        if is_there {
-            opened.load().await?;
-        }
-        Ok(opened)
-    }
-
-    async fn load(&self) -> Result<(), StoreError> {
-        let file = self.directory.open(NAME, OpenMode::Existing).await.map_err(wrap)?;
-        if file.size().await.map_err(wrap)?.length < 2 * COPY_BYTES as u64 {
-            // Its making was interrupted: nothing was ever written to it, and nothing destroyed.
-            return Ok(());
-        }
-        // A killed daemon may have left the newest generation in a cache.
-        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        let (mut copies, mut problem) = (Vec::new(), None);
-        for copy in 0..2 {
-            let read = file.read_at(copy * COPY_BYTES as u64, COPY_BYTES).await;
-            match read.map_err(|error| error.to_string()) {
-                Ok(bytes) if bytes.as_slice().iter().all(|byte| *byte == 0) => copies.push(None),
-                Ok(bytes) => match Memory::decode(bytes.as_slice()) {
-                    Ok(found) => copies.push(Some(found)),
-                    Err(error) => problem = Some(error.to_string()),
-                },
-                Err(error) => problem = Some(error),
-            }
-        }
-        if let Some(why) = problem {
-            tracing::error!(file = NAME, %why, copies = copies.len(), "a copy of what was destroyed here is lost");
-        }
-        let expected = self.memory.borrow().clone();
-        if let Some(other) = copies.iter().flatten().find(|found| found.store != expected.store) {
-            let name = |memory: &Memory| format!("store {} of cluster {}", memory.store, memory.cluster);
-            return Err(StoreError::Identity { expected: name(&expected), found: name(other) });
-        }
-        *self.file.borrow_mut() = Some(file);
-        if copies.is_empty() {
-            self.is_unreadable.set(true);
-            return Ok(());
-        }
-        let is_whole = copies.len() == 2 && copies[0] == copies[1];
-        let newest = copies.into_iter().flatten().max_by_key(|found| found.generation);
-        let Some(newest) = newest else { return Ok(()) };
-        self.written.set(if is_whole { newest.generation } else { 0 });
-        *self.memory.borrow_mut() = newest;
-        match self.save().await {
+        let Found::Newest(newest, is_whole) = found else { return Ok(opened) };
+        opened.written.set(if is_whole { newest.generation } else { 0 });
+        *opened.memory.borrow_mut() = newest;
+        match opened.save().await {
             // It is tried again with the next change, which makes room.
-            Err(error) if error.is_full() => Ok(()),
-            saved => saved,
+            Err(error) if error.is_full() => Ok(opened),
+            saved => saved.map(|()| opened),
         }
     }
 
@@ -339,36 +304,9 @@ impl DestroyedFile {
             let memory = self.memory.borrow();
             (memory.generation, memory.encode())
         };
-        let file = self.made().await?;
-        let copies = if planted("destroyed-in-one-copy") { 1 } else { 2 };
-        for copy in 0..copies {
-            let bytes = AlignedBuffer::copy_of(bytes.as_slice());
-            file.write_at(copy * COPY_BYTES as u64, bytes, Durability::Durable).await.map_err(wrap)?;
-        }
+        self.file.write(&bytes, if planted("destroyed-in-one-copy") { 1 } else { 2 }).await?;
         self.written.set(generation);
         Ok(())
-    }
-
-    /// The file, with room for both copies, so that destroying needs none later.
-    async fn made(&self) -> Result<Rc<dyn File>, StoreError> {
-        let opened = self.file.borrow().clone();
-        if let Some(file) = opened {
-            return Ok(file);
-        }
-        // A try before this one may have found no room for it.
-        let there = self.directory.open(NAME, OpenMode::Existing).await;
-        let file = match there {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.directory.open(NAME, OpenMode::CreateNew).await.map_err(wrap)?
-            }
-            there => there.map_err(wrap)?,
-        };
-        file.allocate(0, 2 * COPY_BYTES as u64).await.map_err(wrap)?;
-        file.set_length(2 * COPY_BYTES as u64).await.map_err(wrap)?;
-        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        self.directory.sync().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        *self.file.borrow_mut() = Some(file.clone());
-        Ok(file)
     }
 }
 

@@ -17,6 +17,7 @@ mod standing;
 pub mod state_file;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod twin_file;
 pub mod volume;
 pub mod witness_file;
 

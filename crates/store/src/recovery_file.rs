@@ -18,7 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use holdfast_env::disk::{AlignedBuffer, Directory, Durability, File, OpenMode};
+use holdfast_env::disk::{AlignedBuffer, Directory};
 use holdfast_types::{
     ClusterId, DecodeError, GroupId, LogIndex, Reader, RecoveryId, ReplicaId, StoreId, Term, Writer,
 };
@@ -26,6 +26,7 @@ use tokio::sync::Mutex;
 
 use crate::journal::planted;
 use crate::sealed::Seal;
+use crate::twin_file::{Copied, Found, TwinFile};
 use crate::{EntryId, ReplicaIdentity, StoreError};
 
 const NAME: &str = "recoveries";
@@ -200,30 +201,6 @@ impl Memory {
         SEAL.close(&body)
     }
 
-    fn decode(copy: &[u8]) -> Result<Self, DecodeError> {
-        let mut input = Reader::new(SEAL.open(copy)?);
-        let mut out = Self {
-            cluster: ClusterId::decode(&mut input)?,
-            store: StoreId::decode(&mut input)?,
-            generation: input.u64()?,
-            lines: BTreeMap::new(),
-        };
-        for _ in 0..input.count("lines", LINES_MAX)? {
-            let (group, replica) = (GroupId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
-            let (runs_as, before) = (GroupId::decode(&mut input)?, GroupId::decode(&mut input)?);
-            let (order, fork) = (get_order(&mut input)?, get_entry(&mut input)?);
-            let sealed = match input.bool()? {
-                true => Some(Sealed { order: get_order(&mut input)?, last: get_entry(&mut input)? }),
-                false => None,
-            };
-            let rival = RecoveryId::decode(&mut input)?;
-            let line = Line { group: runs_as, before, order, fork, sealed, rival };
-            out.lines.insert(ReplicaIdentity { group, replica }, line);
-        }
-        input.end()?;
-        Ok(out)
-    }
-
     /// The identity of the files of a replica that runs as `id`.
     fn files_of(&self, id: ReplicaIdentity) -> ReplicaIdentity {
         let runs_as =
@@ -298,6 +275,40 @@ impl Memory {
     }
 }
 
+impl Copied for Memory {
+    fn decode(copy: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(SEAL.open(copy)?);
+        let mut out = Self {
+            cluster: ClusterId::decode(&mut input)?,
+            store: StoreId::decode(&mut input)?,
+            generation: input.u64()?,
+            lines: BTreeMap::new(),
+        };
+        for _ in 0..input.count("lines", LINES_MAX)? {
+            let (group, replica) = (GroupId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
+            let (runs_as, before) = (GroupId::decode(&mut input)?, GroupId::decode(&mut input)?);
+            let (order, fork) = (get_order(&mut input)?, get_entry(&mut input)?);
+            let sealed = match input.bool()? {
+                true => Some(Sealed { order: get_order(&mut input)?, last: get_entry(&mut input)? }),
+                false => None,
+            };
+            let rival = RecoveryId::decode(&mut input)?;
+            let line = Line { group: runs_as, before, order, fork, sealed, rival };
+            out.lines.insert(ReplicaIdentity { group, replica }, line);
+        }
+        input.end()?;
+        Ok(out)
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn whose(&self) -> (ClusterId, StoreId) {
+        (self.cluster, self.store)
+    }
+}
+
 /// For fuzzing: reads `body` as if the file held it; what is read is written as it was meant.
 #[cfg(any(test, feature = "testing"))]
 pub(crate) fn fuzz(body: &[u8]) {
@@ -310,15 +321,10 @@ pub(crate) fn fuzz(body: &[u8]) {
 
 /// The file. It is made when there is something to write.
 pub struct RecoveryFile {
-    directory: Rc<dyn Directory>,
-    file: RefCell<Option<Rc<dyn File>>>,
+    file: TwinFile,
     memory: RefCell<Memory>,
     is_unreadable: Cell<bool>,
     writing: Mutex<()>,
-}
-
-fn wrap(error: std::io::Error) -> StoreError {
-    StoreError::io(NAME, &error)
 }
 
 /// Why a change was not made.
@@ -339,58 +345,20 @@ impl RecoveryFile {
         cluster: ClusterId,
         store: StoreId,
     ) -> Result<Self, StoreError> {
-        let is_there = directory.list(NAME).await.map_err(wrap)?.iter().any(|name| name == NAME);
+        let file = TwinFile::new(directory, NAME, COPY_BYTES);
+        let found = file.load::<Memory>((cluster, store)).await?;
         let opened = Self {
-            directory,
-            file: RefCell::default(),
+            file,
             memory: RefCell::new(Memory { cluster, store, ..Memory::default() }),
-            is_unreadable: Cell::new(false),
+            is_unreadable: Cell::new(matches!(found, Found::Unreadable)),
             writing: Mutex::default(),
         };
-        if is_there {
-            opened.load().await?;
+        let Found::Newest(newest, is_whole) = found else { return Ok(opened) };
+        *opened.memory.borrow_mut() = newest.clone();
+        if !is_whole {
+            opened.write(&newest).await?;
         }
         Ok(opened)
-    }
-
-    async fn load(&self) -> Result<(), StoreError> {
-        let file = self.directory.open(NAME, OpenMode::Existing).await.map_err(wrap)?;
-        if file.size().await.map_err(wrap)?.length < 2 * COPY_BYTES as u64 {
-            // Its making was interrupted: nothing was ever written to it.
-            return Ok(());
-        }
-        // A killed daemon may have left the newest generation in a cache.
-        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        let (mut copies, mut problem) = (Vec::new(), None);
-        for copy in 0..2 {
-            let read = file.read_at(copy * COPY_BYTES as u64, COPY_BYTES).await;
-            match read.map_err(|error| error.to_string()) {
-                Ok(bytes) if bytes.as_slice().iter().all(|byte| *byte == 0) => copies.push(None),
-                Ok(bytes) => match Memory::decode(bytes.as_slice()) {
-                    Ok(found) => copies.push(Some(found)),
-                    Err(error) => problem = Some(error.to_string()),
-                },
-                Err(error) => problem = Some(error),
-            }
-        }
-        if let Some(why) = problem {
-            tracing::error!(file = NAME, %why, copies = copies.len(), "a copy of what was recovered here is lost");
-        }
-        let expected = self.memory.borrow().clone();
-        if let Some(other) = copies.iter().flatten().find(|found| found.store != expected.store) {
-            let name = |memory: &Memory| format!("store {} of cluster {}", memory.store, memory.cluster);
-            return Err(StoreError::Identity { expected: name(&expected), found: name(other) });
-        }
-        *self.file.borrow_mut() = Some(file);
-        if copies.is_empty() {
-            self.is_unreadable.set(true);
-            return Ok(());
-        }
-        let is_whole = copies.len() == 2 && copies[0] == copies[1];
-        let newest = copies.into_iter().flatten().max_by_key(|found| found.generation);
-        let Some(newest) = newest else { return Ok(()) };
-        *self.memory.borrow_mut() = newest.clone();
-        if is_whole { Ok(()) } else { self.write(&newest).await }
     }
 
     /// Whether a replica may run that stands in files of this identity: the group as which it does.
@@ -528,36 +496,7 @@ impl RecoveryFile {
     }
 
     async fn write(&self, memory: &Memory) -> Result<(), StoreError> {
-        let bytes = memory.encode();
-        let file = self.made().await?;
-        let copies = if planted("recovery-in-one-copy") { 1 } else { 2 };
-        for copy in 0..copies {
-            let bytes = AlignedBuffer::copy_of(bytes.as_slice());
-            file.write_at(copy * COPY_BYTES as u64, bytes, Durability::Durable).await.map_err(wrap)?;
-        }
-        Ok(())
-    }
-
-    /// The file, with room for both copies, so that later changes need none.
-    async fn made(&self) -> Result<Rc<dyn File>, StoreError> {
-        let opened = self.file.borrow().clone();
-        if let Some(file) = opened {
-            return Ok(file);
-        }
-        // A try before this one may have found no room for it.
-        let there = self.directory.open(NAME, OpenMode::Existing).await;
-        let file = match there {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.directory.open(NAME, OpenMode::CreateNew).await.map_err(wrap)?
-            }
-            there => there.map_err(wrap)?,
-        };
-        file.allocate(0, 2 * COPY_BYTES as u64).await.map_err(wrap)?;
-        file.set_length(2 * COPY_BYTES as u64).await.map_err(wrap)?;
-        file.flush().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        self.directory.sync().await.map_err(|error| StoreError::flush(NAME, &error))?;
-        *self.file.borrow_mut() = Some(file.clone());
-        Ok(file)
+        self.file.write(&memory.encode(), if planted("recovery-in-one-copy") { 1 } else { 2 }).await
     }
 }
 
