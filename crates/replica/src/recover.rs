@@ -163,7 +163,15 @@ impl Host {
         }
         let turn = self.turn(id.group);
         let _one_at_a_time = turn.lock().await;
+        // It may run as that already, or be about to: then this request is an old one. Groups follow each other, so whoever
+        // takes two turns takes them in that order.
+        let next_turn = (group != id.group).then(|| self.turn(group));
+        let _neither_of_both = match &next_turn {
+            Some(turn) => Some(turn.lock().await),
+            None => None,
+        };
         let next = ReplicaIdentity { group, ..id };
+        self.check_not_starting(next)?;
         if self.volume(group).is_some_and(|running| running.group().id() == next) {
             return Ok(());
         }
