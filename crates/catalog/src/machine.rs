@@ -156,6 +156,7 @@ mod tests {
             read_policy: ReadPolicy::Nearest,
             access_from: AccessFrom::Anywhere,
             timers: TimersPolicy::Auto,
+            snapshot_quota: None,
         };
         let (id, group) = (VolumeId(1), GroupId(1));
         CatalogCommand::CreateVolume {

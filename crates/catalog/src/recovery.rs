@@ -353,6 +353,7 @@ mod tests {
             read_policy: ReadPolicy::Nearest,
             access_from: AccessFrom::Anywhere,
             timers: TimersPolicy::Auto,
+            snapshot_quota: None,
         };
         let (id, group) = (VolumeId(7), GroupId(8));
         let json = serde_json::json!({"id": id, "group": group, "spec": spec, "parameters": {}, "first_size": 1 << 20,

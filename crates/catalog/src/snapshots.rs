@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogReply, CatalogState, SnapshotPhase, SnapshotRecord, VolumePhase,
+    CatalogCommand, CatalogReply, CatalogState, SnapshotPhase, SnapshotRecord, VolumePhase, VolumeRecord,
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::volume::VolumeReply;
@@ -86,23 +86,35 @@ impl Member {
         }
     }
 
-    async fn in_log(
+    fn volume_of(&self, record: &SnapshotRecord) -> Result<VolumeRecord, UserError> {
+        let volume = self.machine.with_state(|state| state.volumes.get(&record.volume).cloned());
+        volume.filter(|volume| volume.phase != VolumePhase::Deleting).ok_or_else(|| {
+            UserError::new(ErrorCode::NotFound, format!("the volume of snapshot {} is gone", record.name))
+        })
+    }
+
+    async fn made_in_log(
         &self,
         record: &SnapshotRecord,
-        command: &VolumeCommand,
         patience: Duration,
     ) -> Result<VolumeReply, UserError> {
-        let volume = self.machine.with_state(|state| state.volumes.get(&record.volume).cloned());
-        let volume = volume.filter(|volume| volume.phase != VolumePhase::Deleting).ok_or_else(|| {
-            UserError::new(ErrorCode::NotFound, format!("the volume of snapshot {} is gone", record.name))
-        })?;
-        volumes::control(&self.rpc, volume.group, &volume.stores(), command, patience).await
+        let SnapshotRecord { id, name, created_ms, .. } = record.clone();
+        let command = VolumeCommand::Snapshot { id, name, created_ms };
+        volumes::make_snapshot(&self.rpc, &self.volume_of(record)?, &command, patience).await
+    }
+
+    async fn dropped_in_log(
+        &self,
+        record: &SnapshotRecord,
+        patience: Duration,
+    ) -> Result<VolumeReply, UserError> {
+        let (volume, command) = (self.volume_of(record)?, VolumeCommand::DropSnapshot { id: record.id });
+        volumes::control(&self.rpc, volume.group, &volume.stores(), &command, patience).await
     }
 
     async fn make_snapshot(&self, record: &SnapshotRecord, patience: Duration) -> Result<(), AnswerError> {
-        let (id, name, created_ms) = (record.id, record.name.clone(), record.created_ms);
-        let command = VolumeCommand::Snapshot { id, name, created_ms };
-        match self.in_log(record, &command, patience).await {
+        let id = record.id;
+        match self.made_in_log(record, patience).await {
             Ok(VolumeReply::Snapshotted { index, size }) => {
                 self.apply(&CatalogCommand::SnapshotReady { id, index, size }).await?;
                 Ok(())
@@ -128,8 +140,7 @@ impl Member {
     }
 
     async fn drop_snapshot(&self, record: &SnapshotRecord, patience: Duration) -> Result<(), AnswerError> {
-        let command = VolumeCommand::DropSnapshot { id: record.id };
-        match self.in_log(record, &command, patience).await {
+        match self.dropped_in_log(record, patience).await {
             Ok(_) => {}
             // It went with its volume.
             Err(error) if error.code == ErrorCode::NotFound => {}

@@ -145,17 +145,42 @@ pub async fn control(
     command: &VolumeCommand,
     patience: Duration,
 ) -> Result<VolumeReply, UserError> {
+    carry_out(rpc, stores, &DataRequest::Control { group, command: command.encode() }, patience).await
+}
+
+/// Has a volume's leader make a snapshot, within the volume's snapshot quota if it has one.
+pub async fn make_snapshot(
+    rpc: &Rpc,
+    volume: &VolumeRecord,
+    command: &VolumeCommand,
+    patience: Duration,
+) -> Result<VolumeReply, UserError> {
+    let (group, command) = (volume.group, command.encode());
+    let request = match volume.spec.snapshot_quota {
+        Some(quota) => DataRequest::MakeSnapshot { group, command, quota },
+        None => DataRequest::Control { group, command },
+    };
+    carry_out(rpc, &volume.stores(), &request, patience).await
+}
+
+async fn carry_out(
+    rpc: &Rpc,
+    stores: &[StoreId],
+    request: &DataRequest,
+    patience: Duration,
+) -> Result<VolumeReply, UserError> {
     let until = Instant::now() + patience;
-    let request = DataRequest::Control { group, command: command.encode() };
     let mut leader = None;
     let mut turn = 0;
     let mut last = "no replica answered".to_owned();
+    let mut refusal_of_now = None;
     while Instant::now() < until && !stores.is_empty() {
         let to = leader.take().unwrap_or_else(|| stores[turn % stores.len()]);
         turn += 1;
-        match ask(rpc, to, &request, until.since(Instant::now()).min(Duration::from_secs(3))).await {
+        match ask(rpc, to, request, until.since(Instant::now()).min(Duration::from_secs(3))).await {
             Ok(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) if refusal.retryable() => {
                 last = refusal.to_string();
+                refusal_of_now = Some(refusal);
             }
             Ok(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) => {
                 return Err(refused(&refusal));
@@ -171,6 +196,10 @@ pub async fn control(
         }
         holdfast_env::sleep(RETRY_PAUSE).await;
     }
+    // There is a quorum: it said so.
+    if let Some(refusal) = refusal_of_now.filter(|refusal| refusal.to_string() == last) {
+        return Err(UserError::new(ErrorCode::Unavailable, refusal.to_string()));
+    }
     Err(UserError::new(ErrorCode::Unavailable, format!("no quorum of the volume's replicas: {last}"))
         .hint("`holdfast volume show` tells which replicas answer"))
 }
@@ -179,11 +208,17 @@ pub async fn control(
 pub fn refused(refusal: &Refusal) -> UserError {
     let code = match refusal {
         Refusal::SnapshotNameTaken => ErrorCode::AlreadyExists,
-        Refusal::SnapshotsFull => ErrorCode::ResourceExhausted,
+        Refusal::SnapshotsFull | Refusal::SnapshotQuota { .. } => ErrorCode::ResourceExhausted,
         Refusal::NoSuchSnapshot => ErrorCode::NotFound,
         _ => ErrorCode::Refused,
     };
-    UserError::new(code, refusal.to_string())
+    let error = UserError::new(code, refusal.to_string());
+    match refusal {
+        Refusal::SnapshotQuota { .. } => {
+            error.hint("delete snapshots, or raise the quota: `holdfast volume set NAME --snapshot-quota`")
+        }
+        _ => error,
+    }
 }
 
 /// Asks the replicas of a group in turn, the first of `stores` first, until one answers for itself; the answer and

@@ -295,6 +295,9 @@ pub enum VolumeCommand {
         /// How soon a dead leader is missed: auto (as the network allows) or tight.
         #[arg(long)]
         timers: Option<String>,
+        /// How much its snapshots may add to its size, on each replica, for example 10GiB.
+        #[arg(long, value_name = "SIZE")]
+        snapshot_quota: Option<String>,
         /// A StorageClass parameter, KEY=VALUE; may be repeated.
         #[arg(long = "parameter", value_name = "KEY=VALUE")]
         parameters: Vec<String>,
@@ -350,8 +353,12 @@ pub enum VolumeCommand {
         /// Its name or id.
         name: String,
         /// How soon a dead leader is missed: auto (as the network allows) or tight.
-        #[arg(long, required = true)]
-        timers: String,
+        #[arg(long, required_unless_present = "snapshot_quota")]
+        timers: Option<String>,
+        /// How much its snapshots may add to its size, on each replica, for example 10GiB; none for no bound. What snapshots
+        /// hold already stays.
+        #[arg(long, value_name = "SIZE")]
+        snapshot_quota: Option<String>,
     },
     /// Delete a volume and its data.
     Delete {

@@ -272,12 +272,21 @@ impl Shard {
         request: pb::SetVolumeRequest,
     ) -> Result<pb::Volume, UserError> {
         let record = self.record(&request.name).await?;
-        if request.timers.is_empty() {
-            return Ok(self.show(&record).await);
+        let id = record.id;
+        let mut commands = Vec::new();
+        if !request.timers.is_empty() {
+            let timers = parameters::timers(&request.timers)?;
+            commands.push(CatalogCommand::SetTimers { id, timers });
         }
-        let timers = parameters::timers(&request.timers)?;
-        let reply = self.catalog.apply(CatalogCommand::SetTimers { id: record.id, timers }, PATIENCE).await?;
-        Ok(self.show(&expect_volume(reply)?).await)
+        if !request.snapshot_quota.is_empty() {
+            let quota = parameters::snapshot_quota(&request.snapshot_quota)?;
+            commands.push(CatalogCommand::SetSnapshotQuota { id, quota });
+        }
+        let mut record = record;
+        for command in commands {
+            record = expect_volume(self.catalog.apply(command, PATIENCE).await?)?;
+        }
+        Ok(self.show(&record).await)
     }
 
     async fn show_size_at(

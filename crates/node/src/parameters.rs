@@ -22,6 +22,7 @@ const KNOWN: &[&str] = &[
     "readPolicy",
     "onQuorumLoss",
     "timers",
+    "snapshotQuota",
     "encryption",
     "iops",
     "bandwidth",
@@ -73,6 +74,7 @@ pub(crate) fn spec(request: &pb::CreateVolumeRequest) -> Result<VolumeSpec, User
         read_policy: ReadPolicy::Nearest,
         access_from: AccessFrom::Anywhere,
         timers: TimersPolicy::Auto,
+        snapshot_quota: None,
     };
     parameters(&mut spec, &request.parameters)?;
     if !request.survive.is_empty() {
@@ -117,6 +119,7 @@ pub(crate) fn parameters(
             }
             metadata if METADATA.contains(&metadata) => {}
             "timers" => spec.timers = timers(value)?,
+            "snapshotQuota" => spec.snapshot_quota = snapshot_quota(value)?,
             "encryption" if value == "none" => {}
             "asyncReplicas" | "encryption" | "iops" | "bandwidth" => return Err(not_built(key)),
             unknown => {
@@ -132,6 +135,19 @@ pub(crate) fn parameters(
 
 pub(crate) fn timers(text: &str) -> Result<TimersPolicy, UserError> {
     text.parse().map_err(|why| wrong(why, "use timers: auto, or timers: tight where the network is fast"))
+}
+
+/// How much snapshots may add to a volume's size, for example 10GiB, or none.
+pub(crate) fn snapshot_quota(text: &str) -> Result<Option<ByteSize>, UserError> {
+    if text == "none" {
+        return Ok(None);
+    }
+    let hint = "use a number of bytes that is not zero, for example 10GiB, or none";
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(0)) => Err(wrong("a snapshot quota of zero permits no snapshots", hint)),
+        Ok(quota) => Ok(Some(quota)),
+        Err(why) => Err(wrong(format!("snapshotQuota: '{text}': {why}"), hint)),
+    }
 }
 
 fn access_from(text: &str) -> Result<AccessFrom, UserError> {
@@ -192,10 +208,12 @@ mod tests {
             ("survive", "node"),
             ("onQuorumLoss", "error:30s"),
             ("timers", "tight"),
+            ("snapshotQuota", "3GiB"),
             (METADATA[0], "claim"),
         ]))
         .expect("is understood");
         assert_eq!(spec.timers, TimersPolicy::Tight);
+        assert_eq!(spec.snapshot_quota, Some(ByteSize(3 << 30)));
         assert_eq!((spec.size, spec.survive), (ByteSize(8192), Survive::Node));
         assert_eq!(spec.on_quorum_loss, OnQuorumLoss::Error { after_seconds: 30 });
         for (parameters, code, word) in [
@@ -204,6 +222,8 @@ mod tests {
             (("replicas", "many"), ErrorCode::InvalidArgument, "many"),
             (("onQuorumLoss", "error:soon"), ErrorCode::InvalidArgument, "soon"),
             (("timers", "loose"), ErrorCode::InvalidArgument, "loose"),
+            (("snapshotQuota", "0"), ErrorCode::InvalidArgument, "zero"),
+            (("snapshotQuota", "much"), ErrorCode::InvalidArgument, "much"),
             (("encryption", "aes-xts"), ErrorCode::Unimplemented, "encryption"),
             (("csi.storage.k8s.io/fstype", "ntfs"), ErrorCode::InvalidArgument, "ntfs"),
         ] {

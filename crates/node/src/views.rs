@@ -78,6 +78,7 @@ pub(crate) fn volume(record: &VolumeRecord, reports: &Reports) -> pb::Volume {
         }
         .into(),
         timers: record.spec.timers.as_str().into(),
+        snapshot_quota_bytes: record.spec.snapshot_quota.map_or(0, |quota| quota.0),
         heartbeat_ms: leader.map_or(0, |(_, report)| report.runs.heartbeat.as_millis() as u32),
         timers_changing: leader.is_some_and(|(_, report)| report.timers.change().is_some()),
         waits_for_room: leader.is_some_and(|(_, report)| report.waits_for_room),

@@ -49,6 +49,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("superseded-not-told", "INV-RECOVER"),
     ("recover-from-the-shorter", "INV-RECOVER"),
     ("recover-while-answered", "INV-RECOVER"),
+    ("snapshot-quota-ignored", "INV-QUOTA"),
 ];
 
 /// Those that break a rule of the state machine outside of it: its own model cannot find them, the simulation does.

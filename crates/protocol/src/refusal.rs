@@ -1,6 +1,6 @@
 //! Why a command was refused. A refusal is an answer of the state machine, equal on every replica.
 
-use holdfast_types::{DecodeError, Epoch, NodeName, Reader, Seq, Writer, limits};
+use holdfast_types::{ByteSize, DecodeError, Epoch, NodeName, Reader, Seq, Writer, limits};
 
 /// The reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +72,22 @@ pub enum Refusal {
         limits::SNAPSHOTS_PER_VOLUME_MAX
     )]
     SnapshotsFull,
+    /// With one more snapshot the volume could grow beyond its size and its snapshot quota.
+    #[error(
+        "the volume holds {}, all of which a snapshot may have to keep, and its snapshot quota is {}",
+        ByteSize(*.held), ByteSize(*.quota)
+    )]
+    SnapshotQuota {
+        /// Bytes that the volume and its snapshots hold.
+        held: u64,
+        /// Bytes that snapshots may add to the volume's size.
+        quota: u64,
+    },
+    /// As [`Self::SnapshotQuota`], but what was deleted is still being given back. Ask again.
+    #[error(
+        "deleted snapshots still count for the volume's snapshot quota: ask again when they are given back"
+    )]
+    SnapshotsMerging,
     /// There is no such snapshot.
     #[error("the volume has no such snapshot: `holdfast snapshot list` shows those it has")]
     NoSuchSnapshot,
@@ -111,7 +127,7 @@ fn held(holder: &Option<NodeName>) -> String {
 impl Refusal {
     /// Whether the very same command may succeed later. Everything else is final for this command.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::Unsettled | Self::BeyondWindow | Self::TimersChanging)
+        matches!(self, Self::Unsettled | Self::BeyondWindow | Self::TimersChanging | Self::SnapshotsMerging)
     }
 
     pub(crate) fn encode(&self, out: &mut Writer) {
@@ -171,6 +187,12 @@ impl Refusal {
                 node.encode(out);
             }
             Self::TimersChanging => out.u8(19),
+            Self::SnapshotQuota { held, quota } => {
+                out.u8(20);
+                out.u64(*held);
+                out.u64(*quota);
+            }
+            Self::SnapshotsMerging => out.u8(21),
         }
     }
 
@@ -203,6 +225,8 @@ impl Refusal {
             }
             18 => Self::Attached { node: NodeName::decode(input)? },
             19 => Self::TimersChanging,
+            20 => Self::SnapshotQuota { held: input.u64()?, quota: input.u64()? },
+            21 => Self::SnapshotsMerging,
             other => return Err(DecodeError::Unknown { what: "refusal", value: other.into() }),
         })
     }

@@ -29,6 +29,7 @@ pub mod messages;
 mod network;
 pub mod observe;
 pub mod past;
+mod quota;
 pub mod rebuild;
 pub mod recover;
 pub mod repair;

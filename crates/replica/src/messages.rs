@@ -4,8 +4,8 @@ use bytes::Bytes;
 use holdfast_protocol::timers::{Timers, VolumeTimers};
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_types::{
-    BlockRange, DecodeError, Epoch, GroupId, LogIndex, Reader, ReplicaId, SessionId, StoreId, Term, Writer,
-    limits,
+    BlockRange, ByteSize, DecodeError, Epoch, GroupId, LogIndex, Reader, ReplicaId, SessionId, StoreId, Term,
+    Writer, limits,
 };
 use holdfast_wire::rpc::Service;
 
@@ -162,6 +162,15 @@ pub enum DataRequest {
         group: GroupId,
         /// The encoded command.
         command: Bytes,
+    },
+    /// Make a snapshot, if the volume then stays within its size and its snapshot quota. Answered as [`Self::Control`].
+    MakeSnapshot {
+        /// Its group.
+        group: GroupId,
+        /// The encoded command.
+        command: Bytes,
+        /// Bytes that snapshots may add to the volume's size.
+        quota: ByteSize,
     },
     /// How the replica is.
     Report {
@@ -358,6 +367,7 @@ const CONTROL: u8 = 5;
 const REPORT: u8 = 6;
 const DIGEST: u8 = 7;
 const SNAPSHOT: u8 = 10;
+const MAKE_SNAPSHOT: u8 = 11;
 
 impl DataRequest {
     /// The group that it is for.
@@ -368,6 +378,7 @@ impl DataRequest {
             | Self::BlockStatus { group, .. }
             | Self::Renew { group, .. }
             | Self::Control { group, .. }
+            | Self::MakeSnapshot { group, .. }
             | Self::Report { group }
             | Self::Digest { group, .. }
             | Self::Snapshot { group, .. } => *group,
@@ -394,6 +405,12 @@ impl DataRequest {
                 out.u8(CONTROL);
                 group.encode(&mut out);
                 out.bytes(command);
+            }
+            Self::MakeSnapshot { group, command, quota } => {
+                out.u8(MAKE_SNAPSHOT);
+                group.encode(&mut out);
+                out.bytes(command);
+                out.u64(quota.0);
             }
             Self::Read { group, range, epoch, session, floor } => {
                 out.u8(READ);
@@ -443,6 +460,11 @@ impl DataRequest {
             CONTROL => Self::Control {
                 group,
                 command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?),
+            },
+            MAKE_SNAPSHOT => Self::MakeSnapshot {
+                group,
+                command: Bytes::copy_from_slice(input.bytes(limits::FRAME_HEAD_BYTES_MAX)?),
+                quota: ByteSize(input.u64()?),
             },
             READ | BLOCK_STATUS => {
                 let range = BlockRange::decode(input)?;

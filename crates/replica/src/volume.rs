@@ -22,7 +22,9 @@ use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, SpaceUsed, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum};
+use holdfast_types::{
+    BLOCK_BYTES, BlockRange, ByteSize, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum,
+};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
@@ -355,7 +357,10 @@ impl Volume {
                 (self.block_status(range, epoch, session, floor).await, Vec::new())
             }
             DataRequest::Renew { epoch, session, .. } => (self.renew(epoch, session).await, Vec::new()),
-            DataRequest::Control { command, .. } => (self.control(command).await, Vec::new()),
+            DataRequest::Control { command, .. } => (self.control(command, None).await, Vec::new()),
+            DataRequest::MakeSnapshot { command, quota, .. } => {
+                (self.control(command, Some(quota)).await, Vec::new())
+            }
             DataRequest::Report { .. } => (self.report().await, Vec::new()),
             DataRequest::Digest { index, .. } => (self.digest(index).await, Vec::new()),
             DataRequest::Snapshot { ask, .. } => self.about_snapshot(ask).await,
@@ -578,7 +583,7 @@ impl Volume {
     }
 
     /// Attach, detach, resize, policy.
-    async fn control(&self, command: Bytes) -> DataReply {
+    async fn control(&self, command: Bytes, quota: Option<ByteSize>) -> DataReply {
         let mut decoded = match VolumeCommand::decode(&command) {
             Ok(decoded) if decoded.tag().is_none() => decoded,
             Ok(_) => return DataReply::Failed("a data command is not a control command".into()),
@@ -595,6 +600,15 @@ impl Volume {
             && let Some(refusal) = self.too_early(*since)
         {
             return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
+        }
+        if let (VolumeCommand::Snapshot { id, .. }, Some(quota)) = (&decoded, quota) {
+            match self.beyond_quota(*id, quota).await {
+                Ok(None) => {}
+                Ok(Some(refusal)) => {
+                    return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
+                }
+                Err(error) => return self.elsewhere(format!("what the volume holds is not known: {error}")),
+            }
         }
         if let VolumeCommand::Attach { .. } = &decoded {
             let now = self.now();

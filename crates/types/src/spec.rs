@@ -163,4 +163,7 @@ pub struct VolumeSpec {
     /// How soon a dead leader is missed.
     #[serde(default)]
     pub timers: TimersPolicy,
+    /// Bytes that snapshots may add to its size, on each replica; `None` bounds nothing.
+    #[serde(default)]
+    pub snapshot_quota: Option<ByteSize>,
 }

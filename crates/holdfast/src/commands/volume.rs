@@ -82,7 +82,7 @@ fn state(volume: &pb::Volume) -> String {
 /// A volume with its replicas.
 pub fn one(volume: &pb::Volume, wide: bool) -> String {
     format!(
-        "{}  {}  {}  survive: {}  timers: {}{}  epoch {}  attached to {}  leader {}  snapshots {}\n{}",
+        "{}  {}  {}  survive: {}  timers: {}{}  epoch {}  attached to {}  leader {}  snapshots {}{}\n{}",
         volume.name,
         bytes(volume.size_bytes),
         state(volume),
@@ -93,6 +93,10 @@ pub fn one(volume: &pb::Volume, wide: bool) -> String {
         or_dash(&volume.attached_to),
         or_dash(&volume.leader),
         volume.snapshots,
+        match volume.snapshot_quota_bytes {
+            0 => String::new(),
+            quota => format!(" (quota {})", bytes(quota)),
+        },
         replicas(&volume.replicas, wide)
     )
 }
@@ -197,6 +201,7 @@ async fn carry_out(
             replicas,
             zones,
             timers,
+            snapshot_quota,
             parameters,
             from_snapshot,
             from_volume,
@@ -211,6 +216,7 @@ async fn carry_out(
                 parameters: {
                     let mut given = key_values(&parameters)?;
                     given.extend(timers.map(|timers| ("timers".to_owned(), timers)));
+                    given.extend(snapshot_quota.map(|quota| ("snapshotQuota".to_owned(), quota)));
                     given
                 },
                 source_snapshot: from_snapshot.unwrap_or_default(),
@@ -248,8 +254,13 @@ async fn carry_out(
             let volume = reply(client.resize_volume(request).await)?;
             output.show(&volume, || one(&volume, output.wide()));
         }
-        VolumeCommand::Set { name, timers } => {
-            let volume = reply(client.set_volume(pb::SetVolumeRequest { name, timers }).await)?;
+        VolumeCommand::Set { name, timers, snapshot_quota } => {
+            let request = pb::SetVolumeRequest {
+                name,
+                timers: timers.unwrap_or_default(),
+                snapshot_quota: snapshot_quota.unwrap_or_default(),
+            };
+            let volume = reply(client.set_volume(request).await)?;
             output.show(&volume, || one(&volume, output.wide()));
         }
         VolumeCommand::Delete { name, yes } => {

@@ -248,6 +248,13 @@ pub enum CatalogCommand {
         /// The policy.
         timers: TimersPolicy,
     },
+    /// How much snapshots may add to a volume's size; what they hold already stays. Idempotent.
+    SetSnapshotQuota {
+        /// The volume.
+        id: VolumeId,
+        /// Bytes; `None` bounds nothing.
+        quota: Option<ByteSize>,
+    },
     /// One more replica.
     AddReplica {
         /// The volume.

@@ -164,6 +164,10 @@ impl CatalogState {
                 volume.spec.timers = *timers;
                 Ok(())
             }),
+            CatalogCommand::SetSnapshotQuota { id, quota } => self.change(*id, None, |volume| {
+                volume.spec.snapshot_quota = *quota;
+                Ok(())
+            }),
             CatalogCommand::SetReplica { id, revision, replica, phase } => {
                 self.change(*id, Some(*revision), |volume| {
                     find_replica(volume, *replica)?.phase = *phase;

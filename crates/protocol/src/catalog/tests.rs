@@ -30,6 +30,7 @@ fn spec(name: &str, survive: Survive) -> VolumeSpec {
         read_policy: ReadPolicy::Nearest,
         access_from: AccessFrom::Anywhere,
         timers: TimersPolicy::Auto,
+        snapshot_quota: None,
     }
 }
 

@@ -112,6 +112,8 @@ fn any_reply() -> impl Strategy<Value = VolumeReply> {
         ".{0,40}".prop_map(Refusal::Malformed),
         Just(Refusal::SnapshotNameTaken),
         Just(Refusal::SnapshotsFull),
+        Just(Refusal::SnapshotsMerging),
+        (any::<u64>(), any::<u64>()).prop_map(|(held, quota)| Refusal::SnapshotQuota { held, quota }),
         Just(Refusal::NoSuchSnapshot),
         Just(Refusal::SnapshotDropped),
         (prop::collection::vec("[a-z]{1,128}", 0..=8), any::<u32>())

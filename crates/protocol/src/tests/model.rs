@@ -342,6 +342,7 @@ impl World {
                 R::Malformed(_) => "malformed",
                 R::SnapshotNameTaken => "name taken",
                 R::SnapshotsFull => "snapshots full",
+                R::SnapshotQuota { .. } | R::SnapshotsMerging => "snapshot quota",
                 R::NoSuchSnapshot => "no such snapshot",
                 R::SnapshotDropped => "snapshot dropped",
                 R::NewerSnapshots { .. } => "newer snapshots",
@@ -471,6 +472,7 @@ fn every_planted_fault_is_found() {
         "INV-ACK",
         "INV-MEMBER",
         "INV-RECOVER",
+        "INV-QUOTA",
         "progress",
     ];
     let inside =

@@ -235,6 +235,11 @@ impl Chain {
         all
     }
 
+    /// Whether anything that was thrown away is still there.
+    pub(super) fn has_retired(&self) -> bool {
+        !self.retired.borrow().is_empty()
+    }
+
     pub(super) fn changed_at(&self) -> LogIndex {
         self.changed_at.get()
     }

@@ -28,6 +28,7 @@ mod pages;
 mod read;
 mod room;
 mod sources;
+mod space;
 pub(crate) mod stage;
 mod stage_lost;
 pub(crate) mod table;
@@ -48,13 +49,14 @@ pub use layers::{LayerId, LayerMark, NoLayer, View};
 pub use manifest::{Manifest, ReplicaFileIdentity};
 pub use read::{CheckedBlocks, ReadError};
 pub use room::Room;
+pub use space::{Held, SpaceUsed};
 pub use stage::StagingLayer;
 pub use table::BlockSum;
 /// Chunks of a page of the table.
 pub const PAGE_CHUNKS: u64 = table::PAGE_CHUNKS;
 
 use crate::journal::planted;
-use crate::{EntryId, ReplicaIdentity, Standing, StoreError};
+use crate::{EntryId, ReplicaIdentity, StoreError};
 use extent::{Extent, What};
 use layers::{Chain, open_files};
 use manifest::ManifestFile;
@@ -137,17 +139,6 @@ pub struct Dirty {
     pub cleared: u64,
     /// Runs of blocks that the map holds.
     pub runs: usize,
-}
-
-/// Space of a replica on its medium, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct SpaceUsed {
-    /// For blocks of the oldest layer and of the one that is written: all there are without snapshots.
-    pub blocks: u64,
-    /// For the layers between them, blocks and tables.
-    pub snapshots: u64,
-    /// For everything that is the replica's: blocks, tables and snapshots, its manifest, and what a rebuild has staged.
-    pub allocated: u64,
 }
 
 /// Counters of a replica's blocks since it was opened.
@@ -425,29 +416,6 @@ impl VolumeData {
             dirty.runs += map.len();
         }
         dirty
-    }
-
-    /// Space on the medium, looked at now.
-    pub async fn space(&self) -> Result<SpaceUsed, StoreError> {
-        let own = format!("{}/", self.0.prefix);
-        let sizes = self.0.directory.sizes(&own).await.map_err(|error| StoreError::io(&own, &error))?;
-        Ok(self.space_in(&Standing::of(sizes)))
-    }
-
-    /// Space on the medium as it was counted then.
-    pub fn space_in(&self, standing: &Standing) -> SpaceUsed {
-        let mut used = SpaceUsed::default();
-        let top = self.layers().last().map_or(LayerId::BASE, |layer| layer.id);
-        for piece in self.0.chain.all() {
-            let file = |name| standing.of_file(&layers::name_of(&self.0.prefix, piece.id, name));
-            if piece.is_base() || piece.id >= top {
-                used.blocks += file("home");
-            } else {
-                used.snapshots += file("home") + file("table");
-            }
-        }
-        used.allocated = standing.below(&format!("{}/", self.0.prefix));
-        used
     }
 
     /// Counters.

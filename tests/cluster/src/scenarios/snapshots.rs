@@ -279,6 +279,27 @@ async fn gives_back(dev: &Dev, guest: &mut Guest) -> Outcome<(u64, u128)> {
     Ok((held, began.elapsed().as_millis()))
 }
 
+/// A quota refuses a snapshot that may have to keep more than it, and nothing else.
+async fn a_quota_refuses(dev: &Dev, guest: &mut Guest) -> Outcome<()> {
+    let set = async |quota| dev.command(&["volume", "set", VOLUME, "--snapshot-quota", quota]).await;
+    let shown = set("1MiB").await?;
+    if shown["snapshot_quota_bytes"] != 1 << 20 {
+        return Err(format!("a quota of 1 MiB is shown as {shown}"));
+    }
+    let words = ["quota", "1 MiB", "--snapshot-quota"];
+    refused(dev, &["snapshot", "create", VOLUME, "large"], 1, &words).await?;
+    refused(dev, &["volume", "set", VOLUME, "--snapshot-quota", "0"], 2, &["none"]).await?;
+    // One of those that have changed already.
+    guest.write(1000, 1).await?;
+    guest.changed.clear();
+    if names(dev).await? != ["one"] {
+        return Err(format!("what was refused left {:?}", names(dev).await?));
+    }
+    let shown = set("none").await?;
+    let is_none = shown["snapshot_quota_bytes"].as_u64().unwrap_or_default() == 0;
+    if is_none { Ok(()) } else { Err(format!("no quota is shown as {shown}")) }
+}
+
 /// Runs it.
 pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let dev = place.cluster(&["--journal", "64MiB"]).await?;
@@ -303,6 +324,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
         return Err(format!("a repeated creation answers {again}, not {first}"));
     }
     guest.check_head("the head after a snapshot").await?;
+    a_quota_refuses(&dev, &mut guest).await?;
     check_diff(&dev, &["s@one", "s"], &changed).await?;
     check_snapshot(&dev, GUEST, "one", &one, files.path()).await?;
 
