@@ -35,6 +35,16 @@ const MUTANTS: &[Mutant] = &[
         by: By::Attack(&["scenarios", "--seed", "1", "--rounds", "3", "partition", "pause"]),
     },
     Mutant {
+        name: "store-ends-the-daemon",
+        breaks: "INV-STORES: a store that stops takes its node with it",
+        by: By::Attack(&["scenarios", "--seed", "1", "store-lost"]),
+    },
+    Mutant {
+        name: "foreign-store-ends-the-daemon",
+        breaks: "INV-STORES: a store that cannot be opened keeps its node from starting",
+        by: By::Attack(&["scenarios", "--seed", "1", "store-lost"]),
+    },
+    Mutant {
         name: "leader-restore",
         breaks: "INV-TERM: a restarted leader leads on in its old term",
         by: By::Test(&[

@@ -156,6 +156,8 @@ impl Member {
             filled: source.filled,
         };
         let holder = state.nodes.get(&NodeName::new(&report.holder)).map(|node| node.store);
+        // Copying is the work of a node, not of the store where the leader stands.
+        let leader = state.home_of(leader);
         let first = self.ask_node_to_fill(holder.unwrap_or(leader), &request(false)).await;
         match (first, holder) {
             (Err(error), Some(holder)) if holder != leader => {

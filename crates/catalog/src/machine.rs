@@ -134,6 +134,7 @@ impl StateMachine for CatalogMachine {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_protocol::catalog::NodeRecord;
     use holdfast_store::ReplicaIdentity;
     use holdfast_store::state_file::StateIdentity;
     use holdfast_types::{
@@ -177,6 +178,15 @@ mod tests {
         let mut json = serde_json::to_value(&state).expect("has a JSON form");
         assert!(json.as_object_mut().expect("an object").remove("snapshots").is_some());
         assert_eq!(serde_json::from_value::<CatalogState>(json).expect("is read"), state);
+    }
+
+    /// And what concerns a node of one store is written as it ever was, for members of before.
+    #[test]
+    fn a_node_of_one_store_is_written_as_it_ever_was() {
+        let old = r#"{"location":{"region":"r","zone":"z","node":"n"},"store":"00000000000000000000000000000007","peer_address":"a:1","admin":"unix:/x","cordoned":false}"#;
+        let record: NodeRecord = serde_json::from_str(old).expect("an old record is read");
+        assert_eq!(record.stores().map(|store| store.store).collect::<Vec<_>>(), [StoreId(7)]);
+        assert_eq!(serde_json::to_string(&record).expect("has a JSON form"), old);
     }
 
     /// The journal takes no larger head: it would end the catalog's task on every member in turn.

@@ -20,7 +20,7 @@ use holdfast_store::journal::GroupLog;
 use holdfast_store::state_file::{StateFile, StateIdentity};
 use holdfast_store::volume::{Checkpoint, CheckpointSource};
 use holdfast_types::{
-    ErrorCode, GroupId, LogIndex, NodeName, ReplicaId, SnapshotId, UserError, VolumeId, VolumeSpec, limits,
+    ErrorCode, GroupId, LogIndex, ReplicaId, SnapshotId, StoreId, UserError, VolumeId, VolumeSpec, limits,
 };
 use holdfast_wire::rpc::Rpc;
 use tokio::sync::Mutex;
@@ -61,8 +61,8 @@ pub struct Member {
     pub(crate) working: RefCell<BTreeMap<VolumeId, Rc<Mutex<()>>>>,
     /// Snapshots that are being worked on.
     pub(crate) working_snapshots: RefCell<BTreeMap<SnapshotId, Rc<Mutex<()>>>>,
-    /// Since when a node has not answered.
-    pub(crate) silent: RefCell<BTreeMap<NodeName, Instant>>,
+    /// Since when a store has not answered, or has said that it has stopped.
+    pub(crate) silent: RefCell<BTreeMap<StoreId, Instant>>,
     /// Where the log of its group stood when a replica that leaves was first seen to vote no more.
     pub(crate) left_at: RefCell<BTreeMap<ReplicaId, LogIndex>>,
     /// What is known of the timers of volumes.
@@ -303,8 +303,8 @@ impl Member {
         }
     }
 
-    /// Adds a replica beside those that stay; a record with the joining replica. The domain of the one that is
-    /// replaced counts as free.
+    /// Adds a replica beside those that stay, on a node or a store that is named, or anywhere; a record with the joining
+    /// replica. The domain of the one that is replaced counts as free.
     pub(crate) async fn add_replica(
         self: &Rc<Self>,
         id: VolumeId,
@@ -322,7 +322,10 @@ impl Member {
             .collect();
         let mut candidates = self.candidates(&state).await;
         if !node.is_empty() {
-            candidates.retain(|candidate| candidate.location.node.as_str() == node);
+            let asked = |candidate: &placement::Candidate| {
+                candidate.location.node.as_str() == node || candidate.store.to_string() == node
+            };
+            candidates.retain(asked);
         }
         let leaving = |store| record.replicas.iter().any(|replica| replica.store == store);
         candidates.retain(|candidate| !leaving(candidate.store));

@@ -3,7 +3,6 @@
 //! Every decision is a catalog command that names the revision it was made on, so a leader that has lost its place
 //! decides nothing. What a step does to a replica bears repetition: a new leader begins again where it cannot know.
 
-use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -18,12 +17,10 @@ use holdfast_protocol::placement;
 use holdfast_replica::administration::{ShardRequest, StoreReport};
 use holdfast_replica::messages::ReplicaReport;
 use holdfast_store::ReplicaIdentity;
-use holdfast_types::{
-    ErrorCode, NodeName, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, UserError, VolumeId,
-};
+use holdfast_types::{ErrorCode, OnQuorumLoss, ReadPolicy, ReplicaId, StoreId, UserError, VolumeId};
 
 use crate::member::{AnswerError, Member};
-use crate::volumes;
+use crate::volumes::{self, StoreReports};
 
 /// Between looks at everything.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -33,9 +30,6 @@ const FIRST_LEADER: Duration = Duration::from_secs(10);
 const STEPS_MAX: usize = 32;
 /// Entries that a joining replica may be behind when it becomes a voter.
 const CAUGHT_UP_WITHIN: u64 = 1024;
-
-/// How the stores of the nodes that answer are.
-type StoreReports = BTreeMap<NodeName, StoreReport>;
 
 /// What a step came to.
 #[derive(PartialEq, Eq)]
@@ -70,7 +64,7 @@ pub(crate) async fn run(member: Weak<Member>) {
         if this.is_leader()
             && let Ok(state) = this.read().await
         {
-            this.look_at_nodes(&state).await;
+            this.look_at_stores(&state).await;
             if let Err(AnswerError::Refused(error)) = this.look_at_seats().await {
                 tracing::info!(%error, "the catalog's membership is changed later");
             }
@@ -313,7 +307,7 @@ impl Member {
     }
 
     fn answers(&self, replica: &ReplicaRecord) -> bool {
-        !self.silent.borrow().contains_key(&replica.location.node)
+        !self.silent.borrow().contains_key(&replica.store)
     }
 
     /// A replica that is to vote and is no member of its group: a change that was decided on before it was kept came
@@ -474,20 +468,21 @@ impl Member {
         have >= wanted
     }
 
-    /// Notes which nodes are silent, and has the replicas of lost nodes and faulty replicas placed anew.
-    async fn look_at_nodes(self: &Rc<Self>, state: &CatalogState) {
+    /// Notes which stores are silent, and has the replicas of lost stores and faulty replicas placed anew. INV-STORES: a
+    /// node whose other stores answer has lost one store, no more and no less.
+    async fn look_at_stores(self: &Rc<Self>, state: &CatalogState) {
         let reports = volumes::store_reports(&self.rpc, state).await;
         let now = Instant::now();
         let mut lost = Vec::new();
-        for name in state.nodes.keys() {
+        for store in state.nodes.values().flat_map(|node| node.stores()).map(|store| store.store) {
             // A store that has stopped does not come back by itself, though its node answers.
-            if reports.get(name).is_some_and(|report| report.failed.is_empty()) {
-                self.silent.borrow_mut().remove(name);
+            if reports.get(&store).is_some_and(|report| report.failed.is_empty()) {
+                self.silent.borrow_mut().remove(&store);
                 continue;
             }
-            let since = *self.silent.borrow_mut().entry(name.clone()).or_insert(now);
+            let since = *self.silent.borrow_mut().entry(store).or_insert(now);
             if now.since(since) >= self.options.lost_after {
-                lost.push(name.clone());
+                lost.push(store);
             }
         }
         let made = |record: &&VolumeRecord| matches!(record.phase, VolumePhase::Ready | VolumePhase::Filling);
@@ -506,20 +501,19 @@ impl Member {
     async fn replace_one(
         &self,
         record: &VolumeRecord,
-        lost: &[NodeName],
+        lost: &[StoreId],
         state: &CatalogState,
         reports: &StoreReports,
     ) -> Result<(), AnswerError> {
         // With one full copy left, a data replica that does not answer is lost now, if there is another place for it.
         let phase = |phase| record.replicas.iter().filter(move |replica| replica.phase == phase);
         let one_copy = phase(ReplicaPhase::Voter).any(|replica| has_one_copy(reports, record, replica));
-        let silent = |node: &NodeName| one_copy && self.silent.borrow().contains_key(node);
+        let silent = |store: StoreId| one_copy && self.silent.borrow().contains_key(&store);
         let is_lost = |replica: &&ReplicaRecord| {
-            let node = &replica.location.node;
-            lost.contains(node) || (!replica.witness && silent(node))
+            lost.contains(&replica.store) || (!replica.witness && silent(replica.store))
         };
         let is_faulty = |replica: &&ReplicaRecord| {
-            let report = reports.get(&replica.location.node).filter(|report| report.failed.is_empty());
+            let report = reports.get(&replica.store).filter(|report| report.failed.is_empty());
             // What repairs itself from its peers is let be, under its old id.
             report.is_some_and(|report| {
                 !runs_on(report, record, replica.id) && !is_repairing(report, record, replica.id)
@@ -594,7 +588,7 @@ fn is_repairing(report: &StoreReport, record: &VolumeRecord, replica: ReplicaId)
 /// Whether a store says that its witness's log has gone beyond its budget.
 fn has_one_copy(reports: &StoreReports, record: &VolumeRecord, replica: &ReplicaRecord) -> bool {
     let id = ReplicaIdentity { group: record.group, replica: replica.id };
-    reports.get(&replica.location.node).is_some_and(|report| report.one_copy.contains(&id))
+    reports.get(&replica.store).is_some_and(|report| report.one_copy.contains(&id))
 }
 
 /// Whether the others of a replica are a quorum that can commit a change without it: they run, and are not far behind.

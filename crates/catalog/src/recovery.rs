@@ -11,16 +11,16 @@ use holdfast_protocol::catalog::{
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
-use holdfast_replica::administration::{ShardRequest, StoreReport};
+use holdfast_replica::administration::ShardRequest;
 use holdfast_replica::messages::{DataReply, DataRequest, ReplicaReport};
 use holdfast_store::ReplicaIdentity;
 use holdfast_store::recovery_file::Order;
-use holdfast_types::{NodeName, ReplicaId, StoreId, Term};
+use holdfast_types::{ReplicaId, StoreId, Term};
 use holdfast_wire::rpc::Rpc;
 
 use crate::member::{AnswerError, Member};
 use crate::reconciler::{Step, retry_later};
-use crate::volumes::{self, Reports};
+use crate::volumes::{self, Reports, StoreReports};
 
 /// How long a replica that goes on alone may take to lead and to apply what it has.
 const ALONE: Duration = Duration::from_secs(20);
@@ -28,8 +28,6 @@ const ALONE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_secs(2);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(50);
-
-type StoreReports = BTreeMap<NodeName, StoreReport>;
 
 /// What is heard of every replica of a volume now, from itself and from its store. A store that answers and cannot tell
 /// yet, since it is loading, counts as one that has the replica.
@@ -221,7 +219,7 @@ impl Member {
     pub(crate) async fn quarantine(&self, state: &CatalogState, reports: &StoreReports) {
         for record in state.volumes.values() {
             for kept in &record.quarantined {
-                let Some(report) = reports.get(&kept.location.node) else { continue };
+                let Some(report) = reports.get(&kept.store) else { continue };
                 let id = ReplicaIdentity { group: kept.group, replica: kept.replica };
                 let stands = report.replicas.iter().any(|(_, other, _)| *other == id);
                 if !stands || report.sealed.iter().any(|sealed| sealed.id == id) {

@@ -9,13 +9,13 @@ use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
-use holdfast_protocol::catalog::{CatalogState, VolumeRecord};
+use holdfast_protocol::catalog::{CatalogState, NodeRecord, StoreRecord, VolumeRecord};
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement::Candidate;
 use holdfast_protocol::volume::{Refusal, VolumeReply};
 use holdfast_replica::administration::{ADMINISTRATION, ShardRequest, StoreReport, decode_reply};
 use holdfast_replica::messages::{DATA, DataReply, DataRequest, ReplicaReport};
-use holdfast_types::{ErrorCode, GroupId, NodeName, ReplicaId, StoreId, UserError};
+use holdfast_types::{ErrorCode, GroupId, ReplicaId, StoreId, UserError};
 use holdfast_wire::rpc::{CallError, Rpc};
 
 /// How long a store may take to tell how it is; one that takes longer counts as not answering.
@@ -58,21 +58,25 @@ pub async fn store_answer(rpc: &Rpc, store: StoreId) -> Option<Result<StoreRepor
     }
 }
 
-/// How every node's store is; nodes that do not answer are left out.
-pub async fn store_reports(rpc: &Rpc, state: &CatalogState) -> BTreeMap<NodeName, StoreReport> {
-    let asked = state.nodes.iter().map(|(name, node)| async move {
-        let report = shard(rpc, node.store, &ShardRequest::Report).await.ok().flatten()?;
-        Some((name.clone(), report))
+/// What stores say of themselves.
+pub type StoreReports = BTreeMap<StoreId, StoreReport>;
+
+/// How every store of every node is; those that do not answer are left out.
+pub async fn store_reports(rpc: &Rpc, state: &CatalogState) -> StoreReports {
+    let stores = state.nodes.values().flat_map(|node| node.stores());
+    let asked = stores.map(|StoreRecord { store, .. }| async move {
+        let report = shard(rpc, store, &ShardRequest::Report).await.ok().flatten()?;
+        Some((store, report))
     });
     join_all(asked).await.into_iter().flatten().collect()
 }
 
-/// The nodes as placement sees them.
-pub fn candidates(state: &CatalogState, reports: &BTreeMap<NodeName, StoreReport>) -> Vec<Candidate> {
-    let candidate = |(name, node): (&NodeName, &holdfast_protocol::catalog::NodeRecord)| {
-        let report = reports.get(name);
+/// The stores as placement sees them.
+pub fn candidates(state: &CatalogState, reports: &StoreReports) -> Vec<Candidate> {
+    let candidate = |node: &NodeRecord, store: StoreId| {
+        let report = reports.get(&store);
         Candidate {
-            store: node.store,
+            store,
             location: node.location.clone(),
             usable: report.is_some_and(|report| report.failed.is_empty()) && !node.cordoned,
             witness: node.witness,
@@ -80,7 +84,8 @@ pub fn candidates(state: &CatalogState, reports: &BTreeMap<NodeName, StoreReport
             replicas: report.map_or(0, |report| report.replicas.len()),
         }
     };
-    state.nodes.iter().map(candidate).collect()
+    let of_node = |node| NodeRecord::stores(node).map(move |store| candidate(node, store.store));
+    state.nodes.values().flat_map(of_node).collect()
 }
 
 /// Asks one replica of a group something; block data of the answer is dropped.

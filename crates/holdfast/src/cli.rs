@@ -37,11 +37,12 @@ pub enum Command {
         /// Begin a pass of the scrub every so many seconds instead of the configured time (a week).
         #[arg(long, value_name = "SECONDS")]
         scrub_period: Option<u64>,
-        /// How the store's files are read and written, instead of the configured way (threads).
+        /// How the files of its stores are read and written, instead of the configured way (threads).
         #[arg(long, value_name = "ENGINE")]
         io_engine: Option<holdfast_node::config::IoEngine>,
         /// How much of its medium the store may take, journal included, instead of the configured part (all of it). It
-        /// may be less than what stands: then writes wait until trims and deletions have made room.
+        /// may be less than what stands: then writes wait until trims and deletions have made room. For a node of one
+        /// store; each of several has its own in node.json.
         #[arg(long, value_name = "SIZE")]
         capacity: Option<ByteSize>,
         /// Take witnesses only: vote for volumes, and hold no data. A node is this from its first start on.
@@ -106,6 +107,9 @@ pub struct DevOptions {
     /// Nodes of each zone; 1, or 2 in a demonstration.
     #[arg(long, value_name = "N")]
     pub nodes_per_zone: Option<usize>,
+    /// Stores of each node, each failing alone: directories, as if each were a disk.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub stores: usize,
     /// Add a witness node in a domain of its own.
     #[arg(long)]
     pub witness: bool,
@@ -148,6 +152,7 @@ impl DevOptions {
             regions: self.regions,
             zones: self.zones,
             nodes_per_zone: self.nodes_per_zone.unwrap_or(if demo { 2 } else { 1 }),
+            stores: self.stores,
             witness: self.witness,
             lost_after_seconds: self.lost_after,
             // A demonstration wants to see the log purged soon.
@@ -225,7 +230,18 @@ pub enum CtlAction {
         /// NODE, ZONE or REGION that does not hear it.
         to: String,
     },
-    /// End partitions, cuts and delays.
+    /// Let the disk of a node's store fail: every call on it ends with an error, or none ends.
+    BreakDisk {
+        /// The node.
+        node: String,
+        /// The store, by id or by its directory within the node's.
+        #[arg(long, default_value = "store")]
+        store: String,
+        /// It does not answer any more, instead of failing.
+        #[arg(long)]
+        hang: bool,
+    },
+    /// End partitions, cuts and delays, and mend disks. A store that has stopped stays so until its daemon is started anew.
     Heal,
     /// Delay peer traffic between two of them, one way each: for example 30ms.
     Delay {
@@ -470,7 +486,7 @@ pub enum ReplicaCommand {
     Add {
         /// The volume.
         volume: String,
-        /// The node; any if left out.
+        /// The node, or the id of a store; any if left out.
         #[arg(long)]
         node: Option<String>,
     },
@@ -491,13 +507,13 @@ pub enum ReplicaCommand {
         /// The replica's number.
         replica: u64,
     },
-    /// Replace a replica by one on another node.
+    /// Replace a replica by one on another node, or on another store of its node.
     Move {
         /// The volume.
         volume: String,
         /// The replica's number.
         replica: u64,
-        /// The node; any if left out.
+        /// The node, or the id of a store; any if left out.
         #[arg(long)]
         to: Option<String>,
     },

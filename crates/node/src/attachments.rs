@@ -405,7 +405,7 @@ impl Shard {
     /// The leader follows the attachment: to the replica on this node, else to one in its zone.
     async fn lead_near(self: Rc<Self>, record: VolumeRecord) {
         let here = &self.config.location;
-        let near = record.data().find(|replica| replica.store == self.config.store).or_else(|| {
+        let near = record.data().find(|replica| replica.location.node == here.node).or_else(|| {
             record
                 .data()
                 .find(|replica| replica.location.region == here.region && replica.location.zone == here.zone)

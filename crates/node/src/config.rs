@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use holdfast_env::real::sync_directory;
+use holdfast_protocol::catalog::STORES_MAX;
 use holdfast_replica::scrub::ScrubOptions;
 use holdfast_types::{ClusterId, ErrorCode, Location, NodeName, ReplicaId, StoreId, UserError};
 use holdfast_wire::pki::Credentials;
@@ -18,6 +19,44 @@ pub struct PeerConfig {
     pub node: NodeName,
     /// `host:port`.
     pub address: String,
+    /// It is one of a node's other stores: no sessions run beside it, and nobody asks the node there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub other: bool,
+}
+
+/// A store of a node beside its first one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    /// The store; drawn when it is added.
+    pub store: StoreId,
+    /// Where it stands: a directory of a disk of its own, beginning in the data directory if it is not absolute.
+    pub directory: PathBuf,
+    /// Where it listens for its peers, `host:port`.
+    pub listen: String,
+    /// Bytes of its journal; left out, those of the first store's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal_bytes: Option<u64>,
+    /// Bytes of its medium that it may take, journal and reserve included; left out, all that it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity_bytes: Option<u64>,
+    /// How its files are read and written; left out, as the first store's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_engine: Option<IoEngine>,
+}
+
+/// What a store of this node is, the first one or another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StorePlan {
+    pub(crate) store: StoreId,
+    pub(crate) directory: PathBuf,
+    pub(crate) listen: String,
+    pub(crate) journal_bytes: u64,
+    pub(crate) capacity_bytes: Option<u64>,
+    pub(crate) io_engine: IoEngine,
+    /// Is there once the store was made, so that an empty directory is a disk that is not there. The first store has
+    /// none: its directory stands in the data directory, which is there or not with what it says.
+    pub(crate) stood: Option<PathBuf>,
 }
 
 /// A node's configuration.
@@ -28,11 +67,15 @@ pub struct NodeConfig {
     pub cluster: ClusterId,
     /// Where the node stands, and its name.
     pub location: Location,
-    /// Its store; drawn when the node is made.
+    /// Its first store, which stands in the data directory and has the node's member of the catalog if there is one.
+    /// Drawn when the node is made.
     pub store: StoreId,
+    /// Its other stores, each on a disk of its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_stores: Vec<StoreConfig>,
     /// Where it listens for its peers, `host:port`.
     pub listen: String,
-    /// All nodes, this one included.
+    /// The stores of all nodes, those of this one included.
     pub peers: Vec<PeerConfig>,
     /// The catalog's members.
     pub catalog: BTreeMap<ReplicaId, StoreId>,
@@ -160,6 +203,14 @@ impl Layout {
     pub fn store(&self) -> PathBuf {
         self.0.join("store")
     }
+    /// A directory as the configuration names it.
+    pub fn within(&self, directory: &Path) -> PathBuf {
+        self.0.join(directory)
+    }
+    /// Is there once another store of the node was made.
+    pub fn stood(&self, store: StoreId) -> PathBuf {
+        self.0.join("stores").join(format!("{store}-stood"))
+    }
     /// The admin API's socket.
     pub fn admin_socket(&self) -> PathBuf {
         self.0.join("admin.sock")
@@ -190,6 +241,11 @@ fn unreadable(path: &Path, error: impl std::fmt::Display) -> UserError {
         .hint("is this the data directory of a node? `holdfast dev` makes a whole cluster")
 }
 
+fn no_node(node: &str) -> UserError {
+    UserError::new(ErrorCode::NotFound, format!("there is no node {node}"))
+        .hint("`holdfast node list` shows them all")
+}
+
 fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
     use std::os::unix::fs::OpenOptionsExt;
     let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
@@ -202,8 +258,9 @@ fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
 
 /// Makes a file whose being there is all it says; durable when it returns.
 pub(crate) fn mark(path: &Path) -> Result<(), UserError> {
-    write_private(path, "")?;
     let parent = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(|error| unreadable(parent, error))?;
+    write_private(path, "")?;
     sync_directory(parent).map_err(|error| unreadable(parent, error))
 }
 
@@ -212,7 +269,84 @@ impl NodeConfig {
     pub fn load(layout: &Layout) -> Result<Self, UserError> {
         let path = layout.config();
         let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path, error))?;
-        serde_json::from_str(&text).map_err(|error| unreadable(&path, error))
+        let config: Self = serde_json::from_str(&text).map_err(|error| unreadable(&path, error))?;
+        config.check(layout)?;
+        Ok(config)
+    }
+
+    /// Whether its stores can be those of one node.
+    fn check(&self, layout: &Layout) -> Result<(), UserError> {
+        let wrong = |message: String, hint: &str| {
+            let path = layout.config();
+            Err(UserError::new(ErrorCode::InvalidArgument, format!("{}: {message}", path.display()))
+                .hint(hint))
+        };
+        if self.other_stores.len() >= STORES_MAX {
+            let message = format!("{} stores are more than {STORES_MAX}", self.other_stores.len() + 1);
+            return wrong(message, "put several disks into one store");
+        }
+        if self.witness && !self.other_stores.is_empty() {
+            return wrong("a witness node has one store".into(), "remove `other_stores`");
+        }
+        let plans = self.plans(layout);
+        for (n, plan) in plans.iter().enumerate() {
+            let others = || plans.iter().skip(n + 1);
+            if others().any(|other| other.store == plan.store) {
+                return wrong(format!("store {} is named twice", plan.store), "draw an id for each store");
+            }
+            if others().any(|other| other.listen == plan.listen) {
+                return wrong(format!("two stores listen on {}", plan.listen), "give each a port of its own");
+            }
+            let within = |other: &StorePlan| {
+                other.directory.starts_with(&plan.directory) || plan.directory.starts_with(&other.directory)
+            };
+            if others().any(within) {
+                let message = format!("{} is not of one store alone", plan.directory.display());
+                return wrong(message, "give each store a directory of its own, outside of the others'");
+            }
+        }
+        let is_other = |store: &StoreId| self.other_stores.iter().any(|other| other.store == *store);
+        if self.catalog.values().any(is_other) {
+            let message = "the catalog's member stands on the node's first store".to_owned();
+            return wrong(message, "name the first stores of nodes in `catalog`");
+        }
+        let first = |peer: &&PeerConfig| !peer.other;
+        for peer in self.peers.iter().filter(first) {
+            if self.peers.iter().filter(first).filter(|other| other.node == peer.node).count() > 1 {
+                let message = format!("node {} has two first stores among `peers`", peer.node);
+                return wrong(message, "say `\"other\": true` of all but the first store of each node");
+            }
+        }
+        Ok(())
+    }
+
+    /// What its stores are, the first one first.
+    pub(crate) fn plans(&self, layout: &Layout) -> Vec<StorePlan> {
+        let first = StorePlan {
+            store: self.store,
+            directory: layout.store(),
+            listen: self.listen.clone(),
+            journal_bytes: self.journal_bytes,
+            capacity_bytes: self.capacity_bytes,
+            io_engine: self.io_engine,
+            stood: None,
+        };
+        let other = |other: &StoreConfig| StorePlan {
+            store: other.store,
+            directory: layout.within(&other.directory),
+            listen: other.listen.clone(),
+            journal_bytes: other.journal_bytes.unwrap_or(self.journal_bytes),
+            capacity_bytes: other.capacity_bytes,
+            io_engine: other.io_engine.unwrap_or(self.io_engine),
+            stood: Some(layout.stood(other.store)),
+        };
+        std::iter::once(first).chain(self.other_stores.iter().map(other)).collect()
+    }
+
+    /// Where others reach a store of this node.
+    pub(crate) fn reached_at(&self, plan: &StorePlan) -> String {
+        let known = self.peers.iter().find(|peer| peer.store == plan.store);
+        known.map_or_else(|| plan.listen.clone(), |peer| peer.address.clone())
     }
 
     /// Makes a data directory: configuration and credentials.
@@ -240,12 +374,25 @@ impl NodeConfig {
         peer.map_or_else(|| format!("store {store}"), |peer| peer.node.to_string())
     }
 
-    /// The store of a node.
-    pub fn store_of(&self, node: &str) -> Result<StoreId, UserError> {
-        self.peers.iter().find(|peer| peer.node.as_str() == node).map(|peer| peer.store).ok_or_else(|| {
-            UserError::new(ErrorCode::NotFound, format!("there is no node {node}"))
-                .hint("`holdfast node list` shows them all")
-        })
+    /// Where a node is asked: at its first store.
+    pub fn home_of(&self, node: &str) -> Result<StoreId, UserError> {
+        let first = self.peers.iter().find(|peer| peer.node.as_str() == node && !peer.other);
+        first.map(|peer| peer.store).ok_or_else(|| no_node(node))
+    }
+
+    /// All stores of a node.
+    pub fn stores_of(&self, node: &str) -> Result<Vec<StoreId>, UserError> {
+        let of_node = self.peers.iter().filter(|peer| peer.node.as_str() == node);
+        let stores: Vec<StoreId> = of_node.map(|peer| peer.store).collect();
+        if stores.is_empty() { Err(no_node(node)) } else { Ok(stores) }
+    }
+
+    /// The node that a place for a replica means, and its stores there: a node's, or the one of that id.
+    pub fn place(&self, place: &str) -> Result<(NodeName, Vec<StoreId>), UserError> {
+        if let Some(peer) = self.peers.iter().find(|peer| peer.store.to_string() == place) {
+            return Ok((peer.node.clone(), vec![peer.store]));
+        }
+        Ok((NodeName::new(place), self.stores_of(place)?))
     }
 }
 

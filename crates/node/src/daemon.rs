@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use futures_util::future::join_all;
 use holdfast_types::{ErrorCode, UserError};
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
@@ -14,9 +15,10 @@ use crate::config::{IoEngine, Layout, NodeConfig};
 use crate::handle::{self, ShardHandle};
 use crate::metrics;
 use crate::shard::Shard;
+use crate::threads::StoreThread;
 
-/// How long replicas may take to stop. Nothing depends on it: a stop is a crash that was announced.
-const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long the threads of other stores may take to stop, beyond what they give their replicas.
+const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(7);
 /// Threads of the runtime that serves the admin API and the metrics.
 const ADMIN_THREADS: usize = 1;
 
@@ -31,9 +33,9 @@ pub struct Overrides {
     pub metrics: Option<String>,
     /// Seconds between the beginnings of two passes of the scrub.
     pub scrub_period_seconds: Option<u64>,
-    /// How the store's files are read and written.
+    /// How the files of all its stores are read and written.
     pub io_engine: Option<IoEngine>,
-    /// How many bytes of its medium the store may take.
+    /// How many bytes of its medium the store may take, if the node has one.
     pub capacity_bytes: Option<u64>,
     /// It takes witnesses only.
     pub witness: bool,
@@ -43,14 +45,26 @@ pub struct Overrides {
 
 impl Overrides {
     /// A configuration as the command line wants it.
-    pub(crate) fn apply(&self, mut config: NodeConfig) -> NodeConfig {
+    pub(crate) fn apply(&self, mut config: NodeConfig) -> Result<NodeConfig, UserError> {
+        if !config.other_stores.is_empty() && self.capacity_bytes.is_some() {
+            let message = "--capacity names no store, and this node has several";
+            return Err(UserError::new(ErrorCode::InvalidArgument, message)
+                .hint("set `capacity_bytes` of the store in node.json"));
+        }
+        if !config.other_stores.is_empty() && self.witness {
+            return Err(UserError::new(ErrorCode::InvalidArgument, "a witness node has one store")
+                .hint("remove `other_stores` from node.json"));
+        }
+        for other in &mut config.other_stores {
+            other.io_engine = self.io_engine.or(other.io_engine);
+        }
         config.io_engine = self.io_engine.unwrap_or(config.io_engine);
         config.capacity_bytes = self.capacity_bytes.or(config.capacity_bytes);
         config.witness |= self.witness;
         config.witness_log_bytes = self.witness_log_bytes.unwrap_or(config.witness_log_bytes);
         config.scrub.period_seconds = self.scrub_period_seconds.unwrap_or(config.scrub.period_seconds);
         config.metrics = self.metrics.clone().or(config.metrics);
-        config
+        Ok(config)
     }
 }
 
@@ -61,7 +75,6 @@ pub fn run(directory: &Path, overrides: Overrides) -> Result<(), UserError> {
     let (handle, jobs) = handle::channel();
     holdfast_env::real::run(async move {
         let shard = Shard::start(layout.clone(), &overrides).await?;
-        shard.host.start_scrub(shard.config.scrub.options());
         let metrics = shard.config.metrics.as_deref().map(metrics::bind).transpose()?;
         if let Some(metrics) = &metrics {
             tracing::info!(url = %format_args!("http://{}/metrics", metrics.address()), "serving metrics");
@@ -81,8 +94,10 @@ async fn stop(shard: Rc<Shard>) {
     // Attachments stay: the next daemon takes them over. What was acknowledged is in the journals. Devices of the
     // kernel go: without a daemon they would only answer with errors.
     shard.hide_all().await;
-    if holdfast_env::timeout(STOP_DEADLINE, shard.host.stop()).await.is_err() {
-        tracing::warn!("the replicas did not stop in {STOP_DEADLINE:?}; the next start recovers them");
+    let others = join_all(shard.others.iter().map(StoreThread::stop));
+    let (_, others) = futures_util::join!(shard.store.stop(), holdfast_env::timeout(STOP_DEADLINE, others));
+    if others.is_err() {
+        tracing::warn!("not every store stopped in {STOP_DEADLINE:?}; the next start recovers them");
     }
 }
 

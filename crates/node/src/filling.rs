@@ -285,7 +285,7 @@ impl Shard {
         ask: SnapshotRequest,
     ) -> Result<(DataReply, Bytes), UserError> {
         let mut stores = request.from_stores.clone();
-        stores.sort_by_key(|store| *store != self.config.store);
+        self.nearest_first(&mut stores);
         let ask = DataRequest::Snapshot { group: request.from_group, ask };
         volumes::ask_any(&self.rpc, &stores, &ask, READ_PATIENCE).await
     }

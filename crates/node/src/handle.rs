@@ -1,4 +1,4 @@
-//! The shard from other threads.
+//! A shard from other threads: the node's first one, and those of its other stores.
 
 use std::future::Future;
 use std::rc::Rc;
@@ -11,45 +11,53 @@ use crate::shard::Shard;
 /// Requests to a shard that wait.
 const QUEUE_MAX: usize = 256;
 
-type Job = Box<dyn FnOnce(Rc<Shard>) + Send>;
+type Job<T> = Box<dyn FnOnce(Rc<T>) + Send>;
 
-/// Sends work to the shard's thread. Cheap to clone.
-#[derive(Clone)]
-pub(crate) struct ShardHandle(mpsc::Sender<Job>);
+/// Sends work to the thread of a shard. Cheap to clone.
+pub(crate) struct Handle<T>(mpsc::Sender<Job<T>>);
+
+/// The node's first shard.
+pub(crate) type ShardHandle = Handle<Shard>;
 
 /// The shard's end.
-pub(crate) struct Jobs(mpsc::Receiver<Job>);
+pub(crate) struct Jobs<T>(mpsc::Receiver<Job<T>>);
 
-pub(crate) fn channel() -> (ShardHandle, Jobs) {
+pub(crate) fn channel<T>() -> (Handle<T>, Jobs<T>) {
     let (sender, receiver) = mpsc::channel(QUEUE_MAX);
-    (ShardHandle(sender), Jobs(receiver))
+    (Handle(sender), Jobs(receiver))
 }
 
-impl Jobs {
+impl<T> Clone for Handle<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Jobs<T> {
     /// Runs what is sent until every handle is gone.
-    pub(crate) async fn serve(mut self, shard: Rc<Shard>) {
+    pub(crate) async fn serve(mut self, shard: Rc<T>) {
         while let Some(job) = self.0.recv().await {
             job(shard.clone());
         }
     }
 }
 
-impl ShardHandle {
+impl<S: 'static> Handle<S> {
     /// Runs `work` on the shard and waits for its result. Work whose caller has gone away goes on.
     pub(crate) async fn run<T, W, F>(&self, work: W) -> Result<T, UserError>
     where
         T: Send + 'static,
-        W: FnOnce(Rc<Shard>) -> F + Send + 'static,
+        W: FnOnce(Rc<S>) -> F + Send + 'static,
         F: Future<Output = Result<T, UserError>> + 'static,
     {
         let (answer, result) = oneshot::channel();
-        let job: Job = Box::new(move |shard| {
+        let job: Job<S> = Box::new(move |shard| {
             holdfast_env::spawn("admin", async move {
                 // The caller may have gone away; what was done stays done.
                 let _ = answer.send(work(shard).await);
             });
         });
-        let stopping = || UserError::new(ErrorCode::Unavailable, "the daemon is stopping");
+        let stopping = || UserError::new(ErrorCode::Unavailable, "the shard has ended, or is stopping");
         self.0.send(job).await.map_err(|_| stopping())?;
         result.await.map_err(|_| stopping())?
     }

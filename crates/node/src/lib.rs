@@ -1,8 +1,9 @@
 //! The daemon of a node: composes the shard (store, replicas, catalog member, sessions, frontends) and serves the
 //! admin API.
 //!
-//! [`daemon::run`] is one node. Its shard runs on the calling thread; the admin API runs on a small ordinary runtime
-//! and speaks with the shard by messages (`handle::ShardHandle`). What concerns another node is forwarded over the
+//! [`daemon::run`] is one node. Its first shard runs on the calling thread, with the first store and all sessions; each
+//! other store has a thread and a shard of its own (`threads`). The admin API runs on a small ordinary runtime and speaks
+//! with the shards by messages (`handle`). What concerns another node is forwarded over the
 //! peer network (`forward`), so that any node answers for the cluster.
 
 pub mod admin;
@@ -23,6 +24,8 @@ mod recovery;
 mod shard;
 mod shown;
 mod snapshots;
+mod store;
+mod threads;
 mod views;
 
 pub use config::NodeConfig;

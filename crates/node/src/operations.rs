@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use holdfast_catalog::volumes;
 use holdfast_env::Instant;
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogReply, ReplicaPhase, SourceOrder, VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogReply, ReplicaPhase, ReplicaRecord, SourceOrder, VolumePhase, VolumeRecord,
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
@@ -19,7 +19,8 @@ use holdfast_types::{ByteSize, ErrorCode, LogIndex, NodeName, ReplicaId, Snapsho
 use crate::admin::pb;
 use crate::forward::{NodeAnswer, NodeRequest};
 use crate::shard::Shard;
-use crate::{parameters, snapshots, views};
+use crate::store::LocalStore;
+use crate::{parameters, problems, snapshots, views};
 
 /// How long reads and small changes of the catalog may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,22 +51,39 @@ fn expect_volume(reply: CatalogReply) -> Result<VolumeRecord, UserError> {
     }
 }
 
+/// A store of this node as it knows itself.
+fn shown_store(store: &LocalStore) -> pb::Store {
+    pb::Store {
+        id: store.plan.store.to_string(),
+        peer_address: store.plan.listen.clone(),
+        directory: store.plan.directory.display().to_string(),
+        replicas: store.host().map_or(0, |host| host.volumes().len() as u32),
+        failed: store.why_not(),
+        ..Default::default()
+    }
+}
+
 impl Shard {
     pub(crate) async fn info(self: Rc<Self>) -> Result<pb::NodeInfo, UserError> {
         let location = &self.config.location;
+        let mut stores = vec![shown_store(&self.store)];
+        for other in &self.others {
+            let told = other.ask(shown_store).await;
+            stores.push(told.unwrap_or_else(|error| pb::Store {
+                id: other.plan.store.to_string(),
+                peer_address: other.plan.listen.clone(),
+                directory: other.plan.directory.display().to_string(),
+                failed: format!("{error}: the log says what became of it"),
+                ..Default::default()
+            }));
+        }
         Ok(pb::NodeInfo {
             cluster: self.config.cluster.to_string(),
             name: location.node.to_string(),
             region: location.region.clone(),
             zone: location.zone.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
-            stores: vec![pb::Store {
-                id: self.config.store.to_string(),
-                peer_address: self.config.listen.clone(),
-                replicas: self.host.volumes().len() as u32,
-                failed: self.host.journal().failed().map(|error| error.to_string()).unwrap_or_default(),
-                ..Default::default()
-            }],
+            stores,
             daemon_start: self.start.to_string(),
         })
     }
@@ -80,7 +98,7 @@ impl Shard {
     pub(crate) async fn nodes(self: Rc<Self>) -> Result<pb::ListNodesReply, UserError> {
         let state = self.catalog.state(PATIENCE).await?;
         let reports = volumes::store_reports(&self.rpc, &state).await;
-        let nodes = state.nodes.iter().map(|(name, record)| views::node(record, reports.get(name)));
+        let nodes = state.nodes.values().map(|record| views::node(record, &reports));
         Ok(pb::ListNodesReply { nodes: nodes.collect() })
     }
 
@@ -93,7 +111,7 @@ impl Shard {
             .nodes
             .get(&node)
             .ok_or_else(|| UserError::new(ErrorCode::NotFound, format!("there is no node {name}")))?;
-        Ok(views::node(record, reports.get(&node)))
+        Ok(views::node(record, &reports))
     }
 
     /// A volume with what its replicas say now. While the leadership is handed over nobody leads for a moment, which is
@@ -177,7 +195,7 @@ impl Shard {
         let record = self.record(&name).await?;
         let mut shown = self.show(&record).await;
         if !shown.attached_to.is_empty()
-            && let Ok(store) = self.config.store_of(&shown.attached_to)
+            && let Ok(store) = self.config.home_of(&shown.attached_to)
             && let Ok(NodeAnswer::Attached { view: Some(view) }) =
                 self.ask_node(store, NodeRequest::Look { id: record.id }, Some(Duration::from_secs(2))).await
         {
@@ -246,9 +264,10 @@ impl Shard {
             let reports = volumes::store_reports(&self.rpc, &state).await;
             let more = size.0 - record.spec.size.0;
             for replica in record.data() {
-                let room = reports.get(&replica.location.node).map(|report| report.available_bytes);
+                let room = reports.get(&replica.store).map(|report| report.available_bytes);
                 if room.is_some_and(|room| room < more) {
-                    let message = format!("node {} has no room for {more} bytes more", replica.location.node);
+                    let place = problems::subject(&state, replica.store);
+                    let message = format!("{place} has no room for {more} bytes more");
                     return Err(UserError::new(ErrorCode::ResourceExhausted, message).hint("make room there"));
                 }
             }
@@ -295,7 +314,7 @@ impl Shard {
         id: VolumeId,
         size: ByteSize,
     ) -> Result<NodeAnswer, UserError> {
-        let store = self.config.store_of(node)?;
+        let store = self.config.home_of(node)?;
         self.ask_node(store, NodeRequest::ShowSize { id, size }, Some(RESIZE_DEADLINE)).await
     }
 
@@ -342,7 +361,7 @@ impl Shard {
         request: pb::AttachVolumeRequest,
     ) -> Result<pb::Attachment, UserError> {
         let node = if request.node.is_empty() { self.config.location.node.to_string() } else { request.node };
-        let store = self.config.store_of(&node)?;
+        let store = self.config.home_of(&node)?;
         let ask = NodeRequest::Attach {
             name: request.name,
             frontend: request.frontend,
@@ -382,7 +401,7 @@ impl Shard {
     async fn abort_at_holder(self: &Rc<Self>, record: &VolumeRecord, reports: &volumes::Reports) -> bool {
         let newest =
             reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|r| (r.epoch, r.applied));
-        let Some(Ok(store)) = newest.map(|report| self.config.store_of(&report.holder)) else { return false };
+        let Some(Ok(store)) = newest.map(|report| self.config.home_of(&report.holder)) else { return false };
         let asked = self.ask_node(store, NodeRequest::Abort { id: record.id }, Some(ABORT_DEADLINE)).await;
         matches!(asked, Ok(NodeAnswer::Detached { held: true }))
     }
@@ -414,7 +433,7 @@ impl Shard {
             return Ok(false);
         }
         let at_node = async {
-            let store = self.config.store_of(&holder)?;
+            let store = self.config.home_of(&holder)?;
             let deadline = force.then_some(Duration::from_secs(3));
             self.ask_node(store, NodeRequest::Detach { id: record.id, force }, deadline).await
         };
@@ -444,7 +463,7 @@ impl Shard {
         if node.is_empty() {
             return;
         }
-        let Ok(store) = self.config.store_of(node) else { return };
+        let Ok(store) = self.config.home_of(node) else { return };
         let ask = NodeRequest::Detach { id: record.id, force: true };
         if let Err(error) = self.ask_node(store, ask, Some(Duration::from_secs(3))).await {
             tracing::info!(volume = record.spec.name, node, %error, "an ended session's device stays for now");
@@ -529,7 +548,8 @@ impl Shard {
         let candidates = volumes::candidates(&state, &reports);
         let largest = placement::largest(&spec, &candidates, &spec.preferred)
             .min(holdfast_types::limits::VOLUME_BYTES_MAX);
-        Ok(pb::Capacity { available_bytes: largest, maximum_volume_bytes: largest })
+        let total = placement::total(&spec, &candidates, &spec.preferred);
+        Ok(pb::Capacity { available_bytes: total, maximum_volume_bytes: largest })
     }
 
     pub(crate) async fn add_replica(
@@ -538,18 +558,28 @@ impl Shard {
         node: String,
     ) -> Result<pb::Volume, UserError> {
         let record = self.record(&volume).await?;
-        self.check_place(&record, &node)?;
+        self.check_place(&record, &node, None)?;
         let record = self.catalog.add_replica(record.id, &node, None, PATIENCE).await?;
         self.settled(record.id).await
     }
 
-    /// Refuses a node that does not exist or that holds a replica already; empty is any node.
-    fn check_place(&self, record: &VolumeRecord, node: &str) -> Result<(), UserError> {
-        if node.is_empty() {
+    /// Refuses a place that does not exist, or whose node holds another replica already; empty is any place. What is
+    /// replaced may go to another store of its own node.
+    fn check_place(
+        &self,
+        record: &VolumeRecord,
+        place: &str,
+        replaced: Option<&ReplicaRecord>,
+    ) -> Result<(), UserError> {
+        if place.is_empty() {
             return Ok(());
         }
-        self.config.store_of(node)?;
-        if record.replicas.iter().any(|replica| replica.location.node.as_str() == node) {
+        let (node, stores) = self.config.place(place)?;
+        let moves_within = |replica: &ReplicaRecord| {
+            replaced.is_some_and(|old| old.id == replica.id)
+                && stores.iter().any(|store| *store != replica.store)
+        };
+        if record.replicas.iter().any(|replica| replica.location.node == node && !moves_within(replica)) {
             let message = format!("node {node} holds a replica of volume {} already", record.spec.name);
             return Err(UserError::new(ErrorCode::Refused, message)
                 .hint("choose another node with --node, or leave the choice to the cluster"));
@@ -644,7 +674,7 @@ impl Shard {
                 let message = format!("volume {} has no replica {}", request.volume, request.replica);
                 UserError::new(ErrorCode::NotFound, message).hint("`holdfast replica list` shows them")
             })?;
-        self.check_place(&record, &request.node)?;
+        self.check_place(&record, &request.node, Some(old))?;
         self.catalog.add_replica(record.id, &request.node, Some(old.id), PATIENCE).await?;
         self.settled(record.id).await
     }

@@ -1,11 +1,12 @@
-//! What is wrong with disks, and what is being done about it.
+//! What is wrong with stores and their disks, and what is being done about it.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
+use holdfast_catalog::volumes::StoreReports;
+use holdfast_protocol::catalog::CatalogState;
 use holdfast_replica::administration::StoreReport;
 use holdfast_replica::{SLOW_FACTOR, SLOW_FLOOR};
-use holdfast_types::{ByteSize, NodeName};
+use holdfast_types::{ByteSize, StoreId};
 use time::format_description::well_known::Rfc3339;
 
 use crate::admin::pb;
@@ -18,24 +19,70 @@ pub(crate) fn ago(long: Duration) -> String {
     at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default()
 }
 
+/// What problems call a store: its node if that has no other, else where it stands there as well.
+pub(crate) fn subject(state: &CatalogState, store: StoreId) -> String {
+    let Some(node) = state.node_of(store) else { return format!("store {store}") };
+    let name = &node.location.node;
+    match node.stores().find(|known| known.store == store) {
+        Some(known) if !known.directory.is_empty() => format!("node {name}, store {}", known.directory),
+        Some(_) if !node.others.is_empty() => format!("node {name}, store {store}"),
+        _ => format!("node {name}"),
+    }
+}
+
+/// Nodes that do not answer, and stores that have stopped.
+pub(crate) fn of_stores(state: &CatalogState, nodes: &[pb::Node]) -> Vec<pb::Problem> {
+    let mut problems = Vec::new();
+    let mut problem = |subject: String, what: String, doing: &str| {
+        problems.push(pb::Problem { subject, what, since: String::new(), doing: doing.into() });
+    };
+    for (record, node) in state.nodes.values().zip(nodes) {
+        if node.state == "unreachable" {
+            let doing = "its replicas are placed elsewhere when it stays away";
+            problem(format!("node {}", node.name), "does not answer".into(), doing);
+            continue;
+        }
+        let is_alone = record.others.is_empty();
+        for (known, store) in record.stores().zip(&node.stores) {
+            let subject = subject(state, known.store);
+            match store.state.as_str() {
+                "unreachable" => problem(
+                    subject,
+                    "does not answer, and its node does".into(),
+                    "its replicas are placed elsewhere when it stays away; the node's log says what became of it",
+                ),
+                "failed" if is_alone => problem(
+                    subject,
+                    format!("its store has stopped: {}", store.failed),
+                    "its replicas are placed elsewhere; start the daemon anew to have the disk verified, or replace it",
+                ),
+                "failed" => problem(
+                    subject,
+                    format!("has stopped: {}", store.failed),
+                    "the node's other stores serve on, and its replicas are placed elsewhere; replace the disk, or start \
+                     the daemon anew to have it verified",
+                ),
+                _ => {}
+            }
+        }
+    }
+    problems
+}
+
 /// What a flush takes elsewhere: the median of the others.
-fn elsewhere(reports: &BTreeMap<NodeName, StoreReport>, but: &NodeName) -> Option<u64> {
-    let others = reports.iter().filter(|(name, report)| *name != but && report.flush_us > 0);
+fn elsewhere(reports: &StoreReports, but: StoreId) -> Option<u64> {
+    let others = reports.iter().filter(|(store, report)| **store != but && report.flush_us > 0);
     let mut others: Vec<u64> = others.map(|(_, report)| report.flush_us).collect();
     others.sort_unstable();
     others.get(others.len() / 2).copied()
 }
 
 /// What a store's disk is called: `ok`, `hung` or `slow`. Slow is it only beside the others.
-pub(crate) fn condition(
-    name: &NodeName,
-    report: &StoreReport,
-    reports: &BTreeMap<NodeName, StoreReport>,
-) -> &'static str {
+pub(crate) fn condition(store: StoreId, report: &StoreReport, reports: &StoreReports) -> &'static str {
     let floor = SLOW_FLOOR.as_micros() as u64;
     let is_slow =
         |others: u64| report.flush_us >= floor && report.flush_us >= others * u64::from(SLOW_FACTOR);
-    match elsewhere(reports, name) {
+    match elsewhere(reports, store) {
         _ if report.hung_ms > 0 => "hung",
         Some(others) if is_slow(others) => "slow",
         _ => "ok",
@@ -43,7 +90,7 @@ pub(crate) fn condition(
 }
 
 /// What is wrong with a medium that is full, or with a store that has used up what it may take.
-fn of_full(name: &NodeName, report: &StoreReport) -> pb::Problem {
+fn of_full(subject: String, report: &StoreReport) -> pb::Problem {
     let (is, more) = match report.is_beyond_budget {
         true => {
             let (taken, capacity) = (ByteSize(report.allocated_bytes), ByteSize(report.capacity_bytes));
@@ -67,17 +114,19 @@ fn of_full(name: &NodeName, report: &StoreReport) -> pb::Problem {
         ),
     };
     let since = ago(Duration::from_millis(report.full_ms));
-    pb::Problem { subject: format!("node {name}"), what, since, doing }
+    pb::Problem { subject, what, since, doing }
 }
 
 /// The problems of the disks that answer for themselves.
-pub(crate) fn of_disks(reports: &BTreeMap<NodeName, StoreReport>) -> Vec<pb::Problem> {
+pub(crate) fn of_disks(reports: &StoreReports, subject: impl Fn(StoreId) -> String) -> Vec<pb::Problem> {
     let mut problems = Vec::new();
-    for (name, report) in reports.iter().filter(|(_, report)| report.failed.is_empty()) {
+    for (store, report) in
+        reports.iter().map(|(store, report)| (*store, report)).filter(|(_, report)| report.failed.is_empty())
+    {
         if report.full_ms > 0 {
-            problems.push(of_full(name, report));
+            problems.push(of_full(subject(store), report));
         }
-        let (what, since, doing) = match condition(name, report, reports) {
+        let (what, since, doing) = match condition(store, report, reports) {
             "hung" => {
                 let doing = if report.leading == 0 {
                     "other replicas lead and serve readers; it catches up when the disk answers".to_owned()
@@ -92,7 +141,7 @@ pub(crate) fn of_disks(reports: &BTreeMap<NodeName, StoreReport>) -> Vec<pb::Pro
             }
             "slow" => {
                 let ms = |us: u64| format!("{} ms", us.div_ceil(1000));
-                let others = elsewhere(reports, name).unwrap_or_default();
+                let others = elsewhere(reports, store).unwrap_or_default();
                 let what = format!(
                     "its disk is slow: a flush takes {}, {} elsewhere",
                     ms(report.flush_us),
@@ -104,31 +153,77 @@ pub(crate) fn of_disks(reports: &BTreeMap<NodeName, StoreReport>) -> Vec<pb::Pro
             }
             _ => continue,
         };
-        problems.push(pb::Problem { subject: format!("node {name}"), what, since, doing });
+        problems.push(pb::Problem { subject: subject(store), what, since, doing });
     }
     problems
 }
 
 #[cfg(test)]
 mod tests {
+    use holdfast_protocol::catalog::{CatalogCommand, NodeRecord, StoreRecord};
+    use holdfast_types::{ClusterId, Location, NodeName};
+
     use super::*;
 
-    fn reports(figures: [(u64, u64, u32); 3]) -> BTreeMap<NodeName, StoreReport> {
+    fn reports(figures: [(u64, u64, u32); 3]) -> StoreReports {
         let report =
             |(hung_ms, flush_us, leading)| StoreReport { hung_ms, flush_us, leading, ..Default::default() };
-        let names = ["a", "b", "c"].map(NodeName::new);
-        names.into_iter().zip(figures.map(report)).collect()
+        (1..).map(StoreId).zip(figures.map(report)).collect()
+    }
+
+    fn called(store: StoreId) -> String {
+        format!("node {}", ["a", "b", "c"][store.0 as usize - 1])
     }
 
     fn texts(figures: [(u64, u64, u32); 3]) -> Vec<(String, String)> {
-        of_disks(&reports(figures)).into_iter().map(|problem| (problem.subject, problem.what)).collect()
+        of_disks(&reports(figures), called)
+            .into_iter()
+            .map(|problem| (problem.subject, problem.what))
+            .collect()
+    }
+
+    #[test]
+    fn a_store_that_stops_is_named_beside_those_of_its_node_that_serve() {
+        let mut state = CatalogState::new(ClusterId(1));
+        let other =
+            StoreRecord { store: StoreId(2), peer_address: "a:2".into(), directory: "/disk/two".into() };
+        let location = Location { region: "r".into(), zone: "z".into(), node: NodeName::new("a") };
+        let node = NodeRecord {
+            location,
+            store: StoreId(1),
+            peer_address: "a:1".into(),
+            admin: String::new(),
+            cordoned: false,
+            witness: false,
+            directory: "/disk/one".into(),
+            others: vec![other],
+        };
+        let put = CatalogCommand::PutNode { cluster: ClusterId(1), node };
+        state.apply(&put).expect("a node");
+        let told = |reports: &StoreReports| {
+            let node = crate::views::node(state.nodes.values().next().expect("a node"), reports);
+            let problems = of_stores(&state, std::slice::from_ref(&node)).into_iter();
+            (node.state, problems.map(|problem| (problem.subject, problem.what)).collect::<Vec<_>>())
+        };
+        let failed = || StoreReport { failed: "EIO".into(), ..Default::default() };
+        let (one, two) = (StoreId(1), StoreId(2));
+        let fine = StoreReports::from([(one, StoreReport::default()), (two, StoreReport::default())]);
+        assert_eq!(told(&fine), ("ready".into(), vec![]));
+        let stopped = ("node a, store /disk/two".to_owned(), "has stopped: EIO".to_owned());
+        let with_one = StoreReports::from([(one, StoreReport::default()), (two, failed())]);
+        assert_eq!(told(&with_one), ("degraded".into(), vec![stopped.clone()]));
+        let silent = told(&StoreReports::from([(two, StoreReport::default())]));
+        assert_eq!((silent.0.as_str(), silent.1[0].0.as_str()), ("degraded", "node a, store /disk/one"));
+        assert_eq!(told(&StoreReports::from([(one, failed()), (two, failed())])).0, "failed");
+        let away = vec![("node a".to_owned(), "does not answer".to_owned())];
+        assert_eq!(told(&StoreReports::new()), ("unreachable".into(), away));
     }
 
     #[test]
     fn a_full_medium_says_who_waits_for_it() {
         let full = |waiting| StoreReport { full_ms: 4_000, waiting, ..Default::default() };
-        let reports = BTreeMap::from([(NodeName::new("a"), full(2)), (NodeName::new("b"), full(0))]);
-        let found = of_disks(&reports);
+        let reports = StoreReports::from([(StoreId(1), full(2)), (StoreId(2), full(0))]);
+        let found = of_disks(&reports, called);
         assert_eq!(found[0].what, "the medium is full: writes to 2 volumes wait");
         assert_eq!(found[1].what, "the medium is full: what stands on it falls behind");
         assert!(found.iter().all(|problem| problem.since.ends_with('Z')), "{found:?}");
@@ -145,7 +240,7 @@ mod tests {
             capacity_bytes: 10 << 30,
             ..Default::default()
         };
-        let found = of_disks(&BTreeMap::from([(NodeName::new("a"), report)]));
+        let found = of_disks(&StoreReports::from([(StoreId(1), report)]), called);
         let what =
             "the store takes 9 GiB and what is kept back, of 10 GiB that it may: writes to 1 volumes wait";
         assert_eq!(found[0].what, what);
@@ -163,7 +258,7 @@ mod tests {
         assert_eq!(texts([(0, 120_000, 1), (0, 90_000, 0), (0, 100_000, 0)]), [], "all are");
         assert_eq!(texts([(0, 120_000, 1), (0, 0, 0), (0, 0, 0)]), [], "nobody to compare with");
         assert_eq!(texts([(0, 9_000, 1), (0, 100, 0), (0, 100, 0)]), [], "too quick to matter");
-        let hung = of_disks(&reports([(0, 900, 0), (4_000, 0, 2), (3_000, 0, 0)]));
+        let hung = of_disks(&reports([(0, 900, 0), (4_000, 0, 2), (3_000, 0, 0)]), called);
         assert_eq!(hung.len(), 2);
         assert!(hung[0].doing.contains("still leads 2 groups"), "{}", hung[0].doing);
         assert!(hung[1].doing.contains("other replicas lead"), "{}", hung[1].doing);

@@ -1,34 +1,29 @@
-//! A node's shard: its store, everything that stands on it, and the sessions that run here.
+//! A node's first shard: its first store, the sessions that run on the node, and the threads of its other stores.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use holdfast_catalog::{CatalogClient, MemberOptions, Seat};
-use holdfast_env::Instant;
-use holdfast_env::disk::Directory;
-use holdfast_env::real::disk::{OpenError, RealDirectory};
-use holdfast_env::real::powercut::{self, PowerCutDirectory};
+use holdfast_catalog::CatalogClient;
+use holdfast_env::real::breaking::DiskFault;
 use holdfast_frontend::kernel;
 use holdfast_frontend::nbd::NbdServer;
-use holdfast_protocol::catalog::{CatalogCommand, NodeRecord};
-use holdfast_replica::{GroupEnvironment, Host, Timers, administration};
+use holdfast_protocol::catalog::{CatalogCommand, NodeRecord, StoreRecord};
+use holdfast_replica::Timers;
 use holdfast_session::Sessions;
-use holdfast_store::journal::{Journal, StoreOptions};
-use holdfast_store::{Budget, StoreError, StoreIdentity};
 use holdfast_types::{DaemonStart, ErrorCode, StoreId, UserError};
 use holdfast_wire::rpc::Rpc;
-use holdfast_wire::tcp::{Faults, Peer, TcpNetwork, answers_as};
+use holdfast_wire::tcp::{Faults, TcpNetwork, answers_as};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
-use crate::config::{DiskMode, Layout, NodeConfig, load_credentials};
+use crate::config::{Layout, NodeConfig, StorePlan, load_credentials};
 use crate::daemon::Overrides;
 use crate::filling::{self, Fillings};
 use crate::forward;
+use crate::store::{LocalStore, open_directory};
+use crate::threads::{self, StoreThread};
 
-/// Segments of the journal.
-const SEGMENTS: u64 = 16;
 /// Between tries to tell the catalog about this node.
 const REGISTER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -39,92 +34,32 @@ pub(crate) struct Shard {
     pub(crate) start: DaemonStart,
     pub(crate) network: Rc<TcpNetwork>,
     pub(crate) rpc: Rpc,
-    pub(crate) host: Rc<Host>,
+    /// The node's first store. Sessions use its address, and need its disk no more than any other.
+    pub(crate) store: Rc<LocalStore>,
+    /// The others.
+    pub(crate) others: Vec<StoreThread>,
     pub(crate) sessions: Rc<Sessions>,
     pub(crate) catalog: CatalogClient,
     pub(crate) nbd: NbdServer,
     pub(crate) attachments: Attachments,
     pub(crate) fillings: Fillings,
     pub(crate) timers: Timers,
-    /// Runs for as long as the shard does.
-    _seat: Option<Rc<Seat>>,
 }
 
-fn failed(what: &str, error: impl std::fmt::Display) -> UserError {
-    UserError::new(ErrorCode::Internal, format!("{what}: {error}"))
-}
-
-fn store_error(error: StoreError) -> UserError {
-    let hint = match &error {
-        StoreError::Identity { .. } => "give each daemon its own data directory",
-        StoreError::Io { full: true, .. } => "make room on the medium",
-        StoreError::Capacity { .. } => "let it take more (--capacity, or `capacity_bytes` in node.json)",
-        _ => {
-            "if the disk is bad, give the node an empty data directory; the other replicas heal what is lost"
-        }
-    };
-    failed("the store", error).hint(hint)
-}
-
-fn options(config: &NodeConfig) -> StoreOptions {
-    let segment = (config.journal_bytes / SEGMENTS).next_multiple_of(4096).max(4 << 20);
-    StoreOptions { segment_bytes: segment, segments: SEGMENTS as u32 }
-}
-
-/// The directory as the configuration wants it to behave when the daemon is killed.
-fn with_disk_mode(config: &NodeConfig, real: Rc<RealDirectory>) -> Result<Rc<dyn Directory>, UserError> {
-    let mode = match config.disk {
-        DiskMode::Plain => return Ok(real),
-        _ if !config.allow_faults => {
-            return Err(UserError::new(
-                ErrorCode::Refused,
-                "a disk that loses writes is for development only",
-            )
-            .hint("remove `disk` from node.json"));
-        }
-        DiskMode::Discard => powercut::Mode::Discard,
-        DiskMode::Tear => powercut::Mode::Tear,
-        DiskMode::Lie => powercut::Mode::Lie,
-    };
-    Ok(PowerCutDirectory::new(real, mode))
-}
-
-async fn open_store(
-    config: &NodeConfig,
-    layout: &Layout,
-) -> Result<(Rc<dyn Directory>, StoreIdentity, bool), UserError> {
-    let real = RealDirectory::open_with(&layout.store(), config.io_engine.into()).map_err(|error| {
-        let hint = match &error {
-            OpenError::NoRing(_) => "start it with --io-engine threads, or set `io_engine` in node.json",
-            OpenError::InUse(_) => "stop the other daemon, or give this one its own data directory",
-            OpenError::Io { .. } => "look whether the data directory can be written",
-        };
-        UserError::new(ErrorCode::Refused, error.to_string()).hint(hint)
-    })?;
-    tracing::info!(engine = ?real.engine(), "the store's files are open");
-    let directory = with_disk_mode(config, real)?;
-    let identity =
-        StoreIdentity { cluster: config.cluster, node: config.location.node.clone(), store: config.store };
-    let fresh = match Journal::identity_of(&directory).await {
-        Ok(_) => false,
-        Err(StoreError::NotFormatted(_)) => true,
-        Err(error) => return Err(store_error(error)),
-    };
-    if fresh {
-        let planned = options(config);
-        let journal = u64::from(planned.segments).saturating_mul(planned.segment_bytes);
-        Budget::check(config.capacity_bytes, journal).map_err(store_error)?;
-        Journal::format(directory.clone(), &identity, &planned).await.map_err(store_error)?;
-    }
-    Ok((directory, identity, fresh))
+/// What others want to befall this node's traffic and disks, for tests.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NodeFaults {
+    pub(crate) block_send: Vec<String>,
+    pub(crate) block_receive: Vec<String>,
+    pub(crate) delay_us: BTreeMap<String, u64>,
+    /// What the disks of stores do, by id or directory.
+    pub(crate) disks: BTreeMap<String, String>,
 }
 
 /// Refuses to be a second node of one identity: nobody may answer at this node's address before it listens there.
-async fn refuse_second(config: &NodeConfig, tls: &Tls) -> Result<(), UserError> {
-    let node = &config.location.node;
-    let own = config.peers.iter().find(|peer| peer.store == config.store);
-    let address = own.map_or(&config.listen, |peer| &peer.address);
-    if !answers_as(tls, node, address).await {
+async fn refuse_second(config: &NodeConfig, first: &StorePlan, tls: &Tls) -> Result<(), UserError> {
+    let (node, address) = (&config.location.node, config.reached_at(first));
+    if !answers_as(tls, node, &address).await {
         return Ok(());
     }
     Err(UserError::new(ErrorCode::Refused, format!("another daemon of node {node} answers at {address}"))
@@ -135,67 +70,53 @@ async fn refuse_second(config: &NodeConfig, tls: &Tls) -> Result<(), UserError> 
 }
 
 impl Shard {
-    /// Opens the store, starts its replicas, and listens.
+    /// Opens the stores, starts their replicas, and listens. A node of one store is nothing without it; one of several
+    /// serves with those that can be opened (INV-STORES), and does not wait for any.
     pub(crate) async fn start(layout: Layout, overrides: &Overrides) -> Result<Rc<Self>, UserError> {
-        let config = overrides.apply(NodeConfig::load(&layout)?);
-        let (directory, identity, fresh) = open_store(&config, &layout).await?;
+        let config = overrides.apply(NodeConfig::load(&layout)?)?;
         let credentials = load_credentials(&layout)?;
-        let tls = Tls::new(config.cluster, &credentials)
-            .and_then(|tls| tls.check_own(&credentials, &config.location.node).map(|()| tls))
-            .map_err(|error| {
-                failed("the node's certificate", error).hint(
-                    "pki/ and node.json of a data directory belong together: restore both from one node",
-                )
-            })?;
-        refuse_second(&config, &tls).await?;
-        let network = TcpNetwork::listen(config.store, &config.listen, tls).await.map_err(|error| {
-            failed(&format!("cannot listen on {}", config.listen), error)
-                .hint("is another daemon running there?")
-        })?;
-        let peer = |peer: &crate::config::PeerConfig| {
-            (peer.store, Peer { node: peer.node.clone(), address: peer.address.clone() })
-        };
-        network.set_peers(config.peers.iter().map(peer).collect());
-        let rpc = Rpc::new(network.clone());
-        let timers = Timers::default();
-        let silence = if fresh { Duration::ZERO } else { timers.startup_silence() };
-        let environment =
-            GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
-        let (planned, capacity) = (options(&config), config.capacity_bytes);
-        let opened = Host::open_within(environment, directory, identity, &planned, capacity);
-        let host = opened.await.map_err(store_error)?;
-        if config.witness {
-            host.take_witnesses_only(config.witness_log_bytes);
+        let tls = || threads::tls(&config, &credentials);
+        let mut plans = config.plans(&layout).into_iter();
+        let first = plans.next().ok_or_else(|| UserError::new(ErrorCode::Internal, "a node has a store"))?;
+        let is_alone = config.other_stores.is_empty();
+        let directory = if is_alone { Some(open_directory(&config, &first).await?) } else { None };
+        refuse_second(&config, &first, &tls()?).await?;
+        let store = LocalStore::listen(&config, first, tls()?).await?;
+        let others = plans.map(|plan| StoreThread::start(&config, &layout, plan, tls()?));
+        let others = others.collect::<Result<Vec<_>, UserError>>()?;
+        if is_alone {
+            store.open(&config, &layout, directory).await?;
+        } else {
+            let (store, config, layout) = (store.clone(), config.clone(), layout.clone());
+            holdfast_env::spawn("store-open", async move {
+                // What went wrong is in the log, and told to whoever asks the store.
+                let _told = store.open(&config, &layout, None).await;
+            });
         }
-        let member_options = MemberOptions { lost_after: Duration::from_secs(config.lost_after_seconds) };
-        let stood = layout.catalog_stood().exists();
-        let seat = Seat::start(&host, &config.catalog, member_options, stood).await?;
-        if !stood && seat.as_ref().is_some_and(|seat| seat.is_taken()) {
-            crate::config::mark(&layout.catalog_stood())?;
-        }
-        host.load().await.map_err(store_error)?;
-        administration::serve(&host);
         // Before anything is attached: what is made later stands in the same places.
         match kernel::clean_aside(layout.devices()).await {
             Ok(0) => {}
             Ok(left) => tracing::info!(left, "removed mounts and devices that a killed daemon left"),
             Err(error) => tracing::error!(%error, "what a killed daemon left cannot be removed"),
         }
-        let nbd = NbdServer::bind(&layout.nbd_socket()).map_err(|error| failed("the NBD socket", error))?;
+        let nbd = NbdServer::bind(&layout.nbd_socket())
+            .map_err(|error| UserError::new(ErrorCode::Internal, format!("the NBD socket: {error}")))?;
+        let (network, rpc) = (store.network.clone(), store.rpc.clone());
+        let near = others.iter().map(|other| other.plan.store).collect();
         let shard = Rc::new(Self {
             catalog: CatalogClient::new(rpc.clone(), config.catalog.values().copied().collect()),
-            sessions: Sessions::serve(&rpc),
+            sessions: Sessions::serve_near(&rpc, near),
             start: DaemonStart(holdfast_env::random_u128()),
             attachments: Attachments::load(&layout)?,
             fillings: Fillings::default(),
-            _seat: seat,
             config,
             layout,
             network,
             rpc,
-            host,
+            store,
+            others,
             nbd,
-            timers,
+            timers: Timers::default(),
         });
         forward::serve(&shard);
         filling::serve(&shard);
@@ -204,20 +125,38 @@ impl Shard {
         Ok(shard)
     }
 
+    /// This node as the catalog is to know it.
+    fn node_record(&self) -> NodeRecord {
+        let has_others = !self.others.is_empty();
+        let of_store = |plan: &StorePlan| StoreRecord {
+            store: plan.store,
+            peer_address: self.config.reached_at(plan),
+            // Where it stands is told where there is more than one.
+            directory: match has_others {
+                true => std::path::absolute(&plan.directory).unwrap_or_else(|_| plan.directory.clone()),
+                false => std::path::PathBuf::new(),
+            }
+            .display()
+            .to_string(),
+        };
+        let first = of_store(&self.store.plan);
+        NodeRecord {
+            location: self.config.location.clone(),
+            store: first.store,
+            peer_address: first.peer_address,
+            admin: format!("unix:{}", self.layout.admin_socket().display()),
+            cordoned: false,
+            witness: self.config.witness,
+            directory: first.directory,
+            others: self.others.iter().map(|other| of_store(&other.plan)).collect(),
+        }
+    }
+
     /// Tells the catalog where this node is, until it knows.
     async fn register(shard: std::rc::Weak<Self>) {
         loop {
             let Some(this) = shard.upgrade() else { return };
-            let own = this.config.peers.iter().find(|peer| peer.store == this.config.store);
-            let node = NodeRecord {
-                location: this.config.location.clone(),
-                store: this.config.store,
-                peer_address: own.map_or_else(|| this.config.listen.clone(), |peer| peer.address.clone()),
-                admin: format!("unix:{}", this.layout.admin_socket().display()),
-                cordoned: false,
-                witness: this.config.witness,
-            };
-            let command = CatalogCommand::PutNode { cluster: this.config.cluster, node };
+            let command = CatalogCommand::PutNode { cluster: this.config.cluster, node: this.node_record() };
             match this.catalog.apply(command, Duration::from_secs(5)).await {
                 Ok(_) => return,
                 Err(error) if error.code == ErrorCode::Unavailable => {
@@ -233,26 +172,65 @@ impl Shard {
         }
     }
 
-    /// Replaces the faults between this node and others; refused outside development clusters.
-    pub(crate) fn set_faults(
-        &self,
-        block_send: &[String],
-        block_receive: &[String],
-        delay_us: &BTreeMap<String, u64>,
-    ) -> Result<(), UserError> {
+    /// The stores of a volume's replicas, those of this node first, and of these the one on this shard.
+    pub(crate) fn nearest_first(&self, stores: &mut [StoreId]) {
+        let is_other = |store: &StoreId| self.others.iter().any(|other| other.plan.store == *store);
+        stores.sort_by_key(|store| (*store != self.config.store, !is_other(store)));
+    }
+
+    /// Replaces the faults between this node and others, and of its disks; refused outside development clusters.
+    pub(crate) async fn set_faults(&self, wanted: NodeFaults) -> Result<(), UserError> {
         if !self.config.allow_faults {
             return Err(UserError::new(ErrorCode::Refused, "this node does not take faults")
                 .hint("set allow_faults in node.json of a development cluster; never in production"));
         }
         let stores = |names: &[String]| -> Result<_, UserError> {
-            names.iter().map(|name| self.config.store_of(name)).collect()
+            let of_each: Result<Vec<_>, _> = names.iter().map(|name| self.config.stores_of(name)).collect();
+            Ok(of_each?.into_iter().flatten().collect())
         };
-        let delay: Result<BTreeMap<StoreId, Duration>, UserError> = delay_us
-            .iter()
-            .map(|(name, us)| Ok((self.config.store_of(name)?, Duration::from_micros(*us))))
-            .collect();
-        let (block_send, block_receive, delay) = (stores(block_send)?, stores(block_receive)?, delay?);
-        self.network.set_faults(Faults { block_send, block_receive, delay });
-        Ok(())
+        let mut delay = BTreeMap::new();
+        for (name, us) in &wanted.delay_us {
+            let of_node = self.config.stores_of(name)?.into_iter();
+            delay.extend(of_node.map(|store| (store, Duration::from_micros(*us))));
+        }
+        let faults = Faults {
+            block_send: stores(&wanted.block_send)?,
+            block_receive: stores(&wanted.block_receive)?,
+            delay,
+        };
+        let disks = self.disk_faults(&wanted.disks)?;
+        let fault = |plan: &StorePlan| disks.get(&plan.store).copied().unwrap_or_default();
+        for other in &self.others {
+            let (faults, fault) = (faults.clone(), fault(&other.plan));
+            other.handle.run(move |store| async move { store.set_faults(faults, fault) }).await?;
+        }
+        self.store.set_faults(faults, fault(&self.store.plan))
+    }
+
+    fn disk_faults(
+        &self,
+        wanted: &BTreeMap<String, String>,
+    ) -> Result<BTreeMap<StoreId, DiskFault>, UserError> {
+        let plans = || std::iter::once(&self.store.plan).chain(self.others.iter().map(|other| &other.plan));
+        let mut faults = BTreeMap::new();
+        for (name, fault) in wanted {
+            let is_meant = |plan: &&StorePlan| {
+                plan.store.to_string() == *name || plan.directory == self.layout.within(name.as_ref())
+            };
+            let plan = plans().find(is_meant).ok_or_else(|| {
+                UserError::new(ErrorCode::NotFound, format!("this node has no store {name}"))
+                    .hint("`holdfast node show` lists them with their directories")
+            })?;
+            let fault = match fault.as_str() {
+                "fails" => DiskFault::Fails,
+                "hangs" => DiskFault::Hangs,
+                other => {
+                    let message = format!("a disk cannot be made to do '{other}'");
+                    return Err(UserError::new(ErrorCode::InvalidArgument, message).hint("fails or hangs"));
+                }
+            };
+            faults.insert(plan.store, fault);
+        }
+        Ok(faults)
     }
 }

@@ -238,7 +238,7 @@ impl Shard {
     /// The stores of a volume's replicas, this node's own first.
     fn nearest(&self, record: &VolumeRecord) -> Vec<StoreId> {
         let mut stores = record.stores();
-        stores.sort_by_key(|store| *store != self.config.store);
+        self.nearest_first(&mut stores);
         stores
     }
 

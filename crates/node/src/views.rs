@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use holdfast_catalog::volumes;
+use holdfast_catalog::volumes::{self, StoreReports};
 use holdfast_protocol::catalog::{
-    CatalogState, NodeRecord, Quarantined, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
-    VolumeSource,
+    CatalogState, NodeRecord, Quarantined, ReplicaPhase, ReplicaRecord, StoreRecord, VolumePhase,
+    VolumeRecord, VolumeSource,
 };
 use holdfast_protocol::placement;
 use holdfast_replica::administration::StoreReport;
 use holdfast_replica::messages::ReplicaReport;
-use holdfast_types::{NodeName, ReplicaId, TopologyTerm, VolumeId};
+use holdfast_types::{NodeName, ReplicaId, StoreId, TopologyTerm, VolumeId};
 
 use crate::admin::pb;
+use crate::problems;
 
 /// Entries that a replica may be behind and still be called healthy.
 const LAG_HEALTHY: u64 = 256;
@@ -179,13 +180,16 @@ fn replica(
     shown
 }
 
-fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
+fn store(record: StoreRecord, report: Option<&StoreReport>) -> pb::Store {
     let mut shown = pb::Store {
         id: record.store.to_string(),
-        peer_address: record.peer_address.clone(),
+        peer_address: record.peer_address,
+        directory: record.directory,
+        state: "unreachable".into(),
         ..Default::default()
     };
     if let Some(report) = report {
+        shown.state = if report.failed.is_empty() { "ready" } else { "failed" }.into();
         shown.total_bytes = report.total_bytes;
         shown.available_bytes = report.available_bytes;
         shown.used_bytes = report.total_bytes.saturating_sub(report.available_bytes);
@@ -205,13 +209,20 @@ fn store(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Store {
     shown
 }
 
-/// A node with what its store says of itself.
-pub(crate) fn node(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Node {
-    let state = match report {
-        None => "unreachable",
-        Some(report) if !report.failed.is_empty() => "failed",
-        Some(_) if record.cordoned => "cordoned",
-        Some(_) => "ready",
+/// A node with what its stores say of themselves. It is `degraded` while some of them serve and some do not.
+pub(crate) fn node(record: &NodeRecord, reports: &StoreReports) -> pb::Node {
+    let stores: Vec<pb::Store> = record
+        .stores()
+        .map(|known| (reports.get(&known.store), known))
+        .map(|(r, known)| store(known, r))
+        .collect();
+    let all_are = |state: &str| stores.iter().all(|store| store.state == state);
+    let state = match () {
+        () if all_are("unreachable") => "unreachable",
+        () if stores.iter().all(|store| store.state != "ready") => "failed",
+        () if !all_are("ready") => "degraded",
+        () if record.cordoned => "cordoned",
+        () => "ready",
     };
     pb::Node {
         name: record.location.node.to_string(),
@@ -221,46 +232,27 @@ pub(crate) fn node(record: &NodeRecord, report: Option<&StoreReport>) -> pb::Nod
         admin_address: record.admin.clone(),
         cordoned: record.cordoned,
         witness: record.witness,
-        stores: vec![store(record, report)],
+        stores,
         last_seen: String::new(),
     }
 }
 
 /// Cluster health from its parts.
-pub(crate) fn status(
-    state: &CatalogState,
-    reports: &BTreeMap<NodeName, StoreReport>,
-    volumes: &[pb::Volume],
-) -> pb::Status {
-    let nodes: Vec<pb::Node> =
-        state.nodes.iter().map(|(name, record)| node(record, reports.get(name))).collect();
-    let mut problems: Vec<pb::Problem> = Vec::new();
+pub(crate) fn status(state: &CatalogState, reports: &StoreReports, volumes: &[pb::Volume]) -> pb::Status {
+    let nodes: Vec<pb::Node> = state.nodes.values().map(|record| node(record, reports)).collect();
+    let subject = |store: StoreId| problems::subject(state, store);
+    let mut problems: Vec<pb::Problem> = problems::of_stores(state, &nodes);
     let mut problem = |subject: String, what: String, doing: &str| {
         problems.push(pb::Problem { subject, what, since: String::new(), doing: doing.into() });
     };
-    for node in nodes.iter().filter(|node| node.state == "unreachable") {
-        problem(
-            format!("node {}", node.name),
-            "does not answer".into(),
-            "its replicas are placed elsewhere when it stays away",
-        );
-    }
-    for node in nodes.iter().filter(|node| node.state == "failed") {
-        let why = node.stores.first().map(|store| store.failed.clone()).unwrap_or_default();
-        problem(
-            format!("node {}", node.name),
-            format!("its store has stopped: {why}"),
-            "its replicas are placed elsewhere; start the daemon anew to have the disk verified, or replace it",
-        );
-    }
-    for (name, report) in reports {
+    for (store, report) in reports {
         for (_, _, why) in report.replicas.iter().filter(|(volume, _, _)| *volume == VolumeId::NIL) {
             let what = format!("the catalog's member does not run there: {why}");
-            problem(format!("node {name}"), what, "the catalog's other members replace it");
+            problem(subject(*store), what, "the catalog's other members replace it");
         }
         for (volume, id, why) in report.replicas.iter().filter(|(_, _, why)| !why.is_empty()) {
             if let Some(record) = state.volumes.get(volume) {
-                let what = format!("replica {} on node {name} does not run: {why}", id.replica);
+                let what = format!("replica {} on {} does not run: {why}", id.replica, subject(*store));
                 let doing = match (id.group == record.group, report.repairing.contains(id)) {
                     (false, _) => {
                         "it is of before a recovery: kept and not served, until the volume is deleted"
@@ -272,7 +264,7 @@ pub(crate) fn status(
             }
         }
     }
-    problems.extend(crate::problems::of_disks(reports));
+    problems.extend(problems::of_disks(reports, subject));
     let mut problem = |subject: String, what: String, doing: &str| {
         problems.push(pb::Problem { subject, what, since: String::new(), doing: doing.into() });
     };

@@ -1,17 +1,25 @@
 //! Where a volume's replicas go: a pure function of what is asked and what there is.
 //!
 //! INV-PLACE: the loss of one domain of the kind that a volume survives takes less than half of its voters, whatever
-//! else was asked; data stands on no witness node, and a witness on nothing else. Equal input gives equal output.
+//! else was asked; data stands on no witness node, and a witness on nothing else; no two voters stand on one node, on
+//! whichever of its stores. Equal input gives equal output.
 //!
 //! Two domains with data have a quorum with a witness in a third, wherever data may stand: `allowed` bounds data only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_types::{
-    ByteSize, Domain, ErrorCode, Location, StoreId, Survive, TopologyTerm, UserError, VolumeSpec,
+    ByteSize, Domain, ErrorCode, Location, NodeName, StoreId, Survive, TopologyTerm, UserError, VolumeSpec,
+    limits,
 };
 
 use crate::catalog::Placed;
+use crate::planted::is_planted;
+
+/// Volumes that are placed at most to tell how much room there is.
+const TOTAL_VOLUMES: usize = 64;
+/// Stores that are looked at for that, over all of these volumes.
+const TOTAL_WORK: usize = 20_000;
 
 /// A store on which a replica could stand.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -188,6 +196,14 @@ fn in_domain(chosen: &[&Candidate], kind: Domain, candidate: &Candidate) -> usiz
     chosen.iter().filter(|other| other.location.domain(kind) == domain).count()
 }
 
+/// INV-PLACE: whether a node holds none of those that were chosen, on whichever of its stores.
+fn is_apart(chosen: &[&Candidate], candidate: &Candidate) -> bool {
+    if is_planted("two-on-a-node") {
+        return chosen.iter().all(|other| other.store != candidate.store);
+    }
+    in_domain(chosen, Domain::Node, candidate) == 0
+}
+
 /// The witness node for the next witness: in the first replica's region if it may, and with few others.
 fn next_witness<'c>(
     rule: &Rule,
@@ -195,10 +211,7 @@ fn next_witness<'c>(
     chosen: &[&Candidate],
 ) -> Option<&'c Candidate> {
     let free = |c: &&Candidate| {
-        c.witness
-            && c.usable
-            && in_domain(chosen, Domain::Node, c) == 0
-            && in_domain(chosen, rule.domain, c) < rule.most
+        c.witness && c.usable && is_apart(chosen, c) && in_domain(chosen, rule.domain, c) < rule.most
     };
     candidates.iter().filter(free).min_by_key(|c| {
         let away = chosen.first().is_some_and(|first| first.location.region != c.location.region);
@@ -216,7 +229,7 @@ fn next<'c>(
     let in_domain = |kind: Domain, candidate: &Candidate| in_domain(chosen, kind, candidate);
     candidates
         .iter()
-        .filter(|c| fits(spec, c) && in_domain(Domain::Node, c) == 0 && in_domain(rule.domain, c) < rule.most)
+        .filter(|c| fits(spec, c) && is_apart(chosen, c) && in_domain(rule.domain, c) < rule.most)
         .filter(|c| kept_free.is_none_or(|domain| c.location.domain(rule.domain) != domain))
         .min_by_key(|c| {
             let preferred = spec.preferred.iter().position(|term| matches(term, &c.location));
@@ -277,7 +290,7 @@ fn no_room(
     let answering = witnesses.clone().filter(|c| c.usable).count();
     let size = spec.size;
     let mut message = format!(
-        "{} of {} replicas of {size} can be placed: of {} allowed nodes {usable} take new replicas, and {} \
+        "{} of {} replicas of {size} can be placed: of {} allowed stores {usable} take new replicas, and {} \
          of these have that much room",
         found,
         rule.voters,
@@ -293,12 +306,13 @@ fn no_room(
         .hint("add nodes or space, ask for less, or uncordon; `holdfast node list` shows them")
 }
 
+/// The nodes in each domain: several stores of one are one place.
 fn count_domains(domain: Domain, candidates: &[&Candidate]) -> BTreeMap<String, usize> {
-    let mut count = BTreeMap::new();
+    let mut nodes: BTreeMap<String, BTreeSet<&NodeName>> = BTreeMap::new();
     for candidate in candidates {
-        *count.entry(candidate.location.domain(domain)).or_default() += 1;
+        nodes.entry(candidate.location.domain(domain)).or_default().insert(&candidate.location.node);
     }
-    count
+    nodes.into_iter().map(|(domain, nodes)| (domain, nodes.len())).collect()
 }
 
 /// Whether the places would do if all were usable and empty.
@@ -313,16 +327,42 @@ pub fn largest(spec: &VolumeSpec, candidates: &[Candidate], from: &[TopologyTerm
     let mut sizes: Vec<u64> = candidates.iter().map(|c| c.available_bytes).collect();
     sizes.sort_unstable();
     sizes.dedup();
-    let possible = |size: &u64| {
-        let asked = VolumeSpec { size: ByteSize(*size), ..spec.clone() };
-        place(&asked, candidates).is_ok_and(|placed| {
-            let data = placed.into_iter().filter(|at| !at.witness);
-            let locations: Vec<Location> = data.map(|at| at.location).collect();
-            let terms = accessible(spec, &locations);
-            terms.is_empty() || from.is_empty() || terms.iter().any(|term| from.iter().any(|f| meet(term, f)))
-        })
-    };
-    sizes.into_iter().rev().find(possible).unwrap_or(0)
+    sizes.into_iter().rev().find(|size| place_from(spec, *size, candidates, from).is_some()).unwrap_or(0)
+}
+
+/// Places a volume of a size that can be used from one of these places.
+fn place_from(
+    spec: &VolumeSpec,
+    size: u64,
+    candidates: &[Candidate],
+    from: &[TopologyTerm],
+) -> Option<Vec<Placed>> {
+    let asked = VolumeSpec { size: ByteSize(size), ..spec.clone() };
+    let placed = place(&asked, candidates).ok()?;
+    let data = placed.iter().filter(|at| !at.witness);
+    let locations: Vec<Location> = data.map(|at| at.location.clone()).collect();
+    let terms = accessible(spec, &locations);
+    let meets = |term: &TopologyTerm| from.iter().any(|asked| meet(term, asked));
+    (terms.is_empty() || from.is_empty() || terms.iter().any(meets)).then_some(placed)
+}
+
+/// How many bytes of volumes of this kind could be placed now, the largest first: a node's stores count together, and
+/// each replica stands on one of them. In a large cluster it may be less than could be had.
+pub fn total(spec: &VolumeSpec, candidates: &[Candidate], from: &[TopologyTerm]) -> u64 {
+    let mut left = candidates.to_vec();
+    let mut sum = 0u64;
+    for _ in 0..(TOTAL_WORK / candidates.len().max(1)).clamp(1, TOTAL_VOLUMES) {
+        let size = largest(spec, &left, from).min(limits::VOLUME_BYTES_MAX);
+        let Some(placed) = place_from(spec, size, &left, from).filter(|_| size > 0) else { break };
+        for at in placed.iter().filter(|at| !at.witness) {
+            for candidate in left.iter_mut().filter(|candidate| candidate.store == at.store) {
+                candidate.available_bytes -= size;
+                candidate.replicas += 1;
+            }
+        }
+        sum = sum.saturating_add(size);
+    }
+    sum
 }
 
 /// Whether a place can be within both terms.

@@ -50,6 +50,9 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("recover-from-the-shorter", "INV-RECOVER"),
     ("recover-while-answered", "INV-RECOVER"),
     ("snapshot-quota-ignored", "INV-QUOTA"),
+    ("two-on-a-node", "INV-PLACE"),
+    ("store-ends-the-daemon", "INV-STORES"),
+    ("foreign-store-ends-the-daemon", "INV-STORES"),
 ];
 
 /// Those that break a rule of the state machine outside of it: its own model cannot find them, the simulation does.

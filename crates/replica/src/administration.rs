@@ -12,7 +12,7 @@ use holdfast_types::{
     ByteSize, DecodeError, ErrorCode, GroupId, LogIndex, Reader, RecoveryId, ReplicaId, StoreId, Term,
     UserError, VolumeId, Writer, limits,
 };
-use holdfast_wire::rpc::{Handler, Responder, Service};
+use holdfast_wire::rpc::{Handler, Responder, Rpc, Service};
 
 use crate::config::Peer;
 use crate::group::{Group, GroupError};
@@ -531,6 +531,29 @@ struct Administration(Weak<Host>);
 /// Lets a shard answer the reconciler.
 pub fn serve(host: &Rc<Host>) {
     host.environment().rpc.serve(ADMINISTRATION, Rc::new(Administration(Rc::downgrade(host))));
+}
+
+/// Lets a shard whose store cannot be opened say so to the reconciler: it is lost, and its node is not.
+pub fn serve_refusal(rpc: &Rpc, why: String) {
+    rpc.serve(ADMINISTRATION, Rc::new(Refusal(why)));
+}
+
+struct Refusal(String);
+
+impl Handler for Refusal {
+    fn handle(&self, _from: StoreId, _lane: Lane, request: Frame, responder: Responder) {
+        let reply = match ShardRequest::decode(&request.head) {
+            Ok(ShardRequest::Report) => {
+                Ok(Some(StoreReport { failed: self.0.clone(), ..StoreReport::default() }))
+            }
+            Ok(_) => {
+                let message = format!("the store does not serve: {}", self.0);
+                Err(UserError::new(ErrorCode::Unavailable, message).hint("`holdfast status` says what to do"))
+            }
+            Err(error) => return responder.refuse(error.to_string()),
+        };
+        responder.reply(Frame::small(encode_reply(&reply)));
+    }
 }
 
 impl Handler for Administration {

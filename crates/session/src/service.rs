@@ -20,6 +20,8 @@ pub struct Sessions {
     running: RefCell<BTreeMap<SessionId, Weak<Session>>>,
     /// By the volume's group; outlives the sessions, so that counters never fall.
     usage: RefCell<BTreeMap<GroupId, Rc<RefCell<SessionUsage>>>>,
+    /// Other stores of the same machine.
+    near: Rc<[StoreId]>,
 }
 
 /// Volumes of which counters are kept.
@@ -28,7 +30,13 @@ const USAGES_MAX: usize = 4096;
 impl Sessions {
     /// Registers for the shard's calls to sessions.
     pub fn serve(rpc: &Rpc) -> Rc<Self> {
-        let sessions = Rc::new(Self::default());
+        Self::serve_near(rpc, Vec::new())
+    }
+
+    /// As [`Self::serve`], where other shards of the same machine have stores: a replica there is as near as one on this
+    /// shard, but for the way to it.
+    pub fn serve_near(rpc: &Rpc, near: Vec<StoreId>) -> Rc<Self> {
+        let sessions = Rc::new(Self { near: near.into(), ..Self::default() });
         rpc.serve(SESSION, Rc::new(Service(Rc::downgrade(&sessions))));
         sessions
     }
@@ -37,6 +45,10 @@ impl Sessions {
         let mut sessions = self.running.borrow_mut();
         sessions.retain(|_, weak| weak.strong_count() > 0);
         sessions.insert(session.id(), Rc::downgrade(session));
+    }
+
+    pub(crate) fn near(&self) -> Rc<[StoreId]> {
+        self.near.clone()
     }
 
     /// The counters that sessions of a group share.

@@ -118,6 +118,8 @@ pub struct Session {
     read_only: bool,
     size: Cell<ByteSize>,
     members: Members,
+    /// Other stores of this machine.
+    near: Rc<[StoreId]>,
     floor: Floor,
     in_flight: InFlight,
     slots: Semaphore,
@@ -198,6 +200,7 @@ impl Session {
             read_only: options.read_only,
             size: Cell::new(ByteSize(0)),
             members,
+            near: sessions.near(),
             floor: Floor::new(index),
             in_flight: InFlight::new(if is_planted("numbers-from-one") { Seq(1) } else { next }),
             slots: Semaphore::new(limits::SESSION_IN_FLIGHT_MAX),
@@ -625,8 +628,8 @@ impl Session {
         .await
     }
 
-    /// Asks replicas until one answers at or above the floor while the lease is alive: the local one first, then the
-    /// leader, then the others (INV-LEASE).
+    /// Asks replicas until one answers at or above the floor while the lease is alive: the local one first, or the one
+    /// on another store of this machine, then the leader, then the others (INV-LEASE).
     async fn ask<T>(
         &self,
         make: impl Fn(LogIndex) -> DataRequest,
@@ -636,9 +639,8 @@ impl Session {
             let local = self.rpc.local();
             let leader = self.members.leader_or_next();
             let mut order = Vec::with_capacity(4);
-            if self.members.has(local) {
-                order.push(local);
-            }
+            let here = std::iter::once(local).chain(self.near.iter().copied());
+            order.extend(here.filter(|store| self.members.has(*store)));
             order.push(leader);
             order.extend(self.members.others(leader));
             order.dedup();

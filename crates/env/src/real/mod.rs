@@ -1,5 +1,6 @@
 //! The real environment: tokio's single-threaded runtime, the kernel's clock and randomness, and files.
 
+pub mod breaking;
 pub mod disk;
 pub mod powercut;
 mod replace;

@@ -12,29 +12,30 @@ use crate::output::{Output, table};
 
 fn list(nodes: &[pb::Node]) -> String {
     let rows = nodes.iter().map(|node| {
-        let store = node.stores.first();
+        let serving = node.stores.iter().filter(|store| store.state == "ready").count();
         // A node that does not answer tells nothing; zero would be a figure.
-        let told = |value: u64| if node.state == "unreachable" { "-".to_owned() } else { bytes(value) };
-        let replicas = store.map_or(0, |store| store.replicas).to_string();
+        let told = |value: &dyn Fn(&pb::Store) -> u64| match node.state.as_str() {
+            "unreachable" => None,
+            _ => Some(node.stores.iter().map(value).sum::<u64>()),
+        };
+        let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
         vec![
             node.name.clone(),
             node.region.clone(),
             node.zone.clone(),
             node.state.clone(),
             if node.witness { "witness".into() } else { "data".into() },
-            if node.state == "unreachable" { "-".into() } else { replicas },
-            told(store.map_or(0, |store| store.available_bytes)),
-            told(store.map_or(0, |store| store.total_bytes)),
+            format!("{serving}/{}", node.stores.len()),
+            or_dash(told(&|store| store.replicas.into()).map(|count| count.to_string())),
+            or_dash(told(&|store| store.available_bytes).map(bytes)),
+            or_dash(told(&|store| store.total_bytes).map(bytes)),
         ]
     });
-    table(&["name", "region", "zone", "state", "kind", "replicas", "free", "size"], rows.collect())
+    table(&["name", "region", "zone", "state", "kind", "stores", "replicas", "free", "size"], rows.collect())
 }
 
-/// What the store of a node holds, by what it is for.
-fn stands(node: &pb::Node) -> String {
-    let Some(store) = node.stores.first().filter(|_| node.state != "unreachable") else {
-        return String::new();
-    };
+/// What a store holds, by what it is for.
+fn stands(store: &pb::Store) -> String {
     let row = |name: &str, value: u64| vec![name.to_owned(), bytes(value)];
     let capacity = match store.capacity_bytes {
         0 => vec!["capacity".to_owned(), "the medium's".to_owned()],
@@ -51,9 +52,53 @@ fn stands(node: &pb::Node) -> String {
     table(&["the store", "bytes"], rows)
 }
 
-/// A node with what its store holds.
+/// The stores of a node that has several.
+fn stores(node: &pb::Node) -> String {
+    let rows = node.stores.iter().map(|store| {
+        let serves = store.state == "ready";
+        let told = |value: u64| if serves { bytes(value) } else { "-".to_owned() };
+        vec![
+            store.id.clone(),
+            store.directory.clone(),
+            store.state.clone(),
+            if serves { store.replicas.to_string() } else { "-".into() },
+            told(store.available_bytes),
+            told(store.total_bytes),
+            told(store.allocated_bytes),
+            told(store.blocks_bytes),
+            told(store.snapshot_bytes),
+            told(store.journal_bytes),
+            told(store.reserve_bytes),
+            if store.capacity_bytes == 0 { "-".into() } else { told(store.capacity_bytes) },
+        ]
+    });
+    let names = [
+        "store",
+        "directory",
+        "state",
+        "replicas",
+        "free",
+        "size",
+        "allocated",
+        "blocks",
+        "of snapshots",
+        "journal",
+        "kept back",
+        "capacity",
+    ];
+    let failed = node.stores.iter().filter(|store| !store.failed.is_empty());
+    let why: String = failed.map(|store| format!("\n{}: {}", store.directory, store.failed)).collect();
+    format!("{}{why}", table(&names, rows.collect()))
+}
+
+/// A node with what its stores hold.
 fn one(node: &pb::Node) -> String {
-    format!("{}\n{}", list(std::slice::from_ref(node)), stands(node))
+    let below = match node.stores.as_slice() {
+        [_] if node.state == "unreachable" => String::new(),
+        [store] => stands(store),
+        _ => stores(node),
+    };
+    format!("{}\n{below}", list(std::slice::from_ref(node)))
 }
 
 /// Runs the command.

@@ -34,6 +34,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
             "snapshots",
             "allocated",
             "journal",
+            "store",
         ]);
     }
     let rows = replicas.iter().map(|replica| {
@@ -64,6 +65,7 @@ pub fn replicas(replicas: &[pb::Replica], wide: bool) -> String {
                 told(bytes(replica.snapshot_bytes)),
                 told(bytes(replica.allocated_bytes)),
                 told(bytes(replica.journal_bytes)),
+                replica.store.clone(),
             ]);
         }
         row

@@ -211,6 +211,10 @@ impl Cluster {
         for node in self.chosen(word)? {
             node.wait().await?;
         }
+        for name in self.select(word)? {
+            // Its next daemon finds disks that are whole, as if they had been replaced by good ones with their content.
+            self.faults.mend_disks(&name);
+        }
         self.write_description()
     }
 
@@ -277,7 +281,23 @@ impl Cluster {
         self.apply_faults().await
     }
 
-    /// Ends partitions, cuts and delays.
+    /// Lets the disk of one store of a node fail, or hang.
+    pub async fn break_disk(&mut self, node: &str, store: &str, hang: bool) -> Result<(), UserError> {
+        let runs = self.nodes.iter().any(|known| known.name() == node && known.child.is_some());
+        if !runs {
+            return Err(UserError::new(ErrorCode::NotFound, format!("no daemon of a node {node} runs"))
+                .hint("`holdfast node list` shows the nodes; name one of them"));
+        }
+        let before = self.faults.clone();
+        self.faults.break_disk(node, store, hang);
+        let applied = self.apply_faults().await;
+        if applied.is_err() {
+            self.faults = before;
+        }
+        applied
+    }
+
+    /// Ends partitions, cuts and delays, and mends disks.
     pub async fn heal(&mut self) -> Result<(), UserError> {
         self.faults.heal();
         self.apply_faults().await

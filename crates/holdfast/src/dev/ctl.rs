@@ -101,6 +101,7 @@ async fn carry_out(action: CtlAction, cluster: &mut Cluster) -> Result<(), UserE
         CtlAction::Partition { target } => cluster.cut(&target, true).await,
         CtlAction::Deafen { target } => cluster.cut(&target, false).await,
         CtlAction::Cut { from, to } => cluster.cut_one_way(&from, &to).await,
+        CtlAction::BreakDisk { node, store, hang } => cluster.break_disk(&node, &store, hang).await,
         CtlAction::Heal => cluster.heal().await,
         CtlAction::Delay { a, b, delay } => cluster.delay(&a, &b, &delay).await,
     }

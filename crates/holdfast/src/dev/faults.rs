@@ -1,4 +1,4 @@
-//! The faults of a development cluster: who cannot hear whom, and how slow who is.
+//! The faults of a development cluster: who cannot hear whom, how slow who is, and whose disk is broken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,6 +12,8 @@ pub struct Faults {
     cut: BTreeSet<(String, String)>,
     /// (from, to): later by so much.
     delay: BTreeMap<(String, String), Duration>,
+    /// (node, store): what its disk does.
+    disks: BTreeMap<(String, String), &'static str>,
 }
 
 impl Faults {
@@ -49,6 +51,14 @@ impl Faults {
             }
         }
     }
+    /// The disk of a node's store fails, or hangs.
+    pub fn break_disk(&mut self, node: &str, store: &str, hang: bool) {
+        self.disks.insert((node.to_owned(), store.to_owned()), if hang { "hangs" } else { "fails" });
+    }
+    /// The disks of a node are whole.
+    pub fn mend_disks(&mut self, node: &str) {
+        self.disks.retain(|(of, _), _| of != node);
+    }
     /// No faults any more.
     pub fn heal(&mut self) {
         *self = Self::default();
@@ -69,6 +79,12 @@ impl Faults {
                 .iter()
                 .filter(|((from, _), _)| from == node)
                 .map(|((_, to), by)| (to.clone(), u64::try_from(by.as_micros()).unwrap_or(u64::MAX)))
+                .collect(),
+            disks: self
+                .disks
+                .iter()
+                .filter(|((of, _), _)| of == node)
+                .map(|((_, store), fault)| (store.clone(), (*fault).to_owned()))
                 .collect(),
         }
     }

@@ -7,6 +7,7 @@ use super::error::to_status;
 use super::pb;
 use super::pb::admin_server::Admin;
 use crate::handle::ShardHandle;
+use crate::shard::NodeFaults;
 
 /// The service of one node.
 pub(crate) struct AdminService(pub(crate) ShardHandle);
@@ -161,8 +162,13 @@ impl Admin for AdminService {
     async fn set_faults(&self, request: Request<pb::SetFaultsRequest>) -> Reply<pb::SetFaultsReply> {
         let request = request.into_inner();
         let work = move |shard: std::rc::Rc<crate::shard::Shard>| async move {
-            let delays = request.delay_us.into_iter().collect();
-            shard.set_faults(&request.block_send, &request.block_receive, &delays)
+            let faults = NodeFaults {
+                block_send: request.block_send,
+                block_receive: request.block_receive,
+                delay_us: request.delay_us.into_iter().collect(),
+                disks: request.disks.into_iter().collect(),
+            };
+            shard.set_faults(faults).await
         };
         reply(self.0.run(work).await.map(|()| pb::SetFaultsReply {}))
     }

@@ -103,7 +103,7 @@ async fn answer(request: Request<Incoming>, shard: ShardHandle) -> Result<Respon
         response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
         return Ok(response);
     }
-    let taken = shard.run(|shard| async move { Ok(Snapshot::take(&shard)) }).await;
+    let taken = shard.run(|shard| async move { Ok(Snapshot::take(&shard).await) }).await;
     let text = taken.and_then(|snapshot| {
         text::encode(snapshot)
             .map_err(|error| UserError::new(ErrorCode::Internal, format!("the metrics' text: {error}")))

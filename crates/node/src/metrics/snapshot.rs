@@ -1,4 +1,4 @@
-//! A copy of everything that a shard counts, taken on its thread in one go.
+//! A copy of everything that a node counts: of each shard taken on its thread in one go.
 
 use std::rc::Rc;
 
@@ -7,14 +7,16 @@ use holdfast_env::disk::Space;
 use holdfast_env::net::Lane;
 use holdfast_replica::repair::RepairUsage;
 use holdfast_replica::scrub::ScrubProgress;
-use holdfast_replica::{GroupUsage, StoreSpace, Survey};
+use holdfast_replica::{GroupUsage, Host, StoreSpace, Survey};
 use holdfast_session::SessionUsage;
 use holdfast_store::journal::JournalUsage;
 use holdfast_store::volume::{SpaceUsed, VolumeUsage};
 use holdfast_types::{GroupId, LatencyHistogram, VolumeId};
 use holdfast_wire::tcp::Counters;
 
+use crate::config::StorePlan;
 use crate::shard::Shard;
+use crate::store::LocalStore;
 
 /// One replica.
 #[derive(Clone, Debug)]
@@ -48,13 +50,9 @@ pub(super) struct SessionSnapshot {
     pub(super) usage: SessionUsage,
 }
 
-/// A whole node.
+/// What runs on a store that is open.
 #[derive(Clone, Debug)]
-pub(crate) struct Snapshot {
-    pub(super) node: String,
-    pub(super) zone: String,
-    pub(super) region: String,
-    pub(super) cluster: String,
+pub(super) struct OpenStore {
     pub(super) journal: JournalUsage,
     pub(super) flush_latency: LatencyHistogram,
     pub(super) hung: bool,
@@ -65,58 +63,111 @@ pub(crate) struct Snapshot {
     pub(super) medium: Option<(Space, StoreSpace)>,
     /// What the store may take, if it may not take all of its medium.
     pub(super) capacity: Option<u64>,
-    pub(super) store_failed: bool,
     pub(super) replicas: Vec<ReplicaSnapshot>,
     pub(super) faulty_replicas: u64,
     pub(super) repaired: RepairUsage,
-    pub(super) sessions: Vec<SessionSnapshot>,
-    pub(super) attached: u64,
+}
+
+/// A store of the node.
+#[derive(Clone, Debug)]
+pub(super) struct StoreSnapshot {
+    pub(super) store: String,
+    pub(super) directory: String,
+    /// It has stopped, or could not be opened.
+    pub(super) failed: bool,
+    /// None while it is not open.
+    pub(super) open: Option<OpenStore>,
     pub(super) wire: Counters,
     /// Bytes that wait for peers on the control and on the bulk lane.
     pub(super) wire_queued: (u64, u64),
     pub(super) rpc_malformed: u64,
+}
+
+/// A whole node.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshot {
+    pub(super) node: String,
+    pub(super) zone: String,
+    pub(super) region: String,
+    pub(super) cluster: String,
+    /// The first one first.
+    pub(super) stores: Vec<StoreSnapshot>,
+    pub(super) sessions: Vec<SessionSnapshot>,
+    pub(super) attached: u64,
     pub(super) nbd_malformed: u64,
 }
 
-impl Snapshot {
-    /// As of now.
-    pub(crate) fn take(shard: &Rc<Shard>) -> Self {
-        let journal = shard.host.journal();
-        let survey = shard.host.last_survey();
+impl StoreSnapshot {
+    fn take(store: &LocalStore) -> Self {
         let mut wire_queued = (0, 0);
-        for (_, lane, bytes) in shard.network.queued() {
+        for (_, lane, bytes) in store.network.queued() {
             match lane {
                 Lane::Control => wire_queued.0 += bytes,
                 Lane::Bulk => wire_queued.1 += bytes,
             }
         }
         Self {
+            store: store.plan.store.to_string(),
+            directory: store.plan.directory.display().to_string(),
+            failed: !store.why_not().is_empty(),
+            open: store.host().map(|host| open(&host)),
+            wire: store.network.counters(),
+            wire_queued,
+            rpc_malformed: store.rpc.malformed(),
+        }
+    }
+
+    /// Of one whose thread has ended, or waits for its disk: nobody tells what it has counted.
+    fn ended(plan: &StorePlan) -> Self {
+        Self {
+            store: plan.store.to_string(),
+            directory: plan.directory.display().to_string(),
+            failed: true,
+            open: None,
+            wire: Counters::default(),
+            wire_queued: (0, 0),
+            rpc_malformed: 0,
+        }
+    }
+}
+
+fn open(host: &Rc<Host>) -> OpenStore {
+    let (journal, survey) = (host.journal(), host.last_survey());
+    OpenStore {
+        journal: journal.usage(),
+        flush_latency: journal.flush_latency(),
+        hung: journal.is_hung(),
+        full: journal.is_full(),
+        times_full: journal.reserve().map_or(0, |reserve| reserve.times_full()),
+        waiting: host.volumes().iter().filter(|(_, volume)| volume.waits_for_room()).count() as u64,
+        medium: survey.as_ref().map(|survey| (survey.space, host.space_of(survey))),
+        capacity: host.budget().capacity(),
+        replicas: host
+            .volumes()
+            .into_iter()
+            .map(|(of, volume)| replica(of, &volume, survey.as_ref()))
+            .collect(),
+        faulty_replicas: host.faulty().len() as u64,
+        repaired: host.repaired(),
+    }
+}
+
+impl Snapshot {
+    /// As of now; of each store on its own thread.
+    pub(crate) async fn take(shard: &Rc<Shard>) -> Self {
+        let mut stores = vec![StoreSnapshot::take(&shard.store)];
+        for other in &shard.others {
+            let taken = other.ask(StoreSnapshot::take).await;
+            stores.push(taken.unwrap_or_else(|_ended| StoreSnapshot::ended(&other.plan)));
+        }
+        Self {
             node: shard.config.location.node.to_string(),
             zone: shard.config.location.zone.clone(),
             region: shard.config.location.region.clone(),
             cluster: shard.config.cluster.to_string(),
-            journal: journal.usage(),
-            flush_latency: journal.flush_latency(),
-            hung: journal.is_hung(),
-            full: journal.is_full(),
-            times_full: journal.reserve().map_or(0, |reserve| reserve.times_full()),
-            waiting: shard.host.volumes().iter().filter(|(_, volume)| volume.waits_for_room()).count() as u64,
-            medium: survey.as_ref().map(|survey| (survey.space, shard.host.space_of(survey))),
-            capacity: shard.host.budget().capacity(),
-            store_failed: journal.failed().is_some(),
-            replicas: shard
-                .host
-                .volumes()
-                .into_iter()
-                .map(|(of, volume)| replica(of, &volume, survey.as_ref()))
-                .collect(),
-            faulty_replicas: shard.host.faulty().len() as u64,
-            repaired: shard.host.repaired(),
+            stores,
             sessions: sessions(shard),
             attached: shard.attachments.count() as u64,
-            wire: shard.network.counters(),
-            wire_queued,
-            rpc_malformed: shard.rpc.malformed(),
             nbd_malformed: shard.nbd.malformed(),
         }
     }

@@ -11,7 +11,7 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, 
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::snapshot::{ReplicaSnapshot, SessionSnapshot, Snapshot};
+use super::snapshot::{OpenStore, ReplicaSnapshot, SessionSnapshot, Snapshot, StoreSnapshot};
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -70,13 +70,15 @@ struct Holdfast(Snapshot);
 impl Collector for Holdfast {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let snapshot = &self.0;
+        let open = snapshot.stores.iter().filter_map(|store| store.open.as_ref());
+        let all: Vec<ReplicaSnapshot> = open.flat_map(|open| open.replicas.iter().cloned()).collect();
         let mut families = node(snapshot);
         families.extend(journal(snapshot));
         families.extend(medium(snapshot));
         families.extend(wire(snapshot));
-        families.extend(sessions(&snapshot.sessions, &snapshot.replicas));
-        families.extend(replicas(&snapshot.replicas));
-        families.extend(homes(&snapshot.replicas));
+        families.extend(sessions(&snapshot.sessions, &all));
+        families.extend(replicas(&all));
+        families.extend(homes(&all));
         write(encoder, &families)
     }
 }
@@ -145,6 +147,32 @@ fn write_value(metric: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) 
     }
 }
 
+/// What tells a store from the others of its node, where there are any.
+fn of_store(snapshot: &Snapshot, store: &StoreSnapshot) -> Labels {
+    if snapshot.stores.len() == 1 {
+        return Vec::new();
+    }
+    vec![("store", store.store.clone())]
+}
+
+/// A sample of every store.
+fn each<V>(snapshot: &Snapshot, value: impl Fn(&StoreSnapshot) -> V) -> Vec<(Labels, V)> {
+    snapshot.stores.iter().map(|store| (of_store(snapshot, store), value(store))).collect()
+}
+
+/// A sample of every store that is open.
+fn each_open<V>(snapshot: &Snapshot, value: impl Fn(&OpenStore) -> V) -> Vec<(Labels, V)> {
+    let open = |store: &StoreSnapshot| Some((of_store(snapshot, store), value(store.open.as_ref()?)));
+    snapshot.stores.iter().filter_map(open).collect()
+}
+
+fn stores_info(snapshot: &Snapshot) -> Vec<(Labels, u64)> {
+    let info = |store: &StoreSnapshot| {
+        (vec![("store", store.store.clone()), ("directory", store.directory.clone())], 1)
+    };
+    snapshot.stores.iter().map(info).collect()
+}
+
 fn node(snapshot: &Snapshot) -> Vec<Family> {
     let info = vec![
         ("cluster", snapshot.cluster.clone()),
@@ -155,66 +183,110 @@ fn node(snapshot: &Snapshot) -> Vec<Family> {
     ];
     vec![
         gauge("node_info", "Who the node is; always 1", vec![(info, 1)]),
-        gauge("store_failed", "1 once the store has stopped for good", one(snapshot.store_failed.into())),
-        gauge("replicas_faulty", "Replicas that stand here and do not run", one(snapshot.faulty_replicas)),
+        gauge("store_info", "The stores of the node; always 1", stores_info(snapshot)),
+        gauge(
+            "store_failed",
+            "1 once the store has stopped for good",
+            each(snapshot, |store| store.failed.into()),
+        ),
+        gauge(
+            "replicas_faulty",
+            "Replicas that stand here and do not run",
+            each_open(snapshot, |store| store.faulty_replicas),
+        ),
         gauge("volumes_attached", "Volumes that are attached here", one(snapshot.attached)),
     ]
 }
 
 fn journal(snapshot: &Snapshot) -> Vec<Family> {
-    let usage = &snapshot.journal;
+    let of = |value: fn(&OpenStore) -> u64| each_open(snapshot, value);
     vec![
-        counter("journal_flushes", "Batches made durable, one flush each", one(usage.flushes)),
+        counter("journal_flushes", "Batches made durable, one flush each", of(|store| store.journal.flushes)),
         counter(
             "journal_written_bytes",
             "Bytes written to the journal: payload, lists, copies, padding",
-            one(usage.bytes_written),
+            of(|store| store.journal.bytes_written),
         ),
         counter(
             "journal_payload_bytes",
             "Bytes of block data written to the journal",
-            one(usage.payload_bytes_written),
+            of(|store| store.journal.payload_bytes_written),
         ),
-        counter("journal_entries", "Log entries written to the journal", one(usage.entries_written)),
+        counter(
+            "journal_entries",
+            "Log entries written to the journal",
+            of(|store| store.journal.entries_written),
+        ),
         counter(
             "journal_repaired_entries",
             "Damaged log entries that were repaired from peers",
-            one(snapshot.repaired.entries),
+            of(|store| store.repaired.entries),
         ),
         counter(
             "journal_repair_received_bytes",
             "Payload received for their repair",
-            one(snapshot.repaired.bytes),
+            of(|store| store.repaired.bytes),
         ),
-        gauge("journal_size_bytes", "Bytes of all segments", one(usage.bytes_total)),
-        gauge("journal_used_bytes", "Bytes of segments that are in use", one(usage.bytes_used)),
-        gauge("journal_hung", "Whether the disk does not answer for the journal", one(snapshot.hung.into())),
-        gauge("journal_queue_records", "Records that wait for a batch", one(usage.waiting_records)),
-        gauge("journal_queue_bytes", "Payload that waits for a batch", one(usage.waiting_bytes)),
+        gauge("journal_size_bytes", "Bytes of all segments", of(|store| store.journal.bytes_total)),
+        gauge(
+            "journal_used_bytes",
+            "Bytes of segments that are in use",
+            of(|store| store.journal.bytes_used),
+        ),
+        gauge(
+            "journal_hung",
+            "Whether the disk does not answer for the journal",
+            of(|store| store.hung.into()),
+        ),
+        gauge(
+            "journal_queue_records",
+            "Records that wait for a batch",
+            of(|store| store.journal.waiting_records),
+        ),
+        gauge(
+            "journal_queue_bytes",
+            "Payload that waits for a batch",
+            of(|store| store.journal.waiting_bytes),
+        ),
         latency(
             "journal_flush_seconds",
             "From the hand-over of a batch to the disk until it is durable",
-            vec![(Vec::new(), snapshot.flush_latency.clone())],
+            each_open(snapshot, |store| store.flush_latency.clone()),
         ),
     ]
 }
 
-/// The medium, and what stands on it.
+/// The media, and what stands on them.
 fn medium(snapshot: &Snapshot) -> Vec<Family> {
-    let of = |value: fn(&StoreSpace) -> u64| -> Vec<(Labels, u64)> {
-        snapshot.medium.iter().map(|(_, stands)| (Vec::new(), value(stands))).collect()
+    let told = |value: &dyn Fn(&OpenStore) -> Option<u64>| -> Vec<(Labels, u64)> {
+        let all = each_open(snapshot, value).into_iter();
+        all.filter_map(|(labels, value)| Some((labels, value?))).collect()
     };
-    let space = |value: fn(&Space) -> u64| -> Vec<(Labels, u64)> {
-        snapshot.medium.iter().map(|(space, _)| (Vec::new(), value(space))).collect()
-    };
-    let capacity = snapshot.capacity.map(one).unwrap_or_default();
+    let of = |value: fn(&StoreSpace) -> u64| told(&|store| store.medium.map(|(_, stands)| value(&stands)));
+    let space = |value: fn(&Space) -> u64| told(&|store| store.medium.map(|(space, _)| value(&space)));
     vec![
-        gauge("medium_full", "Whether the medium is full: data waits for room", one(snapshot.full.into())),
-        counter("medium_filled", "Times that the medium was found full", one(snapshot.times_full)),
-        gauge("medium_waiting_volumes", "Volumes led here whose writes wait for room", one(snapshot.waiting)),
+        gauge(
+            "medium_full",
+            "Whether the medium is full: data waits for room",
+            each_open(snapshot, |store| store.full.into()),
+        ),
+        counter(
+            "medium_filled",
+            "Times that the medium was found full",
+            each_open(snapshot, |store| store.times_full),
+        ),
+        gauge(
+            "medium_waiting_volumes",
+            "Volumes led here whose writes wait for room",
+            each_open(snapshot, |store| store.waiting),
+        ),
         gauge("medium_size_bytes", "Bytes of the medium that the store may use", space(|space| space.total)),
         gauge("medium_free_bytes", "Bytes of them that are free", space(|space| space.available)),
-        gauge("store_capacity_bytes", "Bytes of its medium that the store may take", capacity),
+        gauge(
+            "store_capacity_bytes",
+            "Bytes of its medium that the store may take",
+            told(&|store| store.capacity),
+        ),
         gauge("store_allocated_bytes", "Bytes of all files of the store", of(|stands| stands.allocated)),
         gauge(
             "store_blocks_bytes",
@@ -228,38 +300,40 @@ fn medium(snapshot: &Snapshot) -> Vec<Family> {
 }
 
 fn wire(snapshot: &Snapshot) -> Vec<Family> {
-    let (wire, queued) = (&snapshot.wire, snapshot.wire_queued);
+    let of = |value: fn(&StoreSnapshot) -> u64| each(snapshot, value);
+    let malformed = [
+        labelled(of(|store| store.wire.malformed), &[("part", "frame")]),
+        labelled(of(|store| store.rpc_malformed), &[("part", "call")]),
+        by("part", &[("nbd", snapshot.nbd_malformed)]),
+    ];
+    let queued = [
+        labelled(of(|store| store.wire_queued.0), &[("lane", "control")]),
+        labelled(of(|store| store.wire_queued.1), &[("lane", "bulk")]),
+    ];
     vec![
-        counter("peer_sent_frames", "Frames sent to other nodes", one(wire.frames_sent)),
-        counter("peer_sent_bytes", "Bytes of frames sent to other nodes, before TLS", one(wire.bytes_sent)),
-        counter("peer_received_frames", "Frames received from other nodes", one(wire.frames_received)),
+        counter("peer_sent_frames", "Frames sent to other stores", of(|store| store.wire.frames_sent)),
+        counter(
+            "peer_sent_bytes",
+            "Bytes of frames sent to other stores, before TLS",
+            of(|store| store.wire.bytes_sent),
+        ),
+        counter(
+            "peer_received_frames",
+            "Frames received from other stores",
+            of(|store| store.wire.frames_received),
+        ),
         counter(
             "peer_received_bytes",
-            "Bytes of frames received from other nodes, after TLS",
-            one(wire.bytes_received),
+            "Bytes of frames received from other stores, after TLS",
+            of(|store| store.wire.bytes_received),
         ),
         counter(
             "peer_refused",
             "Incoming connections refused: no or a foreign certificate, a wrong hello, too many",
-            one(wire.refused),
+            of(|store| store.wire.refused),
         ),
-        counter(
-            "peer_malformed",
-            "What peers and clients sent that makes no sense",
-            by(
-                "part",
-                &[
-                    ("frame", wire.malformed),
-                    ("call", snapshot.rpc_malformed),
-                    ("nbd", snapshot.nbd_malformed),
-                ],
-            ),
-        ),
-        gauge(
-            "peer_queue_bytes",
-            "Bytes that wait to be sent to other nodes",
-            by("lane", &[("control", queued.0), ("bulk", queued.1)]),
-        ),
+        counter("peer_malformed", "What peers and clients sent that makes no sense", malformed.concat()),
+        gauge("peer_queue_bytes", "Bytes that wait to be sent to other stores", queued.concat()),
     ]
 }
 

@@ -6,6 +6,7 @@
 
 mod clones;
 mod members;
+mod nodes;
 pub mod recovery;
 mod snapshots;
 mod state;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use clones::{SourceOrder, VolumeSource};
 pub use members::{gives_way, target_voters};
+pub use nodes::{NodeRecord, STORES_MAX, StoreRecord};
 pub use recovery::{Incarnation, Quarantined, Recovery};
 pub use snapshots::{SnapshotPhase, SnapshotRecord};
 pub use state::{CatalogReply, CatalogState};
@@ -28,24 +30,6 @@ pub use state::{CatalogReply, CatalogState};
 pub const NODES_MAX: usize = 1024;
 /// Volumes of a cluster.
 pub const VOLUMES_MAX: usize = 100_000;
-
-/// A node as the catalog knows it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct NodeRecord {
-    /// Where it stands, and its name.
-    pub location: Location,
-    /// Its store.
-    pub store: StoreId,
-    /// Where its peers reach it, `host:port`.
-    pub peer_address: String,
-    /// Where its admin API is reached from the same machine.
-    pub admin: String,
-    /// Nothing new is placed on it.
-    pub cordoned: bool,
-    /// It takes witnesses only, never data (INV-PLACE).
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub witness: bool,
-}
 
 /// What was written before there were witnesses says nothing of them, and what concerns none still says nothing.
 fn is_false(value: &bool) -> bool {

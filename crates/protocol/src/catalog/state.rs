@@ -8,7 +8,7 @@ use holdfast_types::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CatalogCommand, CatalogResult, Incarnation, NODES_MAX, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
+    CatalogCommand, CatalogResult, Incarnation, NodeRecord, Placed, ReplicaPhase, ReplicaRecord,
     SnapshotRecord, SourceOrder, VOLUMES_MAX, VolumePhase, VolumeRecord,
 };
 
@@ -213,49 +213,6 @@ impl CatalogState {
             refused(ErrorCode::NotFound, format!("there is no node {name}"))
                 .hint("`holdfast node list` shows them all")
         })
-    }
-
-    fn put_node(&mut self, cluster: ClusterId, node: &NodeRecord) -> CatalogResult {
-        let name = &node.location.node;
-        limits::check_name("node", name.as_str())?;
-        limits::check_name("region", &node.location.region)?;
-        limits::check_name("zone", &node.location.zone)?;
-        if cluster != self.cluster {
-            return Err(refused(
-                ErrorCode::Refused,
-                format!("node {name} is of cluster {cluster}, this is cluster {}", self.cluster),
-            )
-            .hint("give the node an empty data directory, or start it in its own cluster"));
-        }
-        if let Some(other) =
-            self.nodes.values().find(|other| other.store == node.store && other.location.node != *name)
-        {
-            let other = &other.location.node;
-            return Err(refused(
-                ErrorCode::Refused,
-                format!("the store of {name} is known as that of {other}"),
-            )
-            .hint("was a disk image copied? Give one of the two an empty data directory"));
-        }
-        let before = self.nodes.get(name);
-        if before.is_some_and(|before| before.store == node.store && before.witness != node.witness) {
-            let (was, is) = if node.witness { ("data", "a witness") } else { ("a witness", "data") };
-            return Err(refused(
-                ErrorCode::Refused,
-                format!("node {name} was made for {was} and is now started for {is}"),
-            )
-            .hint("start it as it was before, or make another node with a data directory of its own"));
-        }
-        if before.is_some_and(|before| before.store != node.store) {
-            return Err(refused(ErrorCode::Refused, format!("node {name} had another store before"))
-                .hint("start it under a new name; its lost replicas are replaced"));
-        }
-        if before.is_none() && self.nodes.len() >= NODES_MAX {
-            return Err(refused(ErrorCode::ResourceExhausted, "the cluster has as many nodes as it can"));
-        }
-        let cordoned = before.is_some_and(|before| before.cordoned);
-        self.nodes.insert(name.clone(), NodeRecord { cordoned, ..node.clone() });
-        Ok(CatalogReply::Done)
     }
 
     fn check_new(&self, id: VolumeId, spec: &VolumeSpec, placed: &[Placed]) -> Result<(), UserError> {

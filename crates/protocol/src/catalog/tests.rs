@@ -4,6 +4,7 @@ mod clones;
 mod members;
 mod recovery;
 mod snapshots;
+mod stores;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -90,6 +91,8 @@ fn node(number: usize, store: u128) -> CatalogCommand {
             admin: String::new(),
             cordoned: false,
             witness: false,
+            directory: String::new(),
+            others: Vec::new(),
         },
     }
 }
@@ -336,10 +339,17 @@ fn refusals_teach() {
 
 prop_compose! {
     fn world()(
-        regions in 1..4usize, zones in 1..4usize, nodes in 1..4usize, mask in any::<u64>(), rooms in any::<u64>(),
+        regions in 1..4usize, zones in 1..4usize, nodes in 1..4usize, stores in 1..4usize,
+        mask in any::<u64>(), rooms in any::<u64>(),
         witnesses in prop::collection::vec((0..5usize, 0..5usize, any::<bool>()), 0..3),
     ) -> Vec<Candidate> {
-        let mut all = candidates(regions, zones, nodes);
+        let mut all: Vec<Candidate> = candidates(regions, zones, nodes)
+            .into_iter()
+            .flat_map(|c| (0..stores).map(move |n| Candidate {
+                store: StoreId(c.store.0 + 10_000 * n as u128),
+                ..c.clone()
+            }))
+            .collect();
         for (n, candidate) in all.iter_mut().enumerate() {
             candidate.usable = mask >> (n % 64) & 3 != 0;
             candidate.available_bytes = if rooms >> (n % 64) & 7 == 0 { 0 } else { 10 << 30 };
@@ -379,6 +389,8 @@ proptest! {
             let find = |store| world.iter().find(|c| c.store == store).expect("a candidate");
             prop_assert!(placed.iter().all(|p| find(p.store).usable && find(p.store).available_bytes > 0));
             prop_assert!(placed.iter().all(|p| find(p.store).witness == p.witness), "INV-PLACE: each on its kind");
+            let nodes: BTreeSet<&NodeName> = placed.iter().map(|p| &p.location.node).collect();
+            prop_assert_eq!(nodes.len(), placed.len(), "INV-PLACE: no two on one node");
             let witnesses = placed.iter().filter(|p| p.witness).count();
             prop_assert!(witnesses <= 1 && (witnesses == 0 || placed.len() == 3));
             prop_assert!(placed.iter().position(|p| p.witness).is_none_or(|at| at == placed.len() - 1));
@@ -393,7 +405,7 @@ proptest! {
                 let staying = &placed[1..];
                 if let Ok(one) = place_one(&asked, &world, staying, false) {
                     prop_assert!(!one.witness);
-                    prop_assert!(staying.iter().all(|p| p.store != one.store));
+                    prop_assert!(staying.iter().all(|p| p.location.node != one.location.node));
                     let again = staying.iter().filter(|p| p.location.domain(domain) == one.location.domain(domain));
                     prop_assert!(placed.len() - (again.count() + 1) > placed.len() / 2);
                 }

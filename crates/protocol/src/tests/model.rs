@@ -473,6 +473,8 @@ fn every_planted_fault_is_found() {
         "INV-MEMBER",
         "INV-RECOVER",
         "INV-QUOTA",
+        "INV-PLACE",
+        "INV-STORES",
         "progress",
     ];
     let inside =

@@ -18,6 +18,7 @@ mod power_cut;
 mod restored_copy;
 mod rotten_entry;
 mod snapshots;
+mod store_lost;
 mod witness;
 mod wrong_directory;
 
@@ -49,7 +50,7 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 23] = [
+pub const ALL: [(&str, &str); 24] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
@@ -77,6 +78,10 @@ pub const ALL: [(&str, &str); 23] = [
     (
         "witness",
         "two zones and a witness: each is lost in turn, and what only the lost zone and the witness had is kept",
+    ),
+    (
+        "store-lost",
+        "nodes of two stores lose one each: its disk fails, hangs, is not mounted, or is another one's",
     ),
     ("copies", "the node that copies a snapshot into a new volume is killed in the middle"),
 ];
@@ -106,6 +111,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "snapshots" => snapshots::run(place).await,
         "full-disk" => full_disk::run(place).await,
         "copies" => copies::run(place).await,
+        "store-lost" => store_lost::run(place).await,
         "witness" => witness::run(place).await,
         other => match holdfast_scenario::scripts::named(other) {
             Some(script) => crate::script::run(place, &script).await,
