@@ -36,6 +36,7 @@ pub mod repair;
 mod rotten_source;
 pub mod scrub;
 mod serve;
+mod session_messages;
 pub mod snapshot_messages;
 mod snapshots;
 mod space;

@@ -22,9 +22,7 @@ use holdfast_protocol::volume::{Refusal, Snapshot, VolumeReply, VolumeState};
 use holdfast_store::journal::GroupLog;
 use holdfast_store::volume::{BlockKind, CheckedBlocks, Checkpoint, Clear, ReadError, SpaceUsed, VolumeData};
 use holdfast_store::{EntryId, StoreError};
-use holdfast_types::{
-    BLOCK_BYTES, BlockRange, ByteSize, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum,
-};
+use holdfast_types::{BLOCK_BYTES, BlockRange, Epoch, LogIndex, SessionId, SnapshotId, Term, block_checksum};
 use holdfast_wire::rpc::{Responder, Rpc};
 use tokio::sync::Notify;
 
@@ -583,7 +581,7 @@ impl Volume {
     }
 
     /// Attach, detach, resize, policy.
-    async fn control(&self, command: Bytes, quota: Option<ByteSize>) -> DataReply {
+    async fn control(&self, command: Bytes, quota: Option<holdfast_types::ByteSize>) -> DataReply {
         let mut decoded = match VolumeCommand::decode(&command) {
             Ok(decoded) if decoded.tag().is_none() => decoded,
             Ok(_) => return DataReply::Failed("a data command is not a control command".into()),
@@ -601,14 +599,8 @@ impl Volume {
         {
             return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
         }
-        if let (VolumeCommand::Snapshot { id, .. }, Some(quota)) = (&decoded, quota) {
-            match self.beyond_quota(*id, quota).await {
-                Ok(None) => {}
-                Ok(Some(refusal)) => {
-                    return DataReply::Applied { index, reply: VolumeReply::Refused(refusal) };
-                }
-                Err(error) => return self.elsewhere(format!("what the volume holds is not known: {error}")),
-            }
+        if let Some(refused) = self.refused_for_quota(&decoded, quota, index).await {
+            return refused;
         }
         if let VolumeCommand::Attach { .. } = &decoded {
             let now = self.now();
