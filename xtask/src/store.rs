@@ -57,6 +57,15 @@ const MUTANTS: &[Mutant] = &[
         "holdfast_store",
         "journal::writer::tests::a_copy_that_was_overtaken_does_not_bring_back_what_was_cut",
     ),
+    (
+        "no-admission",
+        "INV-ADMIT",
+        "pacing",
+        "admission::writers_who_outrun_the_cleaner_are_slowed_evenly_and_the_line_never_stops",
+    ),
+    ("first-come", "INV-ADMIT", "pacing", "admission::who_writes_little_is_hardly_slowed_by_who_writes_much"),
+    ("never-give-way", "INV-YIELD", "pacing", "giving_way::who_writes_is_given_way_to"),
+    ("never-hurry", "INV-YIELD", "pacing", "giving_way::a_cleaner_that_is_needed_gives_way_to_nobody"),
     ("forget-cut", "INV-TERM", "crash_twice", "what_follows_two_torn_tails_is_not_cut_with_them"),
     (
         "no-closing-mark",

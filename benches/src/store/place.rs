@@ -9,7 +9,7 @@ use bytes::Bytes;
 use holdfast_env::JoinHandle;
 use holdfast_env::disk::Directory;
 use holdfast_env::real::disk::{IoEngine, RealDirectory};
-use holdfast_store::journal::{GroupLog, Journal, StoreOptions};
+use holdfast_store::journal::{GroupLog, Journal, StoreOptions, levels};
 use holdfast_store::volume::{Checkpoint, CheckpointSource, ReplicaFileIdentity, VolumeData};
 use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreError, StoreIdentity};
 use holdfast_types::{
@@ -24,10 +24,8 @@ use crate::load::Target;
 /// Kinds of log entries.
 const WRITE: u8 = 1;
 const SNAPSHOT: u8 = 2;
-/// As in a replica: blocks that are not home, at which they are brought there; and how full the journal is when its log
-/// is purged, in percent.
+/// As in a replica: blocks that are not home, at which they are brought there.
 const CLEAN_AT_BYTES: u64 = 16 << 20;
-const PURGE_ABOVE_PERCENT: u32 = 50;
 /// Largest answer of a log that is read again.
 const REPEAT_BYTES: usize = 8 << 20;
 
@@ -287,9 +285,12 @@ impl Volume {
     async fn clean_when_due(&self) -> Outcome<()> {
         let (pressure_changed, changed) = (self.journal.pressure_changed(), self.applied.changed.notified());
         let pressure = self.journal.pressure();
-        let pressed = pressure.line_waits || pressure.used_percent >= PURGE_ABOVE_PERCENT;
+        let pressed = pressure.line_waits || pressure.line_percent >= levels::PURGE;
+        if pressed {
+            self.purge().await?;
+        }
         let dirty = self.data().dirty();
-        let due = dirty.bytes >= CLEAN_AT_BYTES || (pressed && dirty.any);
+        let due = dirty.bytes >= CLEAN_AT_BYTES.min(self.log.clean_at_bytes()) || (pressed && dirty.any);
         if due {
             self.clean().await?;
         }

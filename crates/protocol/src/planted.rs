@@ -20,6 +20,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("leader-restore", "INV-TERM"),
     ("run-rolled-back", "INV-ROLLBACK"),
     ("fill-up", "INV-SPACE"),
+    ("keep-the-log-for-the-absent", "INV-ADMIT"),
     ("witness-purges-early", "INV-WITNESS"),
     ("witness-sends-a-snapshot", "INV-WITNESS"),
     ("witness-campaigns-without-the-log", "INV-WITNESS"),

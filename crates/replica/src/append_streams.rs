@@ -16,7 +16,7 @@ use openraft::raft::AppendEntriesRequest;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::codec;
-use crate::config::{Raft, Types};
+use crate::config::{Entry, Raft, Types};
 
 /// Appends of one stream that wait for Raft; the sender keeps fewer in flight.
 const QUEUE_MAX: usize = 64;
@@ -76,6 +76,15 @@ impl AppendStreams {
     }
 }
 
+/// Block data that entries bring, in bytes.
+fn payload_of(entries: &[Entry]) -> usize {
+    let payload = |entry: &Entry| match &entry.payload {
+        openraft::EntryPayload::Normal(data) => data.payload.len(),
+        _ => 0,
+    };
+    entries.iter().map(payload).sum()
+}
+
 /// Feeds one stream of appends to Raft and gives its answers to the responders, in order.
 async fn serve(
     raft: Raft,
@@ -91,7 +100,7 @@ async fn serve(
             let next = async {
                 let (request, responder) = receiver.recv().await?;
                 if !request.entries.is_empty() {
-                    log.has_room().await;
+                    log.take_in(payload_of(&request.entries)).await;
                 }
                 Some((request, responder))
             };

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_protocol::planted::is_planted;
-use holdfast_store::journal::{Journal, Pressure};
+use holdfast_store::journal::{Journal, Pressure, levels};
 use holdfast_store::volume::Dirty;
 use holdfast_store::{Reserve, StoreError};
 use holdfast_types::{LogIndex, limits};
@@ -33,17 +33,6 @@ const HEAL_PATIENCE: Duration = Duration::from_secs(60);
 const HEAL_PAUSE: Duration = Duration::from_millis(200);
 /// Between steps of a merge, at least.
 const MERGE_PAUSE_MIN: Duration = Duration::from_millis(1);
-/// Fraction of the journal in use above which logs are purged, in percent.
-const PURGE_ABOVE_PERCENT: u32 = 50;
-/// The same while the medium is full: the journal is to be rather empty then.
-const PURGE_ABOVE_PERCENT_FULL: u32 = 12;
-/// Above this fraction whatever was applied is moved home at once: the reserve is near (a quarter of a small journal),
-/// and writers will wait for the room.
-const URGENT_ABOVE_PERCENT: u32 = 60;
-/// Above this fraction the log is not kept for a rebuild any more: retention slows nobody. A rebuild that falls out of
-/// the log begins again, and sends only what differs by then (`rebuild/hold.rs` sees to it that this ends).
-pub(crate) const HOLD_BELOW_PERCENT: u32 = 60;
-
 /// Cleans one volume until it is dropped or its store fails.
 pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
     loop {
@@ -54,11 +43,15 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
         let cleaner = Cleaner { volume: &this, journal: &journal };
         let pressure_changed = journal.pressure_changed();
         let pressure = journal.pressure();
-        let purge_above = if journal.is_full() { PURGE_ABOVE_PERCENT_FULL } else { PURGE_ABOVE_PERCENT };
-        let pressed = pressure.line_waits || pressure.used_percent >= purge_above;
+        let purge_above = if journal.is_full() { levels::PURGE_WHEN_FULL } else { levels::PURGE };
+        let pressed = pressure.line_waits || pressure.line_percent >= purge_above;
+        // What is home already makes room at once, whatever a pass takes.
+        if pressed && !purge(&this, &journal).await {
+            return;
+        }
         let dirty = this.data().dirty();
         let wanted = this.machine().take_checkpoint_wanted();
-        let due = dirty.bytes >= CLEAN_AT_BYTES || ((pressed || wanted || journal.is_full()) && dirty.any);
+        let due = cleaner.is_much(&dirty) || ((pressed || wanted || journal.is_full()) && dirty.any);
         let mut done = Done::Nothing;
         if due && cleaner.may_clean(&dirty).await {
             done = cleaner.clean().await;
@@ -121,6 +114,11 @@ struct Cleaner<'c> {
 }
 
 impl Cleaner<'_> {
+    /// Whether so much is not home that it is brought there without pressure.
+    fn is_much(&self, dirty: &Dirty) -> bool {
+        dirty.bytes >= CLEAN_AT_BYTES.min(self.volume.log().clean_at_bytes())
+    }
+
     /// Ends when there may be work: blocks were dirtied, the journal filled up, or it has been quiet for a while (then
     /// true).
     async fn wait(&self, pressure_changed: impl Future<Output = ()>) -> bool {
@@ -129,12 +127,12 @@ impl Cleaner<'_> {
             loop {
                 volume.machine().dirtied.notified().await;
                 let pressure = journal.pressure();
-                let urgent = pressure.line_waits || pressure.used_percent >= URGENT_ABOVE_PERCENT;
+                let urgent = pressure.line_waits || pressure.line_percent >= levels::URGENT;
                 let wanted = volume.machine().is_checkpoint_wanted();
                 let dirty = volume.data().dirty();
                 // On a full medium whatever makes room is done at once.
                 let makes_room = journal.is_full() && (dirty.cleared > 0 || dirty.layers);
-                if urgent || wanted || makes_room || dirty.bytes >= CLEAN_AT_BYTES || volume.is_stopped() {
+                if urgent || wanted || makes_room || self.is_much(&dirty) || volume.is_stopped() {
                     return;
                 }
             }
@@ -315,7 +313,7 @@ impl Cleaner<'_> {
 /// Whether it harms nobody to wait for what is damaged for as long as it takes: it comes from another replica
 /// (`heal.rs`), and the journal has room.
 fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool {
-    let has_room = !pressure.line_waits && pressure.used_percent < URGENT_ABOVE_PERCENT;
+    let has_room = !pressure.line_waits && pressure.line_percent < levels::URGENT;
     matches!(error, StoreError::Damaged { .. }) && awaits_pages && has_room
 }
 
@@ -323,15 +321,20 @@ fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool 
 async fn purge(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
     let pressure = journal.pressure();
-    let may_hold = !pressure.line_waits && pressure.used_percent < HOLD_BELOW_PERCENT;
+    let may_hold = !pressure.line_waits && pressure.line_percent < levels::GIVE_UP;
     let held = volume.hold().index().filter(|_| may_hold);
-    let upto = held.map_or(checkpoint, |index| checkpoint.min(index));
+    let (is_held, upto) = (held.is_some(), held.map_or(checkpoint, |index| checkpoint.min(index)));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
-    if upto <= purged {
+    if upto <= purged || (!is_held && volume.group().given_up().is_pending()) {
         return true;
     }
     match volume.group().purge(upto).await {
-        Ok(()) => true,
+        Ok(()) => {
+            if !is_held {
+                volume.group().given_up().give_up(upto, volume.group().timers().election_max);
+            }
+            true
+        }
         Err(crate::group::GroupError::Stopped(why)) => {
             tracing::error!(group = %volume.group().id().group, %why, "the log is not purged any more");
             false
@@ -350,10 +353,10 @@ mod tests {
     #[test]
     fn only_what_others_hold_is_waited_for_and_only_while_there_is_room() {
         let damaged = StoreError::Damaged { what: "a page".into(), why: "it is old".into() };
-        let pressure = |used_percent, line_waits| Pressure { used_percent, line_waits };
+        let pressure = |line_percent, line_waits| Pressure { used_percent: 0, line_percent, line_waits };
         assert!(may_wait(&damaged, true, pressure(10, false)));
         assert!(!may_wait(&damaged, false, pressure(10, false)));
-        assert!(!may_wait(&damaged, true, pressure(URGENT_ABOVE_PERCENT, false)));
+        assert!(!may_wait(&damaged, true, pressure(levels::URGENT, false)));
         assert!(!may_wait(&damaged, true, pressure(10, true)));
         assert!(!may_wait(&StoreError::Failed("it stopped".into()), true, pressure(10, false)));
     }

@@ -31,6 +31,7 @@ use crate::codec;
 use crate::config::{AppData, AppReply, Entry, LeaderId, Raft, Role, Timers, Types};
 use crate::confirm;
 use crate::core::Core;
+use crate::given_up::GivenUp;
 use crate::gray::{Acks, Damping, Mute};
 use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
@@ -142,6 +143,7 @@ impl Group {
             acks: Acks::default(),
             grants: Grants::default(),
             fulls: Fulls::default(),
+            given_up: GivenUp::new(log.clone()),
             round_trips: Acks::default(),
             role,
         };
@@ -328,6 +330,9 @@ impl Group {
     }
     pub(crate) fn acks(&self) -> &Acks {
         &self.networks.acks
+    }
+    pub(crate) fn given_up(&self) -> &GivenUp {
+        &self.networks.given_up
     }
     pub(crate) fn fulls(&self) -> &Fulls {
         &self.networks.fulls

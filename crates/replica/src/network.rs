@@ -13,7 +13,7 @@ use futures_util::{Stream, StreamExt};
 use holdfast_env::net::{Frame, Lane};
 use holdfast_env::{Instant, Sleep};
 use holdfast_protocol::planted::is_planted;
-use holdfast_types::{GroupId, ReplicaId, StoreId, Term, Writer};
+use holdfast_types::{GroupId, LogIndex, ReplicaId, StoreId, Term, Writer};
 use holdfast_wire::rpc::{CallError, Pending, Rpc};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -25,6 +25,7 @@ use openraft::raft::{
 
 use crate::codec;
 use crate::config::{Peer, Role, Snapshot, Types, Vote};
+use crate::given_up::GivenUp;
 use crate::gray::{Acks, Mute};
 use crate::machine::SnapshotData;
 use crate::messages::{self, Method};
@@ -33,7 +34,7 @@ use crate::space::Fulls;
 use crate::usage::Counters;
 
 /// Appends of one stream that are under way at once. Two keep the link and the disk busy; more only queue.
-const STREAM_IN_FLIGHT_MAX: usize = 4;
+pub(crate) const STREAM_IN_FLIGHT_MAX: usize = 4;
 /// How long an append may stay unanswered (the follower answers after its flush).
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a mere commit waits for an append to carry it. At depth one the next write comes sooner, and a frame and
@@ -55,6 +56,7 @@ pub(crate) struct Networks {
     pub(crate) acks: Acks,
     pub(crate) grants: Grants,
     pub(crate) fulls: Fulls,
+    pub(crate) given_up: GivenUp,
     pub(crate) round_trips: Acks,
     pub(crate) role: Role,
 }
@@ -72,6 +74,7 @@ pub(crate) struct Client {
     acks: Acks,
     grants: Grants,
     fulls: Fulls,
+    given_up: GivenUp,
     round_trips: Acks,
     role: Role,
 }
@@ -81,6 +84,11 @@ pub(crate) struct Client {
 #[error("the disk below hangs: this replica is silent")]
 struct Silent;
 
+/// Entries that the journal keeps for nobody any more are not sent either.
+#[derive(Debug, thiserror::Error)]
+#[error("the journal needs the room of what the follower lacks: it gets blocks instead")]
+struct NotKept;
+
 /// Whoever needs more than a log holds needs blocks.
 #[derive(Debug, thiserror::Error)]
 #[error("this leader is a witness and has no blocks to give")]
@@ -88,6 +96,10 @@ struct NoBlocks;
 
 fn silent() -> RPCError<Types> {
     RPCError::Unreachable(Unreachable::new(&Silent))
+}
+
+fn not_kept() -> RPCError<Types> {
+    RPCError::Unreachable(Unreachable::new(&NotKept))
 }
 
 impl Networks {
@@ -104,6 +116,7 @@ impl Networks {
             acks: self.acks.clone(),
             grants: self.grants.clone(),
             fulls: self.fulls.clone(),
+            given_up: self.given_up.clone(),
             round_trips: self.round_trips.clone(),
             role: self.role,
         }
@@ -239,7 +252,7 @@ impl RaftNetworkV2<Types> for Client {
                 in_flight: VecDeque::new(),
                 begun: false,
                 held: None,
-                refused: false,
+                refused: None,
                 ended: false,
             };
             Ok(futures_util::stream::unfold(pipeline, Pipeline::next).boxed_local())
@@ -327,14 +340,14 @@ struct Pipeline<'c, S> {
     client: &'c mut Client,
     stream: u64,
     input: Option<S>,
-    /// What waits for its answer, and since when if it has entries.
-    in_flight: VecDeque<(Pending, Option<Instant>)>,
+    /// What waits for its answer; if it has entries, since when, and the first of them.
+    in_flight: VecDeque<(Pending, Option<(Instant, LogIndex)>)>,
     /// Whether a request has left: the first one of a stream is never held, it finds out where the follower stands.
     begun: bool,
     /// A request without entries that only tells of a commit, and until when it waits.
     held: Option<(AppendEntriesRequest<Types>, Sleep)>,
-    /// A request came while nothing may be sent.
-    refused: bool,
+    /// A request came while nothing may be sent, or of entries that are kept for nobody any more.
+    refused: Option<fn() -> RPCError<Types>>,
     ended: bool,
 }
 
@@ -346,9 +359,9 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             return None;
         }
         let answer = self.answer().await;
-        if self.refused {
+        if let Some(why) = self.refused {
             self.ended = true;
-            return Some((Err(silent()), self));
+            return Some((Err(why()), self));
         }
         let item = match answer? {
             Ok(frame) => {
@@ -366,8 +379,8 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
     fn send(&mut self, request: &AppendEntriesRequest<Types>) {
         self.begun = true;
         let pending = self.client.start_append(self.stream, request);
-        let since = (!request.entries.is_empty()).then(Instant::now);
-        self.in_flight.push_back((pending, since));
+        let first = request.entries.first().map(|entry| LogIndex(entry.log_id.index));
+        self.in_flight.push_back((pending, first.map(|first| (Instant::now(), first))));
     }
 
     /// Sends a request, or holds it if it only tells of a commit. What is sent carries the newest commit, so what was
@@ -390,14 +403,20 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
 
     /// The answer to the oldest request in flight, sending new ones meanwhile. `None` when input and answers ended.
     async fn answer(&mut self) -> Option<Result<Frame, CallError>> {
+        let given_up = self.client.given_up.clone();
+        let mut grace = None;
+        let mut more_given_up = std::pin::pin!(given_up.changed());
         std::future::poll_fn(|context| {
             use std::pin::Pin;
             use std::task::Poll;
+            while more_given_up.as_mut().poll(context).is_ready() {
+                more_given_up.set(given_up.changed());
+            }
             while self.in_flight.len() < STREAM_IN_FLIGHT_MAX {
                 let Some(input) = &mut self.input else { break };
                 match Pin::new(input).poll_next(context) {
                     Poll::Ready(Some(_)) if self.client.mute.is_set() => {
-                        self.refused = true;
+                        self.refused = Some(silent);
                         return Poll::Ready(None);
                     }
                     Poll::Ready(Some(request)) => self.take(request),
@@ -412,18 +431,32 @@ impl<S: Stream<Item = AppendEntriesRequest<Types>> + Unpin> Pipeline<'_, S> {
             {
                 self.send(&request);
             }
-            let Some((first, since)) = self.in_flight.front_mut() else {
+            let Some((first, of)) = self.in_flight.front_mut() else {
                 return if self.input.is_none() { Poll::Ready(None) } else { Poll::Pending };
             };
             match Pin::new(first).poll(context) {
                 Poll::Ready(answer) => {
-                    if let (Ok(_), Some(since)) = (&answer, *since) {
+                    if let (Ok(_), Some((since, _))) = (&answer, *of) {
                         self.client.acks.record(self.client.target, since);
                     }
                     self.in_flight.pop_front();
                     Poll::Ready(Some(answer))
                 }
-                Poll::Pending => Poll::Pending,
+                Poll::Pending => {
+                    let oldest = self.in_flight.iter().find_map(|(_, of)| *of);
+                    let until = oldest.and_then(|(sent, first)| given_up.when(sent, first));
+                    let Some(until) = until else { return Poll::Pending };
+                    while Instant::now() < until {
+                        let ends = grace.get_or_insert_with(|| holdfast_env::sleep_until(until));
+                        if Pin::new(ends).poll(context).is_pending() {
+                            return Poll::Pending;
+                        }
+                        // It was for an earlier one.
+                        grace = None;
+                    }
+                    self.refused = Some(not_kept);
+                    Poll::Ready(None)
+                }
             }
         })
         .await

@@ -5,11 +5,13 @@
 //! cache any subset of its 512-byte sectors. Every operation is numbered, so that a test can stop the world at any of
 //! them, or make any of them fail.
 
+mod device;
 mod disk;
 mod driver;
 pub mod fuzz;
 mod planted;
 
+pub use device::{Device, Speed};
 pub use disk::{Fault, Image, Left, MemoryDisk, Tear};
 pub use driver::{Random, simulate};
 pub use planted::{KNOWN, is_planted, plant};

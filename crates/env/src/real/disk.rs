@@ -254,20 +254,29 @@ fn sync_directories(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Names of the files that begin so. Only the directory that the prefix names is walked: who opens a hundred replicas
+/// does not look at all of them a hundred times.
 fn list_files(root: &Path, prefix: &str) -> io::Result<Vec<String>> {
+    let within = prefix.rsplit_once('/').map_or("", |(directory, _)| directory);
     let mut out = Vec::new();
-    let mut pending = vec![root.to_owned()];
+    let mut pending = vec![root.join(within)];
     while let Some(directory) = pending.pop() {
-        for entry in fs::read_dir(&directory)? {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            // It never was.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
             let entry = entry?;
             let path = entry.path();
-            if entry.file_type()?.is_dir() {
-                pending.push(path);
-                continue;
-            }
             let relative = path.strip_prefix(root).map_err(io::Error::other)?;
             let name = relative.to_str().ok_or_else(|| io::Error::other("a file name is not UTF-8"))?;
-            if name.starts_with(prefix) {
+            if entry.file_type()?.is_dir() {
+                if name.starts_with(prefix) || prefix.starts_with(name) {
+                    pending.push(path);
+                }
+            } else if name.starts_with(prefix) {
                 out.push(name.to_owned());
             }
         }

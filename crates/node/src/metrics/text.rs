@@ -1,6 +1,7 @@
 //! A snapshot as Prometheus text.
 
 use std::fmt;
+use std::time::Duration;
 
 use holdfast_env::disk::Space;
 use holdfast_replica::StoreSpace;
@@ -42,6 +43,13 @@ fn gauge(name: &'static str, help: &'static str, samples: Vec<(Labels, u64)>) ->
 fn latency(name: &'static str, help: &'static str, samples: Vec<(Labels, LatencyHistogram)>) -> Family {
     let samples = samples.into_iter().map(|(labels, how)| (labels, Value::Latency(how))).collect();
     Family { name, help, kind: MetricType::Histogram, samples }
+}
+
+/// A counter of seconds.
+fn seconds(name: &'static str, help: &'static str, samples: Vec<(Labels, Duration)>) -> Family {
+    let samples =
+        samples.into_iter().map(|(labels, long)| (labels, Value::Number(long.as_secs_f64()))).collect();
+    Family { name, help, kind: MetricType::Counter, samples }
 }
 
 fn one(value: u64) -> Vec<(Labels, u64)> {
@@ -247,6 +255,31 @@ fn journal(snapshot: &Snapshot) -> Vec<Family> {
             "journal_queue_bytes",
             "Payload that waits for a batch",
             of(|store| store.journal.waiting_bytes),
+        ),
+        gauge(
+            "journal_line_size_bytes",
+            "Bytes that entries may fill before they wait",
+            of(|store| store.journal.line_bytes),
+        ),
+        gauge(
+            "journal_line_used_bytes",
+            "Bytes of them that are needed",
+            of(|store| store.journal.line_bytes_taken),
+        ),
+        counter(
+            "journal_slowed_writes",
+            "Writes that waited because the journal was filling up",
+            of(|store| store.journal.slowed_writes),
+        ),
+        seconds(
+            "journal_slowed_seconds",
+            "How long they waited, all together",
+            each_open(snapshot, |store| store.journal.slowed_for),
+        ),
+        seconds(
+            "store_cleaners_paused_seconds",
+            "How long cleaners paused to give way to batches of the journal",
+            each_open(snapshot, |store| store.journal.cleaners_paused),
         ),
         latency(
             "journal_flush_seconds",

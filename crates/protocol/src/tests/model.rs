@@ -467,6 +467,7 @@ fn every_planted_fault_is_found() {
         "INV-GRAY",
         "INV-ROLLBACK",
         "INV-SPACE",
+        "INV-ADMIT",
         "INV-WITNESS",
         "INV-STAGE",
         "INV-ACK",

@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use holdfast_env::Instant;
 use holdfast_protocol::planted::is_planted;
+use holdfast_store::journal::levels;
 use holdfast_types::LogIndex;
 
-use crate::cleaner::HOLD_BELOW_PERCENT;
 use crate::volume::Volume;
 
 /// How long a leader keeps its log for a receiver that has gone silent.
@@ -103,7 +103,7 @@ impl Volume {
         if bytes == 0 || !self.hold().is_outrun() || !self.group().is_somebody_behind() {
             return;
         }
-        let wait = self.hold().wait(bytes as u64, self.log().room_below(HOLD_BELOW_PERCENT));
+        let wait = self.hold().wait(bytes as u64, self.log().room_below(levels::GIVE_UP));
         self.group().counters().count(|usage| usage.paced_writes += u64::from(!wait.is_zero()));
         holdfast_env::sleep(wait).await;
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use holdfast_env::Instant;
 use holdfast_protocol::planted::is_planted;
 use holdfast_store::StoreError;
-use holdfast_store::journal::Journal;
+use holdfast_store::journal::{Journal, levels};
 use holdfast_store::volume::{Checkpoint, CheckpointSource};
 use holdfast_types::LogIndex;
 
@@ -31,10 +31,6 @@ const LOOK_AT_BYTES: u64 = 8 << 20;
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// A witness looks so often whatever comes: what is small costs memory, too.
 const IDLE: Duration = Duration::from_secs(5);
-/// Fraction of the journal in use above which it looks at once, in percent.
-const PRESSED_ABOVE_PERCENT: u32 = 40;
-/// The same above which what somebody lacks goes, too.
-const FULL_ABOVE_PERCENT: u32 = 60;
 /// What a data voter is behind for less long than this is under way to it.
 const LATE_AFTER: Duration = Duration::from_secs(1);
 /// Between two tries to hand the leadership over.
@@ -72,7 +68,7 @@ impl Witness {
         holdfast_env::sleep(LOOK_PAUSE).await;
         let pressure_changed = journal.pressure_changed();
         let grown = self.machine.grown(LOOK_AT_BYTES);
-        let is_pressed = journal.pressure().used_percent >= PRESSED_ABOVE_PERCENT;
+        let is_pressed = journal.pressure().line_percent >= levels::WITNESS_LOOKS;
         if self.is_stopped() || (is_pressed && self.held_bytes() > 0) {
             return;
         }
@@ -129,7 +125,7 @@ impl Witness {
     /// filling up.
     fn is_beyond_budget(&self, host: &Host, journal: &Journal) -> bool {
         let (held, pressure) = (self.held_bytes(), journal.pressure());
-        let is_filling = pressure.line_waits || pressure.used_percent >= FULL_ABOVE_PERCENT;
+        let is_filling = pressure.line_waits || pressure.line_percent >= levels::GIVE_UP;
         let is_largest = || host.witnesses().iter().all(|other| other.held_bytes() <= held);
         held > host.witnesses.budget.get() || (is_filling && held > 0 && is_largest())
     }

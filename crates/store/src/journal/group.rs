@@ -9,7 +9,7 @@ use holdfast_types::{BLOCK_BYTES, LogIndex, limits};
 use tokio::sync::oneshot;
 
 use super::format::{EntryRecord, GroupState, HEAD_BYTES_MAX, Record, VOTE_BYTES_MAX};
-use super::{Admitted, Journal, planted};
+use super::{Admitted, Beside, CleaningPass, Journal, planted};
 use crate::{EntryId, LogEntry, ReplicaIdentity, StoreError};
 
 /// Called once when something is on stable storage, or with why it never will be.
@@ -74,6 +74,10 @@ pub(super) struct Group {
     pub(super) parked: bool,
     /// Entries before this index have no payload in memory.
     pub(super) evicted_below: u64,
+    /// Entries before this index were told to be dispensable.
+    pub(super) told_below: u64,
+    /// Payload of those of them that are still here.
+    pub(super) dispensable_bytes: u64,
 }
 
 impl Group {
@@ -149,7 +153,21 @@ impl Group {
         removed
     }
 
+    /// Payload of the entries up to `upto` that this has not been asked for before.
+    fn more_dispensable(&mut self, upto: LogIndex) -> u64 {
+        let (from, end) = (self.told_below.max(self.first), upto.0 + 1);
+        self.told_below = self.told_below.max(end);
+        let skipped = (from - self.first).min(self.entries.len() as u64) as usize;
+        let count = end.saturating_sub(from).min(self.entries.len() as u64) as usize;
+        let more = self.entries.iter().skip(skipped).take(count);
+        let bytes = more.map(|meta| u64::from(meta.payload_bytes)).sum();
+        self.dispensable_bytes += bytes;
+        bytes
+    }
+
     fn forget(&mut self, removed: &[Meta]) {
+        let dispensable = removed.iter().take_while(|meta| meta.id.index.0 < self.told_below);
+        self.dispensable_bytes -= dispensable.map(|meta| u64::from(meta.payload_bytes)).sum::<u64>();
         let bytes: usize = removed.iter().filter_map(|meta| meta.payload.as_ref()).map(Bytes::len).sum();
         self.cached_bytes -= bytes;
         self.held_bytes -= removed.iter().map(|meta| u64::from(meta.payload_bytes)).sum::<u64>();
@@ -284,28 +302,33 @@ impl GroupLog {
             let mut group = self.group.borrow_mut();
             group.state.dropped = true;
             let removed = group.entries.drain(..).collect::<Vec<_>>();
-            (group.cached_bytes, group.held_bytes) = (0, 0);
+            (group.cached_bytes, group.held_bytes, group.dispensable_bytes) = (0, 0, 0);
             removed
         };
         self.write_state(None, true, removed).await
     }
 
-    /// Waits until a payload of `bytes` may be proposed. A proposal may be committed by others long before it is
-    /// durable here, so that it is over does not mean that it has left the line.
+    /// Waits until a payload of `bytes` may be proposed (INV-ADMIT). A proposal may be committed by others long before it
+    /// is durable here, so that it is over does not mean that it has left the line.
     pub async fn admit(&self, bytes: usize) -> Admitted {
-        self.journal.has_room().await;
-        self.journal.admit(bytes).await
+        self.journal.admit(self.who, bytes).await
     }
 
-    /// Ends when the journal can take another append without a long line.
-    pub async fn has_room(&self) {
-        self.journal.has_room().await;
+    /// Ends when the journal can take an append of a leader elsewhere with so much payload without a long line; as the
+    /// journal fills, a little later. Others may commit without this store meanwhile.
+    pub async fn take_in(&self, bytes: usize) {
+        self.journal.take_in(bytes).await;
     }
 
-    /// Bytes that the journal may grow by until so many percent of it are in use.
+    /// Bytes that the line may grow by until so many percent of what it may take are in use.
     pub fn room_below(&self, percent: u32) -> u64 {
-        let left = percent.saturating_sub(self.journal.pressure().used_percent);
-        self.journal.bytes_total() / 100 * u64::from(left)
+        let usage = self.journal.usage_of_line();
+        (usage.1 / 100 * u64::from(percent)).saturating_sub(usage.0)
+    }
+
+    /// Bytes that are not home at which a volume is cleaned without pressure, if the journal has a say in it.
+    pub fn clean_at_bytes(&self) -> u64 {
+        self.journal.0.options.clean_at_bytes()
     }
 
     /// Whether data of a leader elsewhere is taken now: on a full medium only while the journal is rather empty.
@@ -516,5 +539,16 @@ impl crate::volume::PayloadSource for GroupLog {
     }
     fn evict_hint(&self) {
         self.group.borrow_mut().evict();
+    }
+    fn begin_pass(&self) -> Option<CleaningPass> {
+        Some(self.journal.begin_pass())
+    }
+    fn give_way(&self) -> futures_util::future::LocalBoxFuture<'static, Beside> {
+        let journal = self.journal.clone();
+        Box::pin(async move { journal.give_way().await })
+    }
+    fn end_pass(&self, pass: Option<CleaningPass>, index: LogIndex) {
+        let bytes = self.group.borrow_mut().more_dispensable(index);
+        pass.iter().for_each(|pass| pass.made(bytes));
     }
 }

@@ -8,12 +8,15 @@
 //! a segment is not reused before a later batch that says so is durable; a failed write or flush stops the store for
 //! good; what recovery cannot prove never to have been durable is never cut (docs/FORMAT.md has the argument).
 
+mod admission;
 pub(crate) mod format;
 mod group;
+pub mod levels;
 mod recover;
 mod repair;
 mod vacate;
 mod writer;
+mod yielding;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -27,19 +30,21 @@ use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, 
 use holdfast_types::{
     ClusterId, DecodeError, GroupId, LatencyHistogram, NodeName, Reader, ReplicaId, StoreId, Writer,
 };
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
+use admission::{Admission, Cleaning};
+pub use admission::{Admitted, CleaningPass, OTHERS_WAIT_MAX};
 pub use group::{Done, GroupLog};
 use group::{Group, Meta, Place};
 pub use repair::EntrySum;
 use writer::State;
+pub use yielding::Beside;
+use yielding::Foreground;
 
 use crate::{EntryId, RecentLatency, ReplicaIdentity, Reserve, StoreError, StoreIdentity};
 
 /// A disk that has not answered for a batch after so long is taken to hang, until it does.
 pub const HUNG_AFTER: Duration = Duration::from_secs(2);
-/// On a full medium data is taken from leaders elsewhere while no more than this of the journal is in use.
-const FULL_TAKES_BELOW_PERCENT: u32 = 25;
 const IDENTITY_FILE: &str = "journal/identity";
 const IDENTITY_MAGIC: u64 = 0x6873_6166_6964_3031;
 /// Goes up with every change of the journal's bytes, so that another version's journal is refused, not taken for empty.
@@ -65,6 +70,8 @@ impl Default for StoreOptions {
 pub struct Pressure {
     /// Segments in use, in percent.
     pub used_percent: u32,
+    /// What is needed of what the line may take, in percent (`levels`); more than 100 once it has stopped.
+    pub line_percent: u32,
     /// What stands in line waits for room, which only a purge makes.
     pub line_waits: bool,
 }
@@ -92,6 +99,16 @@ pub struct JournalUsage {
     pub entries_indexed: u64,
     /// Payload that is kept in memory, in bytes.
     pub bytes_cached: u64,
+    /// Bytes that entries may fill before they wait for room.
+    pub line_bytes: u64,
+    /// Those of them that are needed.
+    pub line_bytes_taken: u64,
+    /// Writes that waited to be let in because the journal was filling up.
+    pub slowed_writes: u64,
+    /// How long they waited, all together.
+    pub slowed_for: Duration,
+    /// How long cleaners paused to give way to batches of the journal.
+    pub cleaners_paused: Duration,
 }
 
 /// What recovery found out about a group.
@@ -135,24 +152,14 @@ struct Inner {
     recent_flushes: RefCell<RecentLatency>,
     /// What stands in line has become less.
     shorter: Notify,
-    /// Payload that may be on its way into the journal, in KiB.
-    admission: Rc<Semaphore>,
+    /// Who waits to be let in.
+    admission: RefCell<Admission>,
+    /// How fast cleaners make room.
+    cleaning: RefCell<Cleaning>,
+    /// How batches fare while they do.
+    foreground: RefCell<Foreground>,
     /// The store's reserve; there is none where nobody asked for it.
     reserve: OnceCell<Reserve>,
-}
-
-/// The right to put a payload into the journal; given back when it is dropped.
-pub struct Admitted(#[allow(dead_code, reason = "held, not read")] OwnedSemaphorePermitLocal);
-
-struct OwnedSemaphorePermitLocal {
-    semaphore: Rc<Semaphore>,
-    permits: u32,
-}
-
-impl Drop for OwnedSemaphorePermitLocal {
-    fn drop(&mut self) {
-        self.semaphore.add_permits(self.permits as usize);
-    }
 }
 
 /// The journal of one store. Cheap to clone.
@@ -206,7 +213,7 @@ impl IdentityBlock {
         if options.segment_bytes == 0 || !options.segment_bytes.is_multiple_of(ALIGNMENT as u64) {
             return Err(DecodeError::Unknown { what: "size of a segment", value: options.segment_bytes });
         }
-        if options.segments == 0 {
+        if (options.segments as usize) < levels::SEGMENTS_MIN {
             return Err(DecodeError::Unknown { what: "number of segments", value: 0 });
         }
         let salt = input.u64()?;
@@ -240,7 +247,7 @@ impl Journal {
         options: &StoreOptions,
     ) -> Result<(), StoreError> {
         assert!(
-            options.segments >= 4 && options.segment_bytes >= 2 << 20,
+            options.segments as usize >= levels::SEGMENTS_MIN && options.segment_bytes >= 2 << 20,
             "a segment has room for the largest entry"
         );
         if read_identity(&directory).await.is_ok() {
@@ -374,7 +381,8 @@ impl Journal {
     /// How full the journal is.
     pub fn pressure(&self) -> Pressure {
         let state = self.0.state.borrow();
-        Pressure { used_percent: state.used_percent(), line_waits: state.line_waits() }
+        let line_percent = (state.line_taken() * 100 / self.0.options.line_bytes()) as u32;
+        Pressure { used_percent: state.used_percent(), line_percent, line_waits: state.line_waits() }
     }
 
     /// Ends when the pressure has changed since this call (not since the future is first polled), or the store has
@@ -383,41 +391,15 @@ impl Journal {
         self.0.changed.notified()
     }
 
-    /// KiB of payload that may be on the way at once: half of what the line may take out of the reserve, so that a
-    /// vote is never behind more than fits (INV-ROOM).
-    fn admission_kib(options: &StoreOptions) -> u32 {
-        let reserved = (options.segments / 4).clamp(1, 4);
-        (u64::from(reserved) * options.segment_bytes / 2 / 1024) as u32
-    }
-
-    /// Waits until `bytes` of payload may be put into the journal: as it fills, this slows whoever proposes.
-    async fn admit(&self, bytes: usize) -> Admitted {
-        let most = Self::admission_kib(&self.0.options);
-        let permits = (bytes.div_ceil(1024) as u32).min(most);
-        let semaphore = self.0.admission.clone();
-        if let Ok(permit) = semaphore.acquire_many(permits).await {
-            permit.forget();
-        }
-        Admitted(OwnedSemaphorePermitLocal { semaphore: self.0.admission.clone(), permits })
-    }
-
-    /// Ends when little waits to be written, or the store has failed: as the journal fills, this slows a leader's
-    /// appends to this store.
-    async fn has_room(&self) {
-        let most = u64::from(Self::admission_kib(&self.0.options)) * 1024;
-        loop {
-            let changed = self.0.shorter.notified();
-            if self.0.state.borrow().waiting_bytes() <= most || self.failed().is_some() {
-                return;
-            }
-            changed.await;
-        }
-    }
-
     /// Whether data of leaders elsewhere is taken, who commit it without this store. On a full medium most of the journal
     /// is kept for what makes room: a volume that is led from here may need it (INV-SPACE).
     fn takes_data_of_others(&self) -> bool {
-        !self.is_full() || self.pressure().used_percent < FULL_TAKES_BELOW_PERCENT
+        !self.is_full() || self.pressure().line_percent < levels::FULL_TAKES_BELOW
+    }
+
+    /// Bytes of what the line may take that are taken, and all of them.
+    fn usage_of_line(&self) -> (u64, u64) {
+        (self.0.state.borrow().line_taken(), self.0.options.line_bytes())
     }
 
     /// Counters.
@@ -429,6 +411,11 @@ impl Journal {
             bytes_used: state.used_segments() as u64 * self.0.options.segment_bytes,
             waiting_records: state.waiting_records(),
             waiting_bytes: state.waiting_bytes(),
+            line_bytes: self.0.options.line_bytes(),
+            line_bytes_taken: state.line_taken(),
+            slowed_writes: self.0.admission.borrow().slowed,
+            slowed_for: self.0.admission.borrow().waited,
+            cleaners_paused: self.0.foreground.borrow().paused,
             ..self.0.usage.get()
         };
         for group in self.0.groups.borrow().values() {

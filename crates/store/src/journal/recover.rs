@@ -23,15 +23,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use holdfast_env::disk::{ALIGNMENT, AlignedBuffer, File};
 use holdfast_types::LogIndex;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 use super::format::{EntryRecord, GroupState, List, Record};
 use super::group::{Group, GroupLog, Meta, Place};
 use super::writer::{Start, State};
 use super::{
-    DOUBT, Inner, Journal, JournalUsage, RecoveredGroup, Recovery, StoreOptions, planted, segment_name,
+    Cleaning, DOUBT, Inner, Journal, JournalUsage, RecoveredGroup, Recovery, StoreOptions, planted,
+    segment_name,
 };
 use crate::{EntryId, ReplicaIdentity, StoreError, StoreIdentity};
 
@@ -57,6 +59,16 @@ struct Scan {
     misplaced: BTreeSet<u64>,
     /// Blocks that the medium does not give back.
     unreadable: BTreeSet<(u32, u64)>,
+}
+
+/// Bytes of segments that are read at once, but for one segment at least.
+const READ_AHEAD_BYTES: u64 = 128 << 20;
+/// Segments that are read at once, at most: the disk is busy with fewer.
+const READ_AHEAD_MAX: u64 = 4;
+
+/// How many segments are read while another one is looked at.
+fn read_ahead(options: &StoreOptions) -> usize {
+    (READ_AHEAD_BYTES / options.segment_bytes).clamp(1, READ_AHEAD_MAX) as usize
 }
 
 /// Bytes of a segment, and its blocks that the medium does not give back; those are zeros.
@@ -298,12 +310,20 @@ pub(super) async fn open(
     files: Vec<Rc<dyn File>>,
 ) -> Result<(Journal, Vec<RecoveredGroup>), StoreError> {
     let mut scan = Scan::default();
-    for (number, file) in files.iter().enumerate() {
-        let name = segment_name(number as u32);
-        let (bytes, unreadable) = read_segment(file, &name, options.segment_bytes).await?;
-        scan.unreadable.extend(unreadable.into_iter().map(|block| (number as u32, block)));
-        scan.segment(number as u32, bytes.as_slice(), identity.store, salt);
+    // Read ahead, and looked at in the order of their numbers whichever comes first.
+    let reads = files.iter().enumerate().map(|(number, file)| {
+        let bytes = options.segment_bytes;
+        async move { read_segment(file, &segment_name(number as u32), bytes).await }
+    });
+    let mut segments = futures_util::stream::iter(reads).buffered(read_ahead(&options));
+    let mut number = 0;
+    while let Some(read) = segments.next().await {
+        let (bytes, unreadable) = read?;
+        scan.unreadable.extend(unreadable.into_iter().map(|block| (number, block)));
+        scan.segment(number, bytes.as_slice(), identity.store, salt);
+        number += 1;
     }
+    drop(segments);
     let (replayed, end) = replay(&scan);
     if let Some((from, to)) = end.void {
         tracing::info!(from, to, "the torn tail of the journal, never acknowledged, is void");
@@ -321,7 +341,9 @@ pub(super) async fn open(
         usage: Cell::new(JournalUsage::default()),
         flush_latency: RefCell::default(),
         recent_flushes: RefCell::default(),
-        admission: Rc::new(Semaphore::new(Journal::admission_kib(&options) as usize)),
+        admission: RefCell::default(),
+        cleaning: RefCell::new(Cleaning::new(options.line_bytes())),
+        foreground: RefCell::default(),
         reserve: OnceCell::new(),
         options,
     };

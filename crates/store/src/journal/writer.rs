@@ -13,6 +13,7 @@ use holdfast_env::disk::{ALIGNMENT, Durability};
 
 use super::format::{self, List, Record};
 use super::group::{Done, Meta};
+use super::levels::{self, RESERVE_FOR_ROOM, RESERVE_FOR_STATE};
 use super::{HUNG_AFTER, Journal, planted, segment_name};
 use crate::{EntryId, ReplicaIdentity, StoreError};
 use place::{Moved, Placed};
@@ -23,12 +24,6 @@ const IN_FLIGHT_MAX: usize = 2;
 const BATCH_BYTES_MAX: usize = 2 << 20;
 /// Largest batch, in records.
 const BATCH_RECORDS_MAX: usize = 4096;
-/// Segments that only what makes room may take (purges, copies of small records, declarations), so that room can
-/// always be made (INV-ROOM).
-const RESERVE_FOR_ROOM: usize = 1;
-/// Segments that entries alone may not take: they are for a vote or a truncation, which Raft waits for, and for the
-/// entries that stand in line before it. A quarter of the journal, so that the line fits.
-const RESERVE_FOR_STATE: usize = 4;
 /// Blocks of a batch without records. The last segment keeps two of them: one for saying that others are free, one for
 /// a closing mark.
 const DECLARATION_BLOCKS: u32 = 2;
@@ -111,6 +106,8 @@ pub(super) struct State {
     vacated: u64,
     /// There was no room for the line when it was last looked at.
     blocked: bool,
+    /// Bounds of the table (`levels.rs`) that it has passed.
+    level: usize,
 }
 
 /// What recovery hands over.
@@ -159,6 +156,7 @@ impl State {
             copying: false,
             vacated: 0,
             blocked: false,
+            level: 0,
         }
     }
 
@@ -171,6 +169,27 @@ impl State {
     }
     pub(super) fn used_percent(&self) -> u32 {
         (self.used.len().saturating_sub(1) * 100 / self.segments.len()) as u32
+    }
+    /// Bytes of what the line may fill that are taken. Segments that nobody needs are free, whether they have been taken
+    /// back already or not.
+    pub(super) fn line_taken(&self) -> u64 {
+        let is_needed = |number: &usize| {
+            let segment = &self.segments[*number];
+            segment.live + segment.leaving > 0
+        };
+        let behind_head = self.used.iter().take(self.used.len().saturating_sub(1));
+        let needed = behind_head.skip_while(|number| !is_needed(number)).count() as u64;
+        let block = ALIGNMENT as u64;
+        needed * u64::from(self.segment_blocks) * block + u64::from(self.head_block) * block
+    }
+    /// Notes how far the line has come; whether it has passed another bound of the table since.
+    fn passed_level(&mut self) -> bool {
+        let line = levels::line_segments(self.segments.len()) as u64;
+        let whole = line * u64::from(self.segment_blocks) * ALIGNMENT as u64;
+        let percent = (self.line_taken() * 100 / whole) as u32;
+        let bounds = [levels::WITNESS_LOOKS, levels::PURGE, levels::GIVE_UP, levels::ADMISSION];
+        let level = bounds.iter().filter(|bound| percent >= **bound).count();
+        std::mem::replace(&mut self.level, level) < level
     }
     /// Whether what stands in line waits for room.
     pub(super) fn line_waits(&self) -> bool {
@@ -266,8 +285,7 @@ impl State {
             return RESERVE_FOR_ROOM;
         }
         let state_waits = self.queue_states > 0;
-        let few = self.segments.len() / 4;
-        RESERVE_FOR_ROOM + if state_waits { 0 } else { RESERVE_FOR_STATE.min(few) }
+        if state_waits { RESERVE_FOR_ROOM } else { levels::kept_segments(self.segments.len()) }
     }
 
     /// Takes the next segment; `false` if none may be taken now.
@@ -378,6 +396,8 @@ impl Journal {
         for done in taken.into_iter().flatten().filter_map(|queued| queued.done) {
             done(Err(StoreError::Failed("the group was dropped".into())));
         }
+        self.0.shorter.notify_waiters();
+        self.admit_waiting();
     }
 
     /// For records that make room: they may take the reserve, and overtake what waits for room.
@@ -413,7 +433,7 @@ impl Journal {
         usage.bytes_written += batch.buffer.len() as u64;
         usage.payload_bytes_written += batch.payload_bytes;
         self.0.usage.set(usage);
-        let began = Instant::now();
+        let (began, bytes) = (Instant::now(), batch.buffer.len());
         let skipped = planted("skip-journal-flush");
         let durability = if skipped { Durability::Volatile } else { Durability::Durable };
         let write = file.write_at(batch.offset, batch.buffer, durability);
@@ -424,6 +444,8 @@ impl Journal {
                     let took = now.since(began);
                     journal.0.flush_latency.borrow_mut().record(took);
                     journal.0.recent_flushes.borrow_mut().record(now, took);
+                    let alone = journal.0.cleaning.borrow().is_idle_since(began);
+                    journal.0.foreground.borrow_mut().batch(bytes, took, alone, now);
                     if took > HUNG_AFTER {
                         tracing::warn!(store = %journal.0.identity.store, ?took, "the disk hung, and has answered");
                     }
@@ -460,7 +482,12 @@ impl Journal {
             }
         }
         state.blocked = false;
-        Some(self.build(&mut state, taken))
+        let batch = self.build(&mut state, taken);
+        // Who keeps something in the journal may wait for nothing else: a head segment that fills slowly.
+        if state.passed_level() {
+            self.0.changed.notify_waiters();
+        }
+        Some(batch)
     }
 
     fn build(&self, state: &mut State, taken: Vec<Queued>) -> Batch {
@@ -585,6 +612,7 @@ impl Journal {
             self.reclaim();
         }
         self.kick();
+        self.admit_waiting();
         self.close_when_idle();
     }
 
@@ -608,6 +636,7 @@ impl Journal {
         }
         self.0.changed.notify_waiters();
         self.0.shorter.notify_waiters();
+        self.admit_waiting();
     }
 
     /// Says, some time after the last batch, that it was flushed: a later rot of it is then no torn tail.

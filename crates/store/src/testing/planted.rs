@@ -28,6 +28,12 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("forget-cut", "what a recovery found void is void only once"),
     ("no-closing-mark", "nothing says that the last batch was flushed"),
     ("no-reserve", "entries fill the journal to its last segment"),
+    // Admission.
+    ("no-admission", "writers run freely until the line stops"),
+    ("first-come", "who writes little waits for all that others have asked for before"),
+    // Giving way.
+    ("never-give-way", "the cleaner takes no notice of batches that it holds up"),
+    ("never-hurry", "the cleaner gives way though the journal is filling up"),
     // Its recovery.
     ("recover-unflushed", "a recovery believes what may still be lost"),
     ("cut-faulty-entry", "an entry that was acknowledged and rotted is cut"),

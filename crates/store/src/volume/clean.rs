@@ -1,6 +1,6 @@
 //! The cleaner: moves the newest applied and flushed blocks home, in block order, and makes a checkpoint.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -17,15 +17,35 @@ use super::room::{Room, Taken};
 use super::table::{BlockSum, Chunk};
 use super::{Change, Checkpoint, CheckpointSource, VolumeData};
 use crate::StoreError;
-use crate::journal::planted;
+use crate::journal::{Beside, planted};
 
-/// Home writes under way at once.
+/// Home writes under way at once, and while they hold up whoever writes to the journal.
 const WRITES_MAX: usize = 4;
+const WRITES_YIELDING: usize = 1;
+/// Bytes that one flush of home brings to the medium while somebody writes to the journal, whose batches stand behind
+/// it: one flush of much data is one that nobody gets in between of.
+const FLUSH_BYTES_BESIDE: u64 = 4 << 20;
 /// How long to wait for the local flush of what was applied, and how often to look.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
 
 type HomeWrite = futures_util::future::LocalBoxFuture<'static, std::io::Result<AlignedBuffer>>;
+
+/// The home writes of a pass to one piece.
+#[derive(Default)]
+struct HomeWrites {
+    under_way: VecDeque<HomeWrite>,
+    unflushed: u64,
+}
+
+impl HomeWrites {
+    async fn end_oldest(&mut self) -> Result<(), StoreError> {
+        match self.under_way.pop_front() {
+            Some(oldest) => oldest.await.map(drop).map_err(|error| StoreError::io("home", &error)),
+            None => Ok(()),
+        }
+    }
+}
 
 /// What one pass does to one piece.
 struct Work {
@@ -63,6 +83,7 @@ impl VolumeData {
         self.give_back_abandoned().await?;
         self.merge_if_too_many(room).await?;
         let Some(target) = self.target(source).await else { return Ok(self.checkpoint()) };
+        let pass = self.0.payloads.begin_pass();
         self.0.aimed.replace(Some(target.clone()));
         self.0.chain.fold_unseen(target.id.index);
         let (pieces, marks): (Vec<_>, Vec<_>) = self.0.chain.at(target.id.index).into_iter().unzip();
@@ -84,6 +105,7 @@ impl VolumeData {
             self.punch(files, &emptied).await?;
         }
         self.forget_retired(target.id.index).await?;
+        self.0.payloads.end_pass(pass, target.id.index);
         self.0.payloads.evict_hint();
         Ok(target)
     }
@@ -316,10 +338,10 @@ impl VolumeData {
     }
 
     async fn write_home(&self, files: &PieceFiles, runs: &[(BlockIndex, Extent)]) -> Result<(), StoreError> {
-        let mut writes = Vec::new();
+        let mut writes = HomeWrites::default();
         let mut outcome = self.start_home_writes(files, runs, &mut writes).await;
         // One that was still under way when the pass is repeated could end after what that writes.
-        for write in writes {
+        for write in writes.under_way {
             outcome = outcome.and(write.await.map(drop).map_err(|error| StoreError::io("home", &error)));
         }
         outcome
@@ -329,7 +351,7 @@ impl VolumeData {
         &self,
         files: &PieceFiles,
         runs: &[(BlockIndex, Extent)],
-        writes: &mut Vec<HomeWrite>,
+        writes: &mut HomeWrites,
     ) -> Result<(), StoreError> {
         let mut merged: Vec<Bytes> = Vec::new();
         let mut merged_at = BlockIndex(0);
@@ -365,7 +387,7 @@ impl VolumeData {
     async fn start_home_write(
         &self,
         files: &PieceFiles,
-        writes: &mut Vec<HomeWrite>,
+        writes: &mut HomeWrites,
         at: BlockIndex,
         merged: &mut Vec<Bytes>,
     ) -> Result<(), StoreError> {
@@ -379,12 +401,21 @@ impl VolumeData {
             buffer.as_mut_slice()[filled..filled + payload.len()].copy_from_slice(&payload);
             filled += payload.len();
         }
-        if writes.len() >= WRITES_MAX {
-            let oldest = writes.remove(0);
-            oldest.await.map_err(|error| StoreError::io("home", &error))?;
+        let beside = self.0.payloads.give_way().await;
+        let most = if beside == Beside::HeldUp { WRITES_YIELDING } else { WRITES_MAX };
+        while writes.under_way.len() >= most {
+            writes.end_oldest().await?;
         }
+        if beside != Beside::Nobody && writes.unflushed >= FLUSH_BYTES_BESIDE {
+            while !writes.under_way.is_empty() {
+                writes.end_oldest().await?;
+            }
+            writes.unflushed = 0;
+            self.flush_home(files).await?;
+        }
+        writes.unflushed += buffer.len() as u64;
         self.count(|usage| usage.home_bytes_written += buffer.len() as u64);
-        writes.push(files.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
+        writes.under_way.push_back(files.home.write_at(at.byte_offset(), buffer, Durability::Volatile));
         Ok(())
     }
 

@@ -55,7 +55,7 @@ pub use table::BlockSum;
 /// Chunks of a page of the table.
 pub const PAGE_CHUNKS: u64 = table::PAGE_CHUNKS;
 
-use crate::journal::planted;
+use crate::journal::{Beside, CleaningPass, planted};
 use crate::{EntryId, ReplicaIdentity, StoreError};
 use extent::{Extent, What};
 use layers::{Chain, open_files};
@@ -79,6 +79,16 @@ pub trait PayloadSource {
     fn keep_committed(&self, index: LogIndex) -> LocalBoxFuture<'static, Result<(), StoreError>>;
     /// A good moment to drop payloads from memory.
     fn evict_hint(&self) {}
+    /// A pass of the cleaner begins to move something.
+    fn begin_pass(&self) -> Option<CleaningPass> {
+        None
+    }
+    /// It has done a piece of its work, and pauses while whoever writes to the journal is held up by it.
+    fn give_way(&self) -> LocalBoxFuture<'static, Beside> {
+        Box::pin(std::future::ready(Beside::Nobody))
+    }
+    /// It has ended, and entries up to `index` are not needed any more.
+    fn end_pass(&self, _pass: Option<CleaningPass>, _index: LogIndex) {}
 }
 
 /// A state that everything up to an index has led to.
