@@ -182,6 +182,7 @@ async fn carry_out(
     while Instant::now() < until && !stores.is_empty() {
         let to = leader.take().unwrap_or_else(|| stores[turn % stores.len()]);
         turn += 1;
+        refusal_of_now = None;
         match ask(rpc, to, request, until.since(Instant::now()).min(Duration::from_secs(3))).await {
             Ok(DataReply::Applied { reply: VolumeReply::Refused(refusal), .. }) if refusal.retryable() => {
                 last = refusal.to_string();
@@ -202,7 +203,7 @@ async fn carry_out(
         holdfast_env::sleep(RETRY_PAUSE).await;
     }
     // There is a quorum: it said so.
-    if let Some(refusal) = refusal_of_now.filter(|refusal| refusal.to_string() == last) {
+    if let Some(refusal) = refusal_of_now {
         return Err(UserError::new(ErrorCode::Unavailable, refusal.to_string()));
     }
     Err(UserError::new(ErrorCode::Unavailable, format!("no quorum of the volume's replicas: {last}"))

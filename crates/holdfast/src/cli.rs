@@ -80,6 +80,11 @@ pub enum Command {
         #[command(subcommand)]
         command: ReplicaCommand,
     },
+    /// Prove that a node is fenced from a volume, and verify such a proof.
+    Fence {
+        #[command(subcommand)]
+        command: FenceCommand,
+    },
     /// Serve CSI, on a unix socket, over the admin API (--admin).
     Csi {
         #[command(subcommand)]
@@ -355,6 +360,9 @@ pub enum VolumeCommand {
         /// End it even if the node that holds it does not answer; that node is fenced.
         #[arg(long)]
         force: bool,
+        /// Only if this node holds it. By force also the proof that this node is fenced, if it held it before.
+        #[arg(long)]
+        node: Option<String>,
     },
     /// Grow a volume.
     Resize {
@@ -426,6 +434,30 @@ pub enum CsiCommand {
         /// Where to serve: `unix:PATH`.
         #[arg(long, env = "CSI_ENDPOINT", value_name = "ADDRESS")]
         endpoint: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum FenceCommand {
+    /// Let a majority of a volume's voters sign that a node does not hold it and can change it no more.
+    Certify {
+        /// The volume, by name or id.
+        volume: String,
+        /// The node.
+        #[arg(long)]
+        node: String,
+        /// Write the certificate to this file.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Verify a certificate: that a majority has signed it, unaltered, for the volume as it is now.
+    Verify {
+        /// The certificate.
+        file: PathBuf,
+        /// Ask no cluster: verify it by its authority's certificate (`pki/ca.pem` of any data directory). That does not tell
+        /// whether a forced recovery has come since.
+        #[arg(long, value_name = "CA.PEM")]
+        authority: Option<PathBuf>,
     },
 }
 
@@ -527,7 +559,7 @@ pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> UserError {
 /// A command of the design that does not exist yet.
 pub fn not_built(words: &[String], within: &str) -> UserError {
     const PLANNED: &[&str] =
-        &["explain", "fence", "bench", "kube", "keeper", "adopt", "switchover", "failover", "top"];
+        &["explain", "bench", "kube", "keeper", "adopt", "switchover", "failover", "top"];
     let first = words.first().map(String::as_str).unwrap_or_default();
     if PLANNED.contains(&first) {
         return UserError::new(ErrorCode::Unimplemented, format!("'{first}' is not built yet"))

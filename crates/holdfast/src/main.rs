@@ -93,6 +93,7 @@ fn run(cli: Cli, output: &Output) -> Result<ExitCode, UserError> {
         Command::Volume { command } => commands::volume::run(command, cli.admin, output),
         Command::Snapshot { command } => commands::snapshot::run(command, cli.admin, output),
         Command::Replica { command } => commands::replica::run(command, cli.admin, output),
+        Command::Fence { command } => commands::fence::run(command, cli.admin, output),
         Command::Csi { command } => {
             log("info");
             commands::csi::run(command, cli.admin)

@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod config;
 pub mod daemon;
 mod device;
+pub mod fence;
 mod filling;
 mod forward;
 mod handle;
@@ -27,6 +28,7 @@ mod snapshots;
 mod store;
 mod threads;
 mod views;
+mod voter;
 
 pub use config::NodeConfig;
 

@@ -44,6 +44,10 @@ const VERIFY_DEADLINE: Duration = Duration::from_secs(600);
 /// Times that a verification of a volume that is being written begins anew.
 const VERIFY_ROUNDS: usize = 20;
 
+fn was_attached(was_attached: bool) -> pb::DetachVolumeReply {
+    pb::DetachVolumeReply { was_attached, fence_certificate: String::new() }
+}
+
 fn expect_volume(reply: CatalogReply) -> Result<VolumeRecord, UserError> {
     match reply {
         CatalogReply::Volume { record } => Ok(*record),
@@ -379,28 +383,40 @@ impl Shard {
         }
     }
 
-    /// Ends an attachment: at its node, or by force if that does not answer. False if there was none. By force a
-    /// device that waits for a quorum is aborted at its node, which needs none.
+    /// Ends an attachment: at its node, or by force if that does not answer; then it succeeds only with a certificate
+    /// that the node is fenced. By force a device that waits for a quorum is aborted at its node, which needs none.
     pub(crate) async fn detach_volume(
         self: Rc<Self>,
         name: String,
         force: bool,
         node: String,
-    ) -> Result<bool, UserError> {
+    ) -> Result<pb::DetachVolumeReply, UserError> {
+        let meant_node = node.clone();
         let detached = self.detach_with_quorum(&name, force, node).await;
         match detached {
-            Err(error) if force && error.code == ErrorCode::Unavailable => {
+            // Nobody knows who holds it: if it is held here, that can end without a quorum.
+            Err(error)
+                if force
+                    && error.code == ErrorCode::Unavailable
+                    && (meant_node.is_empty() || meant_node == self.config.location.node.as_str()) =>
+            {
                 let meant = |id: VolumeId, called: &str| called == name || id.to_string() == name;
-                if self.abort_here(meant).await? { Ok(true) } else { Err(error) }
+                if self.abort_here(meant).await? { Ok(was_attached(true)) } else { Err(error) }
             }
             other => other,
         }
     }
 
     /// Asks the node that holds a volume, as its replicas remember, to let go of it; no quorum is needed.
-    async fn abort_at_holder(self: &Rc<Self>, record: &VolumeRecord, reports: &volumes::Reports) -> bool {
+    async fn abort_at_holder(
+        self: &Rc<Self>,
+        record: &VolumeRecord,
+        reports: &volumes::Reports,
+        meant: &str,
+    ) -> bool {
         let newest =
             reports.values().filter_map(|report| report.as_ref().ok()).max_by_key(|r| (r.epoch, r.applied));
+        let newest = newest.filter(|report| meant.is_empty() || report.holder == meant);
         let Some(Ok(store)) = newest.map(|report| self.config.home_of(&report.holder)) else { return false };
         let asked = self.ask_node(store, NodeRequest::Abort { id: record.id }, Some(ABORT_DEADLINE)).await;
         matches!(asked, Ok(NodeAnswer::Detached { held: true }))
@@ -411,17 +427,17 @@ impl Shard {
         name: &str,
         force: bool,
         node: String,
-    ) -> Result<bool, UserError> {
+    ) -> Result<pb::DetachVolumeReply, UserError> {
         let patience = if force { FORCE_PATIENCE } else { PATIENCE };
         let record = self.catalog.state(patience).await?.get(name)?.clone();
         if record.phase == VolumePhase::Filling {
             // It is held by the node that fills it, not by a guest.
-            return Ok(false);
+            return Ok(was_attached(false));
         }
         let reports = volumes::replica_reports(&self.rpc, &record).await;
         let Some((_, leader)) = volumes::leader_of(&reports) else {
-            if force && self.abort_at_holder(&record, &reports).await {
-                return Ok(true);
+            if force && self.abort_at_holder(&record, &reports, &node).await {
+                return Ok(was_attached(true));
             }
             let message = format!("volume {name} has no leader now: a majority of its replicas must answer");
             return Err(UserError::new(ErrorCode::Unavailable, message)
@@ -429,8 +445,12 @@ impl Shard {
         };
         let (holder, epoch) = (leader.holder.clone(), leader.epoch);
         if holder.is_empty() || (!node.is_empty() && node != holder) {
-            self.take_down_ended(&record, &node).await;
-            return Ok(false);
+            let answers = self.take_down_ended(&record, &node).await;
+            if answers || !force {
+                return Ok(was_attached(false));
+            }
+            // As when it was fenced: who asks again is told the same.
+            return self.fenced(&record, NodeName::new(node), false).await;
         }
         let at_node = async {
             let store = self.config.home_of(&holder)?;
@@ -438,18 +458,18 @@ impl Shard {
             self.ask_node(store, NodeRequest::Detach { id: record.id, force }, deadline).await
         };
         match at_node.await {
-            Ok(NodeAnswer::Detached { held: true }) => Ok(true),
+            Ok(NodeAnswer::Detached { held: true }) => Ok(was_attached(true)),
             Ok(_) => {
                 // Its daemon has no session for it any more: nothing is left that could write.
                 let command = VolumeCommand::Detach { epoch, force: false, confirmed: true };
                 let stores = record.stores();
                 volumes::control(&self.rpc, record.group, &stores, &command, PATIENCE).await?;
-                Ok(true)
+                Ok(was_attached(true))
             }
             Err(error) if force => {
                 tracing::warn!(volume = name, node = holder, %error, "detached by force");
                 self.detach_by_force(&record, epoch).await?;
-                Ok(true)
+                self.fenced(&record, NodeName::new(holder), true).await
             }
             Err(error) if error.code == ErrorCode::Unavailable => {
                 Err(error.hint("`--force` ends the attachment of a node that is dead or unreachable"))
@@ -458,15 +478,40 @@ impl Shard {
         }
     }
 
-    /// A node that was fenced may still show the device of its ended session: it goes with the detach.
-    async fn take_down_ended(self: &Rc<Self>, record: &VolumeRecord, node: &str) {
+    /// A detach of a node that does not answer, with the proof that it can do no harm.
+    async fn fenced(
+        self: &Rc<Self>,
+        record: &VolumeRecord,
+        node: NodeName,
+        was_attached: bool,
+    ) -> Result<pb::DetachVolumeReply, UserError> {
+        let name = &record.spec.name;
+        let certificate = self.certify(record.id, &node).await.map_err(|error| {
+            let hint = format!(
+                "ask again with `--node {node}`, or for the proof alone: `holdfast fence certify {name} --node {node}`"
+            );
+            let message = format!("there is no proof yet that node {node} is fenced: {}", error.message);
+            // Not one that says that nobody knows who holds the volume: that is known.
+            let code = if error.code == ErrorCode::Unavailable { ErrorCode::TimedOut } else { error.code };
+            UserError::new(code, message).hint(hint)
+        })?;
+        Ok(pb::DetachVolumeReply { was_attached, fence_certificate: certificate.to_json()? })
+    }
+
+    /// A node that was fenced may still show the device of its ended session: it goes with the detach. False if the node
+    /// does not answer.
+    async fn take_down_ended(self: &Rc<Self>, record: &VolumeRecord, node: &str) -> bool {
         if node.is_empty() {
-            return;
+            return true;
         }
-        let Ok(store) = self.config.home_of(node) else { return };
+        let Ok(store) = self.config.home_of(node) else { return false };
         let ask = NodeRequest::Detach { id: record.id, force: true };
-        if let Err(error) = self.ask_node(store, ask, Some(Duration::from_secs(3))).await {
-            tracing::info!(volume = record.spec.name, node, %error, "an ended session's device stays for now");
+        match self.ask_node(store, ask, Some(Duration::from_secs(3))).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::info!(volume = record.spec.name, node, %error, "an ended session's device stays for now");
+                error.code != ErrorCode::Unavailable
+            }
         }
     }
 

@@ -44,6 +44,8 @@ pub(crate) struct Shard {
     pub(crate) attachments: Attachments,
     pub(crate) fillings: Fillings,
     pub(crate) timers: Timers,
+    /// The cluster authority's certificate, as PEM.
+    pub(crate) authority: String,
 }
 
 /// What others want to befall this node's traffic and disks, for tests.
@@ -109,6 +111,7 @@ impl Shard {
             start: DaemonStart(holdfast_env::random_u128()),
             attachments: Attachments::load(&layout)?,
             fillings: Fillings::default(),
+            authority: credentials.authority,
             config,
             layout,
             network,

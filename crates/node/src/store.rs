@@ -24,6 +24,7 @@ use holdfast_wire::tcp::{Faults, Peer, TcpNetwork};
 use holdfast_wire::tls::Tls;
 
 use crate::config::{DiskMode, Layout, NodeConfig, StorePlan, mark};
+use crate::voter;
 
 /// Segments of the journal.
 const SEGMENTS: u64 = 16;
@@ -239,6 +240,7 @@ impl LocalStore {
         }
         host.load().await.map_err(|error| store_error(&self.plan, &error))?;
         administration::serve(&host);
+        voter::serve(&self.rpc, &host, config, layout)?;
         host.start_scrub(config.scrub.options());
         if let Some(stood) = self.plan.stood.as_ref().filter(|stood| !stood.exists()) {
             mark(stood)?;

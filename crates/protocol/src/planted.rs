@@ -54,6 +54,9 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("two-on-a-node", "INV-PLACE"),
     ("store-ends-the-daemon", "INV-STORES"),
     ("foreign-store-ends-the-daemon", "INV-STORES"),
+    ("sign-what-is-held", "INV-CERT"),
+    ("minority-certifies", "INV-CERT"),
+    ("signatures-unread", "INV-CERT"),
 ];
 
 /// Those that break a rule of the state machine outside of it: its own model cannot find them, the simulation does.

@@ -1,4 +1,5 @@
-//! Why a command was refused. A refusal is an answer of the state machine, equal on every replica.
+//! Why a command was refused. A refusal is an answer of the state machine, equal on every replica, or of the leader, which did
+//! not even propose it.
 
 use holdfast_types::{ByteSize, DecodeError, Epoch, NodeName, Reader, Seq, Writer, limits};
 
@@ -83,11 +84,11 @@ pub enum Refusal {
         /// Bytes that snapshots may add to the volume's size.
         quota: u64,
     },
-    /// As [`Self::SnapshotQuota`], but what was deleted is still being given back. Ask again.
+    /// As [`Self::SnapshotQuota`], but what was written or deleted last is still being settled. Ask again.
     #[error(
-        "deleted snapshots still count for the volume's snapshot quota: ask again when they are given back"
+        "what was written or deleted last still counts for the volume's snapshot quota: ask again in a moment"
     )]
-    SnapshotsMerging,
+    SnapshotsUnsettled,
     /// There is no such snapshot.
     #[error("the volume has no such snapshot: `holdfast snapshot list` shows those it has")]
     NoSuchSnapshot,
@@ -127,7 +128,7 @@ fn held(holder: &Option<NodeName>) -> String {
 impl Refusal {
     /// Whether the very same command may succeed later. Everything else is final for this command.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::Unsettled | Self::BeyondWindow | Self::TimersChanging | Self::SnapshotsMerging)
+        matches!(self, Self::Unsettled | Self::BeyondWindow | Self::TimersChanging | Self::SnapshotsUnsettled)
     }
 
     pub(crate) fn encode(&self, out: &mut Writer) {
@@ -192,7 +193,7 @@ impl Refusal {
                 out.u64(*held);
                 out.u64(*quota);
             }
-            Self::SnapshotsMerging => out.u8(21),
+            Self::SnapshotsUnsettled => out.u8(21),
         }
     }
 
@@ -226,7 +227,7 @@ impl Refusal {
             18 => Self::Attached { node: NodeName::decode(input)? },
             19 => Self::TimersChanging,
             20 => Self::SnapshotQuota { held: input.u64()?, quota: input.u64()? },
-            21 => Self::SnapshotsMerging,
+            21 => Self::SnapshotsUnsettled,
             other => return Err(DecodeError::Unknown { what: "refusal", value: other.into() }),
         })
     }

@@ -18,6 +18,7 @@ pub mod config;
 mod confirm;
 mod core;
 mod destroy;
+pub mod fencing;
 mod given_up;
 mod gray;
 pub mod group;

@@ -1,6 +1,6 @@
 //! Who belongs to a group, and how that changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_types::{ReplicaId, StoreId};
 use openraft::ChangeMembers;
@@ -30,6 +30,14 @@ impl Group {
     /// Voters of every configuration.
     pub fn voters(&self) -> Vec<ReplicaId> {
         self.with_membership(|membership| membership.voter_ids().map(ReplicaId).collect())
+    }
+
+    /// The voters of each configuration that decides: two during a change.
+    pub fn configurations(&self) -> Vec<BTreeSet<ReplicaId>> {
+        self.with_membership(|membership| {
+            let configurations = membership.get_joint_config().iter();
+            configurations.map(|voters| voters.iter().map(|id| ReplicaId(*id)).collect()).collect()
+        })
     }
 
     /// Whether nobody else votes.

@@ -4,21 +4,18 @@
 //! somebody else takes. Once a snapshot is made, everything that the layers hold then may have to stay while the guest
 //! writes its whole volume anew. So a snapshot is made only if all that they hold is within the quota.
 //!
-//! The leader looks at its own layers: those of the others hold the same. What is proposed in the same moment is not seen,
-//! at most as much as may be on its way into a journal.
+//! The leader looks at its own layers: those of the others hold the same, but for what they have not merged yet. What is
+//! proposed in the same moment is not seen, at most as much as may be on its way into a journal.
 
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::planted::is_planted;
 use holdfast_protocol::refusal::Refusal;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_store::StoreError;
-use holdfast_types::{ByteSize, LogIndex, SnapshotId};
+use holdfast_types::{ByteSize, CHUNK_BYTES, LogIndex, SnapshotId};
 
 use crate::messages::DataReply;
 use crate::volume::Volume;
-
-/// How often it is looked again when a pass of the cleaner came between.
-const LOOKS_MAX: usize = 8;
 
 impl Volume {
     /// The answer to a command that makes a snapshot which is refused for a quota.
@@ -41,19 +38,18 @@ impl Volume {
         if self.living(id).is_some() || is_planted("snapshot-quota-ignored") {
             return Ok(None);
         }
-        for _ in 0..LOOKS_MAX {
-            let before = self.data().checkpoint().id;
-            let held = self.data().held().await?;
-            // What was brought home in between was seen neither here nor there.
-            if self.data().checkpoint().id != before {
-                continue;
+        // Layers are counted in whole chunks: a quota as large as the volume is to be enough for one snapshot.
+        let quota = quota.0.next_multiple_of(CHUNK_BYTES);
+        match self.data().held().await? {
+            Some(held) if held.most <= quota => Ok(None),
+            Some(held) if held.home > quota && !held.is_falling => {
+                Ok(Some(Refusal::SnapshotQuota { held: held.home, quota }))
             }
-            return Ok(match held.bytes > quota.0 {
-                true if held.is_falling => Some(Refusal::SnapshotsMerging),
-                true => Some(Refusal::SnapshotQuota { held: held.bytes, quota: quota.0 }),
-                false => None,
-            });
+            // What came last, or was deleted last, is settled with the next checkpoint.
+            _ => {
+                self.machine().want_checkpoint();
+                Ok(Some(Refusal::SnapshotsUnsettled))
+            }
         }
-        Ok(Some(Refusal::SnapshotsMerging))
     }
 }

@@ -17,7 +17,7 @@ use holdfast_protocol::refusal::Refusal;
 use holdfast_protocol::volume::VolumeReply;
 use holdfast_replica::messages::{DataReply, DataRequest};
 use holdfast_session::Session;
-use holdfast_types::{BlockIndex, BlockRange, ByteSize, SnapshotId};
+use holdfast_types::{BlockIndex, BlockRange, ByteSize, CHUNK_BLOCKS, CHUNK_BYTES, SnapshotId};
 
 const MEBIBYTE: u64 = 1 << 20;
 /// Of the volumes of these tests.
@@ -109,18 +109,44 @@ fn a_snapshot_that_could_not_be_kept_is_refused_and_deleting_makes_room() {
         assert_eq!(make(&all[0], 2).await, second, "what is there is no new one");
         // Refused for good or for now: never for good while what was dropped is on its way out.
         control(&all[0], VolumeCommand::DropSnapshot { id: SnapshotId(1) }).await;
-        let made = async {
-            loop {
-                match make(&all[0], 4).await {
-                    VolumeReply::Refused(Refusal::SnapshotsMerging) => {
-                        holdfast_env::sleep(Duration::from_millis(5)).await;
-                    }
-                    other => return other,
-                }
-            }
-        };
-        let made = within(30, "what was dropped makes room", made).await.expect("in time");
+        let made = insist(&all[0], 4).await;
         assert!(is_made(&made), "{made:?}");
+        for member in &all {
+            member.host.stop().await;
+        }
+    });
+}
+
+/// As [`make`], until it is made or refused for good.
+async fn insist(leader: &Member, id: u128) -> VolumeReply {
+    let made = async {
+        loop {
+            match make(leader, id).await {
+                VolumeReply::Refused(Refusal::SnapshotsUnsettled) => {
+                    holdfast_env::sleep(Duration::from_millis(5)).await;
+                }
+                other => return other,
+            }
+        }
+    };
+    within(30, "what was done last is settled", made).await.expect("in time")
+}
+
+/// Single blocks far apart take whole chunks when they come home.
+#[test]
+fn what_is_not_home_yet_counts_as_it_will_stand() {
+    let place = tempfile::tempdir().expect("a place");
+    holdfast_env::real::run(async {
+        let all = members(place.path(), &Rc::new(Switch::default())).await;
+        within(30, "the first leads", first_leads(&all)).await.expect("in time");
+        let session = attach(&all[1], false).await.expect("attaches");
+        for chunk in 0..SIZE / CHUNK_BYTES {
+            let at = BlockRange::new(BlockIndex(chunk * CHUNK_BLOCKS), 1);
+            let written = within(30, "a write", session.write(at, block(1, 1))).await;
+            written.expect("in time").expect("writes");
+        }
+        let answer = insist(&all[0], 1).await;
+        assert!(matches!(answer, VolumeReply::Refused(Refusal::SnapshotQuota { .. })), "{answer:?}");
         for member in &all {
             member.host.stop().await;
         }
@@ -135,7 +161,7 @@ async fn attack(place: &Path) -> u64 {
     let mut most = 0;
     for round in 1..=3 {
         // Whatever it is answered: the guest goes on.
-        let _answer = make(&all[0], round).await;
+        let _answer = insist(&all[0], round).await;
         fill(&session, 18, round as u8).await;
         settled(&all).await;
         most = (1..=3).map(|n| blocks_below(&place.join(format!("n{n}")))).fold(most, u64::max);

@@ -75,13 +75,18 @@ impl Tls {
     pub(crate) fn node_of(&self, certificates: Option<&[CertificateDer<'_>]>) -> Result<String, PkiError> {
         let certificate =
             certificates.and_then(<[_]>::first).ok_or_else(|| bad("the peer shows no certificate"))?;
-        let (_, parsed) = X509Certificate::from_der(certificate).map_err(bad)?;
-        let names = parsed.subject_alternative_name().map_err(bad)?.ok_or_else(|| bad("it names no node"))?;
-        let prefix = format!("holdfast://{:032x}/node/", self.cluster.0);
-        let node = names.value.general_names.iter().find_map(|name| match name {
-            GeneralName::URI(uri) => uri.strip_prefix(&prefix),
-            _ => None,
-        });
-        node.map(str::to_owned).ok_or_else(|| bad("the certificate names no node of this cluster"))
+        node_in(self.cluster, certificate)
     }
+}
+
+/// The node of a cluster that a certificate names.
+pub(crate) fn node_in(cluster: ClusterId, certificate: &CertificateDer<'_>) -> Result<String, PkiError> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(bad)?;
+    let names = parsed.subject_alternative_name().map_err(bad)?.ok_or_else(|| bad("it names no node"))?;
+    let prefix = format!("holdfast://{:032x}/node/", cluster.0);
+    let node = names.value.general_names.iter().find_map(|name| match name {
+        GeneralName::URI(uri) => uri.strip_prefix(&prefix),
+        _ => None,
+    });
+    node.map(str::to_owned).ok_or_else(|| bad("the certificate names no node of this cluster"))
 }

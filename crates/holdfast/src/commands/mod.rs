@@ -1,6 +1,7 @@
 //! Commands that ask the cluster.
 
 pub mod csi;
+pub mod fence;
 pub mod node;
 pub mod replica;
 pub mod snapshot;

@@ -244,11 +244,13 @@ async fn carry_out(
                 format!("{}  (epoch {}, node {})", attached.device, attached.epoch, attached.node)
             });
         }
-        VolumeCommand::Detach { name, force } => {
-            let request = pb::DetachVolumeRequest { name, force, node: String::new() };
+        VolumeCommand::Detach { name, force, node } => {
+            let request = pb::DetachVolumeRequest { name, force, node: node.unwrap_or_default() };
             let detached = reply(client.detach_volume(request).await)?;
-            output.show(&detached, || {
-                if detached.was_attached { "detached".into() } else { "it was not attached".into() }
+            output.show(&detached, || match (detached.was_attached, detached.fence_certificate.is_empty()) {
+                (true, true) => "detached".into(),
+                (true, false) => "detached; the node that did not answer is fenced".into(),
+                (false, _) => "it was not attached".into(),
             });
         }
         VolumeCommand::Resize { name, size } => {

@@ -83,8 +83,15 @@ impl Admin for AdminService {
         let work = move |shard: std::rc::Rc<crate::shard::Shard>| {
             shard.detach_volume(request.name, request.force, request.node)
         };
-        let was_attached = self.0.run(work).await;
-        reply(was_attached.map(|was_attached| pb::DetachVolumeReply { was_attached }))
+        reply(self.0.run(work).await)
+    }
+    async fn certify_fence(&self, request: Request<pb::CertifyFenceRequest>) -> Reply<pb::FenceCertificate> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.certify_fence(request)).await)
+    }
+    async fn verify_fence(&self, request: Request<pb::FenceCertificate>) -> Reply<pb::VerifiedFence> {
+        let request = request.into_inner();
+        reply(self.0.run(move |shard| shard.verify_fence(request)).await)
     }
     async fn recover_volume(
         &self,

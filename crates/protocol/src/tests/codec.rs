@@ -112,7 +112,7 @@ fn any_reply() -> impl Strategy<Value = VolumeReply> {
         ".{0,40}".prop_map(Refusal::Malformed),
         Just(Refusal::SnapshotNameTaken),
         Just(Refusal::SnapshotsFull),
-        Just(Refusal::SnapshotsMerging),
+        Just(Refusal::SnapshotsUnsettled),
         (any::<u64>(), any::<u64>()).prop_map(|(held, quota)| Refusal::SnapshotQuota { held, quota }),
         Just(Refusal::NoSuchSnapshot),
         Just(Refusal::SnapshotDropped),

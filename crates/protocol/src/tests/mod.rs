@@ -1,6 +1,7 @@
 //! Tests of the rules together: rule by rule, against a reference model, and with planted faults.
 
 mod codec;
+mod fence;
 mod lease;
 mod model;
 mod reference;

@@ -342,7 +342,7 @@ impl World {
                 R::Malformed(_) => "malformed",
                 R::SnapshotNameTaken => "name taken",
                 R::SnapshotsFull => "snapshots full",
-                R::SnapshotQuota { .. } | R::SnapshotsMerging => "snapshot quota",
+                R::SnapshotQuota { .. } | R::SnapshotsUnsettled => "snapshot quota",
                 R::NoSuchSnapshot => "no such snapshot",
                 R::SnapshotDropped => "snapshot dropped",
                 R::NewerSnapshots { .. } => "newer snapshots",
@@ -476,6 +476,7 @@ fn every_planted_fault_is_found() {
         "INV-QUOTA",
         "INV-PLACE",
         "INV-STORES",
+        "INV-CERT",
         "progress",
     ];
     let inside =

@@ -140,6 +140,11 @@ impl Witness {
         self.fault.borrow().clone().or_else(|| self.group.fault())
     }
 
+    /// What it has applied.
+    pub(crate) fn state(&self) -> holdfast_protocol::volume::VolumeState {
+        self.machine.state()
+    }
+
     pub(crate) async fn stop(&self) {
         self.is_stopped.set(true);
         self.stopped.notify_waiters();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use holdfast_types::{BlockIndex, BlockRange, LogIndex};
+use holdfast_types::{BlockIndex, BlockRange, CHUNK_BLOCKS, LogIndex};
 
 /// What a run of blocks is.
 #[derive(Clone, Debug)]
@@ -132,6 +132,18 @@ impl ExtentMap {
     pub(super) fn data_blocks(&self) -> u64 {
         self.data_blocks
     }
+    /// Chunks that hold any of the data.
+    pub(super) fn data_chunks(&self) -> u64 {
+        let (mut count, mut next) = (0, 0);
+        for (at, run) in &self.runs {
+            if matches!(run.what, What::Data { .. }) {
+                let first = (at / CHUNK_BLOCKS).max(next);
+                next = (at + run.count).div_ceil(CHUNK_BLOCKS).max(next);
+                count += next.saturating_sub(first);
+            }
+        }
+        count
+    }
     pub(super) fn cleared_blocks(&self) -> u64 {
         self.cleared_blocks
     }
@@ -153,9 +165,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_newest_run_shows(steps in proptest::collection::vec((0u64..40, 1u64..12, 0u8..3), 1..40)) {
+        fn the_newest_run_shows(steps in proptest::collection::vec((0u64..170, 1u64..22, 0u8..3), 1..60)) {
             let mut map = ExtentMap::default();
-            let mut model = vec![None; 64];
+            let mut model = vec![None; 3 * CHUNK_BLOCKS as usize];
             for (n, (start, count, kind)) in steps.into_iter().enumerate() {
                 let index = LogIndex(n as u64 + 1);
                 let what = match kind {
@@ -168,8 +180,8 @@ mod tests {
                     model[block as usize] = Some((index, (kind == 0).then_some(k as u32)));
                 }
             }
-            let mut shown = vec![None; 64];
-            for (at, run) in map.over(BlockRange::new(BlockIndex(0), 64)) {
+            let mut shown = vec![None; 3 * CHUNK_BLOCKS as usize];
+            for (at, run) in map.over(BlockRange::new(BlockIndex(0), 3 * CHUNK_BLOCKS as u32)) {
                 for n in 0..run.count {
                     prop_assert!(shown[(at.0 + n) as usize].is_none(), "runs never overlap");
                     shown[(at.0 + n) as usize] = Some((run.index, run.checksum(n)));
@@ -177,6 +189,11 @@ mod tests {
             }
             let data = model.iter().flatten().filter(|(_, sum)| sum.is_some()).count() as u64;
             prop_assert_eq!(map.data_blocks(), data);
+            let chunk_holds = |chunk: &&[Option<(LogIndex, Option<u32>)>]| {
+                chunk.iter().flatten().any(|(_, sum)| sum.is_some())
+            };
+            let chunks = model.chunks(CHUNK_BLOCKS as usize).filter(chunk_holds).count() as u64;
+            prop_assert_eq!(map.data_chunks(), chunks);
             prop_assert_eq!(map.cleared_blocks(), model.iter().flatten().count() as u64 - data);
             prop_assert_eq!(shown, model);
         }

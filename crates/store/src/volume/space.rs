@@ -1,6 +1,6 @@
 //! What a replica's blocks take on the medium.
 
-use holdfast_types::{BLOCK_BYTES, CHUNK_BYTES};
+use holdfast_types::CHUNK_BYTES;
 
 use super::VolumeData;
 use super::layers::{self, LayerId};
@@ -17,12 +17,18 @@ pub struct SpaceUsed {
     pub allocated: u64,
 }
 
-/// What a snapshot more may have to keep.
+/// How often sizes are asked for again when something was moved meanwhile.
+const LOOKS_MAX: usize = 8;
+
+/// What a snapshot more may have to keep, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// Bytes of blocks in all layers.
-    pub bytes: u64,
-    /// Whether it becomes less by itself: dropped snapshots are still to be merged, or what was thrown away to be removed.
+    /// Blocks of all layers that are home.
+    pub home: u64,
+    /// The same with whatever else may come home.
+    pub most: u64,
+    /// Whether what is home becomes less by itself: dropped snapshots are still to be merged, or what was thrown away to
+    /// be removed.
     pub is_falling: bool,
 }
 
@@ -50,22 +56,33 @@ impl VolumeData {
         used
     }
 
-    /// Bytes of blocks that one snapshot more may have to keep, were everything written anew after it: what all layers
-    /// hold. Of what is not home yet it is not known whether it takes room that is taken already, so it counts whole;
-    /// but no layer holds more than the volume's size. So this errs upwards only.
-    pub async fn held(&self) -> Result<Held, StoreError> {
+    /// What all layers hold, which one snapshot more may have to keep, were everything written anew after it. What is not home
+    /// yet comes home in whole chunks; whether they are there already is not known, so they count, but no layer holds
+    /// more than the volume's size. None while too much is moved to tell.
+    pub async fn held(&self) -> Result<Option<Held>, StoreError> {
         let own = format!("{}/", self.0.prefix);
-        let sizes = self.0.directory.sizes(&own).await.map_err(|error| StoreError::io(&own, &error))?;
-        let standing = Standing::of(sizes);
-        let most = self.0.size.get().0.next_multiple_of(CHUNK_BYTES);
-        let of_piece = |piece: &layers::Piece| {
-            let home = standing.of_file(&layers::name_of(&self.0.prefix, piece.id, "home"));
-            (home + piece.map.borrow().data_blocks() * BLOCK_BYTES as u64).min(most)
-        };
+        for _ in 0..LOOKS_MAX {
+            let before = self.0.changes.get();
+            let sizes = self.0.directory.sizes(&own).await.map_err(|error| StoreError::io(&own, &error))?;
+            // What was moved in between was perhaps seen neither here nor there.
+            if self.0.changes.get() == before {
+                return Ok(Some(self.held_in(&Standing::of(sizes))));
+            }
+        }
+        Ok(None)
+    }
+
+    fn held_in(&self, standing: &Standing) -> Held {
+        let size = self.0.size.get().0.next_multiple_of(CHUNK_BYTES);
         let dirty = self.dirty();
-        Ok(Held {
-            bytes: self.0.chain.all().iter().map(|piece| of_piece(piece)).sum(),
-            is_falling: dirty.merges || dirty.layers || self.0.chain.has_retired(),
-        })
+        let is_falling = dirty.merges || dirty.layers || self.0.chain.has_retired();
+        let mut held = Held { home: 0, most: 0, is_falling };
+        for piece in self.0.chain.all() {
+            let home = standing.of_file(&layers::name_of(&self.0.prefix, piece.id, "home"));
+            let coming = piece.map.borrow().data_chunks() * CHUNK_BYTES;
+            held.home += home.min(size);
+            held.most += (home + coming).min(size);
+        }
+        held
     }
 }

@@ -103,6 +103,14 @@ async fn back(dev: &Dev, lost: &[String; 2], load: &Load) -> Outcome<()> {
     Ok(())
 }
 
+/// A certificate of before: that of a volume that is no more.
+async fn place_of_certificate(dev: &Dev, fenced: &str) -> Outcome<String> {
+    let file = dev.node(fenced).join("fenced.json").display().to_string();
+    dev.command(&["fence", "certify", VOLUME, "--node", fenced, "--out", &file]).await?;
+    dev.command(&["fence", "verify", &file]).await?;
+    Ok(file)
+}
+
 /// Runs it.
 pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let dev = place.cluster(&["--nodes-per-zone", "2", "--journal", "64MiB"]).await?;
@@ -113,6 +121,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     load.progress(REQUESTS, RECOVERY).await?;
     let force = ["volume", "recover", VOLUME, "--survivors", &survivor, "--accept-loss"];
     refused(&dev, &force, "quorum").await?;
+    let certificate = place_of_certificate(&dev, &lost[0]).await?;
     for node in &lost {
         dev.ctl(&["kill", node]).await?;
     }
@@ -152,6 +161,7 @@ pub async fn run(place: &Place<'_>) -> Outcome<()> {
     let healed = began.elapsed();
     back(&dev, &lost, &load).await?;
     refused(&dev, &force, "quorum").await?;
+    refused(&dev, &["fence", "verify", &certificate], "incarnation 1").await?;
     let (history, _) = load.stop().await?;
     let client = NbdClient::connect(&dev.nbd(&survivor), VOLUME).await.map_err(|error| error.to_string())?;
     let blocks = check_all(&client, &history).await?;

@@ -6,6 +6,7 @@ mod bad_requests;
 mod copies;
 mod damaged_journal;
 mod deaf_leader;
+mod fence_certificate;
 mod forced_recovery;
 mod foreign_peer;
 mod full_disk;
@@ -50,13 +51,14 @@ impl Place<'_> {
 }
 
 /// Every scenario: its name and what it does.
-pub const ALL: [(&str, &str); 24] = [
+pub const ALL: [(&str, &str); 25] = [
     ("partition", "the attached node is cut off, and the volume taken by force"),
     ("partition-detach", "the same with a forced detach, then an attach"),
     ("partition-leader-killed", "the same, and the leader is killed while the new holder waits"),
     ("pause", "the attached node is stopped by SIGSTOP, and the volume taken by force"),
     ("pause-detach", "the same with a forced detach, then an attach"),
     ("pause-leader-killed", "the same, and the leader is killed while the new holder waits"),
+    ("fence-certificate", "the attached node dies, and a majority signs that it is fenced"),
     ("deaf-leader", "the leader can send but not hear, for good"),
     ("power-cut", "all nodes are killed at once and what they had not flushed is torn, with several volumes"),
     ("lost-quorum", "two zones die: I/O waits, goes on under the same epoch, and can be aborted"),
@@ -95,6 +97,7 @@ async fn one(name: &str, place: &Place<'_>) -> Outcome<()> {
         "pause" => new_holder::run(place, Fault::Pause, Road::Force).await,
         "pause-detach" => new_holder::run(place, Fault::Pause, Road::DetachThenAttach).await,
         "pause-leader-killed" => new_holder::run(place, Fault::Pause, Road::LeaderKilled).await,
+        "fence-certificate" => fence_certificate::run(place).await,
         "deaf-leader" => deaf_leader::run(place).await,
         "power-cut" => power_cut::run(place).await,
         "lost-quorum" => lost_quorum::run(place).await,
