@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use holdfast_env::Instant;
 use holdfast_protocol::catalog::{
     CatalogCommand, CatalogState, Placed, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord, gives_way,
-    target_voters,
+    share_a_node, target_voters,
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
@@ -280,7 +280,9 @@ impl Member {
             if matched + CAUGHT_UP_WITHIN < report.last_log.0 || matched == 0 {
                 return Ok(Step::Rest);
             }
-            self.change_voters(record, store, &report, Some(joining.id)).await?;
+            if !self.change_voters(record, store, &report, Some(joining.id)).await? {
+                return Ok(Step::Rest);
+            }
         }
         let command = CatalogCommand::SetReplica {
             id: record.id,
@@ -292,18 +294,22 @@ impl Member {
         Ok(Step::Progress)
     }
 
-    /// INV-MEMBER: one change, of exactly the voters that it was decided on.
+    /// INV-MEMBER: one change, of exactly the voters that it was decided on. False if it has to wait for another one.
     async fn change_voters(
         &self,
         record: &VolumeRecord,
         leader: StoreId,
         report: &ReplicaReport,
         joining: Option<ReplicaId>,
-    ) -> Result<(), AnswerError> {
+    ) -> Result<bool, AnswerError> {
         let wanted = placement::voters(&record.spec)?;
         let answers = |replica: &ReplicaRecord| self.answers(replica);
         let voters = target_voters(record, &report.voters, joining, wanted, answers);
-        self.set_voters(record, leader, report, voters).await
+        if joining.is_some() && share_a_node(record, &voters) {
+            return Ok(false);
+        }
+        self.set_voters(record, leader, report, voters).await?;
+        Ok(true)
     }
 
     fn answers(&self, replica: &ReplicaRecord) -> bool {

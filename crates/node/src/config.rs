@@ -54,8 +54,8 @@ pub(crate) struct StorePlan {
     pub(crate) journal_bytes: u64,
     pub(crate) capacity_bytes: Option<u64>,
     pub(crate) io_engine: IoEngine,
-    /// Is there once the store was made, so that an empty directory is a disk that is not there. The first store has
-    /// none: its directory stands in the data directory, which is there or not with what it says.
+    /// Is there once the store was made, so that an empty directory is a disk that is not there. None for the only store
+    /// of a node.
     pub(crate) stood: Option<PathBuf>,
 }
 
@@ -211,6 +211,10 @@ impl Layout {
     pub fn stood(&self, store: StoreId) -> PathBuf {
         self.0.join("stores").join(format!("{store}-stood"))
     }
+    /// Held by the daemon of a node of several stores.
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
     /// The admin API's socket.
     pub fn admin_socket(&self) -> PathBuf {
         self.0.join("admin.sock")
@@ -254,6 +258,17 @@ fn write_private(path: &Path, text: &str) -> Result<(), UserError> {
         file.sync_all()
     })
     .map_err(|error| unreadable(path, error))
+}
+
+/// Holds a data directory for one daemon, until the file is closed. Stores are held one by one, and may be away.
+pub(crate) fn hold(layout: &Layout) -> Result<std::fs::File, UserError> {
+    let path = layout.lock();
+    let file = std::fs::File::create(&path).map_err(|error| unreadable(&path, error))?;
+    let held = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    held.map(|()| file).map_err(|_| {
+        UserError::new(ErrorCode::Refused, format!("{} is in use by another daemon", path.display()))
+            .hint("stop the other daemon, or give this one its own data directory")
+    })
 }
 
 /// Makes a file whose being there is all it says; durable when it returns.
@@ -329,7 +344,7 @@ impl NodeConfig {
             journal_bytes: self.journal_bytes,
             capacity_bytes: self.capacity_bytes,
             io_engine: self.io_engine,
-            stood: None,
+            stood: (!self.other_stores.is_empty()).then(|| layout.stood(self.store)),
         };
         let other = |other: &StoreConfig| StorePlan {
             store: other.store,

@@ -17,7 +17,7 @@ use holdfast_wire::tcp::{Faults, TcpNetwork, answers_as};
 use holdfast_wire::tls::Tls;
 
 use crate::attachments::Attachments;
-use crate::config::{Layout, NodeConfig, StorePlan, load_credentials};
+use crate::config::{Layout, NodeConfig, StorePlan, hold, load_credentials};
 use crate::daemon::Overrides;
 use crate::filling::{self, Fillings};
 use crate::forward;
@@ -46,6 +46,8 @@ pub(crate) struct Shard {
     pub(crate) timers: Timers,
     /// The cluster authority's certificate, as PEM.
     pub(crate) authority: String,
+    /// Its data directory, for as long as the daemon runs.
+    _held: Option<std::fs::File>,
 }
 
 /// What others want to befall this node's traffic and disks, for tests.
@@ -82,6 +84,7 @@ impl Shard {
         let first = plans.next().ok_or_else(|| UserError::new(ErrorCode::Internal, "a node has a store"))?;
         let is_alone = config.other_stores.is_empty();
         let directory = if is_alone { Some(open_directory(&config, &first).await?) } else { None };
+        let held = if is_alone { None } else { Some(hold(&layout)?) };
         refuse_second(&config, &first, &tls()?).await?;
         let store = LocalStore::listen(&config, first, tls()?).await?;
         let others = plans.map(|plan| StoreThread::start(&config, &layout, plan, tls()?));
@@ -120,6 +123,7 @@ impl Shard {
             others,
             nbd,
             timers: Timers::default(),
+            _held: held,
         });
         forward::serve(&shard);
         filling::serve(&shard);

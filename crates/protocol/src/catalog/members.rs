@@ -10,7 +10,8 @@ use super::{ReplicaPhase, ReplicaRecord, VolumeRecord};
 /// successors. `voting` are the voters of the group now, of every configuration.
 ///
 /// One that leaves and whose successor stands on its own store stays only as long as the group says so: it has to give
-/// way before its successor can be made, and is not counted on. Those whose store answers stay before others do.
+/// way before its successor can be made, and is not counted on. Those that share no node with one that votes stay before
+/// others do (INV-PLACE), and of these those whose store answers.
 pub fn target_voters(
     record: &VolumeRecord,
     voting: &[ReplicaId],
@@ -27,9 +28,21 @@ pub fn target_voters(
     let stays = |replica: &&ReplicaRecord| voting.contains(&replica.id) && !gives_way(record, replica);
     let missing = wanted.saturating_sub(target.len());
     let mut leaving: Vec<&ReplicaRecord> = phase(ReplicaPhase::Leaving).filter(stays).collect();
-    leaving.sort_by_key(|replica| !answers(replica));
+    let meets = |replica: &ReplicaRecord| on_a_node_with(record, &target, replica);
+    leaving.sort_by_key(|replica| (meets(replica), !answers(replica)));
     target.extend(leaving.into_iter().take(missing).map(|replica| replica.id));
     target
+}
+
+fn on_a_node_with(record: &VolumeRecord, voters: &[ReplicaId], replica: &ReplicaRecord) -> bool {
+    let votes = |other: &&ReplicaRecord| voters.contains(&other.id) && other.id != replica.id;
+    record.replicas.iter().filter(votes).any(|other| other.location.node == replica.location.node)
+}
+
+/// INV-PLACE: whether two of these voters would stand on one node, on two of its stores. Such a change waits for another.
+pub fn share_a_node(record: &VolumeRecord, voters: &[ReplicaId]) -> bool {
+    let among = record.replicas.iter().filter(|replica| voters.contains(&replica.id));
+    among.into_iter().any(|replica| on_a_node_with(record, voters, replica))
 }
 
 /// Whether another replica joins on the store of this one, which leaves: this one has to go first.

@@ -20,7 +20,7 @@ use holdfast_types::{
 use serde::{Deserialize, Serialize};
 
 pub use clones::{SourceOrder, VolumeSource};
-pub use members::{gives_way, target_voters};
+pub use members::{gives_way, share_a_node, target_voters};
 pub use nodes::{NodeRecord, STORES_MAX, StoreRecord};
 pub use recovery::{Incarnation, Quarantined, Recovery};
 pub use snapshots::{SnapshotPhase, SnapshotRecord};

@@ -140,3 +140,29 @@ fn two_replicas_on_one_node_are_found() {
     planted::plant(&[]);
     assert!(with_fault.is_err() || with_fault.is_ok_and(|nodes| nodes < 5));
 }
+
+/// One replica moves to its node's other store while another moves away: whoever joins first, no configuration has two
+/// voters on one node.
+#[test]
+fn moves_at_once_never_leave_two_voters_on_one_node() {
+    let mut state = CatalogState::new(CLUSTER);
+    let made = volume(state.apply(&create("m", 1)));
+    let record = volume(state.apply(&CatalogCommand::VolumeReady { id: made.id, revision: made.revision }));
+    let (one, two) = (record.replicas[0].clone(), record.replicas[1].clone());
+    let mut replace = |revision, old: &ReplicaRecord, location: Location, store| {
+        let placed = Placed { store: StoreId(store), location, witness: false };
+        volume(state.apply(&CatalogCommand::ReplaceReplica { id: made.id, revision, old: old.id, placed }))
+    };
+    let record = replace(record.revision, &one, one.location.clone(), 901);
+    let record = replace(record.revision, &two, location(7, 7, 7), 902);
+    let voting: Vec<_> = record.replicas[..3].iter().map(|replica| replica.id).collect();
+    for (joining, away) in [(3, None), (4, None), (3, Some(two.id)), (4, Some(one.id))] {
+        let joining = record.replicas[joining].id;
+        let answers = |replica: &ReplicaRecord| Some(replica.id) != away;
+        let target = target_voters(&record, &voting, Some(joining), 3, answers);
+        assert_eq!(target.len(), 3);
+        assert!(!share_a_node(&record, &target), "{joining}: {target:?}");
+    }
+    let both = [record.replicas[0].id, record.replicas[3].id];
+    assert!(share_a_node(&record, &both));
+}
