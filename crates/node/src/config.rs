@@ -211,7 +211,7 @@ impl Layout {
     pub fn stood(&self, store: StoreId) -> PathBuf {
         self.0.join("stores").join(format!("{store}-stood"))
     }
-    /// Held by the daemon of a node of several stores.
+    /// Held by the daemon.
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
     }

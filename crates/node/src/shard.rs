@@ -27,6 +27,9 @@ use crate::threads::{self, StoreThread};
 /// Between tries to tell the catalog about this node.
 const REGISTER_PAUSE: Duration = Duration::from_secs(1);
 
+/// Between times that the catalog is told of a node of several stores again.
+const REGISTER_AGAIN: Duration = Duration::from_secs(60);
+
 /// A running shard.
 pub(crate) struct Shard {
     pub(crate) config: NodeConfig,
@@ -47,7 +50,7 @@ pub(crate) struct Shard {
     /// The cluster authority's certificate, as PEM.
     pub(crate) authority: String,
     /// Its data directory, for as long as the daemon runs.
-    _held: Option<std::fs::File>,
+    _held: std::fs::File,
 }
 
 /// What others want to befall this node's traffic and disks, for tests.
@@ -78,13 +81,13 @@ impl Shard {
     /// serves with those that can be opened (INV-STORES), and does not wait for any.
     pub(crate) async fn start(layout: Layout, overrides: &Overrides) -> Result<Rc<Self>, UserError> {
         let config = overrides.apply(NodeConfig::load(&layout)?)?;
+        let held = hold(&layout)?;
         let credentials = load_credentials(&layout)?;
         let tls = || threads::tls(&config, &credentials);
         let mut plans = config.plans(&layout).into_iter();
         let first = plans.next().ok_or_else(|| UserError::new(ErrorCode::Internal, "a node has a store"))?;
         let is_alone = config.other_stores.is_empty();
         let directory = if is_alone { Some(open_directory(&config, &first).await?) } else { None };
-        let held = if is_alone { None } else { Some(hold(&layout)?) };
         refuse_second(&config, &first, &tls()?).await?;
         let store = LocalStore::listen(&config, first, tls()?).await?;
         let others = plans.map(|plan| StoreThread::start(&config, &layout, plan, tls()?));
@@ -159,13 +162,29 @@ impl Shard {
         }
     }
 
-    /// Tells the catalog where this node is, until it knows.
+    /// Whether the catalog knows all stores of this node, or cannot be asked now.
+    async fn is_known(&self, node: &NodeRecord) -> bool {
+        let Ok(state) = self.catalog.state(Duration::from_secs(5)).await else { return true };
+        let known = state.nodes.get(&node.location.node);
+        known.is_some_and(|known| node.stores().all(|store| known.has(store.store)))
+    }
+
+    /// Tells the catalog where this node is, and looks now and then whether it knows: a member of before there were several
+    /// stores forgets the others.
     async fn register(shard: std::rc::Weak<Self>) {
+        let mut is_known = false;
         loop {
             let Some(this) = shard.upgrade() else { return };
-            let command = CatalogCommand::PutNode { cluster: this.config.cluster, node: this.node_record() };
+            let (mut pause, node) = (REGISTER_PAUSE, this.node_record());
+            if is_known && this.is_known(&node).await {
+                drop(this);
+                holdfast_env::sleep(REGISTER_AGAIN).await;
+                continue;
+            }
+            let command = CatalogCommand::PutNode { cluster: this.config.cluster, node };
             match this.catalog.apply(command, Duration::from_secs(5)).await {
-                Ok(_) => return,
+                Ok(_) if this.others.is_empty() => return,
+                Ok(_) => (is_known, pause) = (true, REGISTER_AGAIN),
                 Err(error) if error.code == ErrorCode::Unavailable => {
                     tracing::debug!(%error, "the catalog does not know this node yet");
                 }
@@ -175,7 +194,7 @@ impl Shard {
                 }
             }
             drop(this);
-            holdfast_env::sleep(REGISTER_PAUSE).await;
+            holdfast_env::sleep(pause).await;
         }
     }
 

@@ -28,6 +28,8 @@ use crate::voter;
 
 /// Segments of the journal.
 const SEGMENTS: u64 = 16;
+/// Between tries to open a directory that is not there yet, or held.
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_secs(3);
 /// Between looks whether a store has stopped.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long replicas may take to stop. Nothing depends on it: a stop is a crash that was announced.
@@ -186,36 +188,58 @@ impl LocalStore {
     }
 
     /// Opens the store, whose directory may be open already, and starts what stands on it. If that is not to be, the store
-    /// says why from then on.
+    /// says why from then on. Without an open directory it waits for one: a disk may be mounted late, and a daemon before
+    /// this one may hold it still.
     pub(crate) async fn open(
         self: &Rc<Self>,
         config: &NodeConfig,
         layout: &Layout,
         directory: Option<OpenDirectory>,
     ) -> Result<(), UserError> {
-        let opened = self.try_open(config, layout, directory).await;
-        if let Err(error) = &opened {
-            tracing::error!(store = %self.plan.store, directory = %self.plan.directory.display(), %error,
-                hint = error.hint, "a store does not serve");
-            administration::serve_refusal(&self.rpc, format!("{error}; {}", error.hint));
-            *self.refused.borrow_mut() = Some(error.clone());
-            if is_planted("foreign-store-ends-the-daemon") {
-                std::process::abort();
-            }
+        let opened = match directory {
+            Some(opened) => self.start(config, layout, opened).await,
+            None => match self.wait_for_directory(config).await {
+                Ok(opened) => self.start(config, layout, opened).await,
+                Err(error) => Err(error),
+            },
+        };
+        match &opened {
+            Ok(()) => *self.refused.borrow_mut() = None,
+            Err(error) => self.refuse(error),
         }
         opened
     }
 
-    async fn try_open(
+    /// Nothing was opened before this ends, so it is tried again.
+    async fn wait_for_directory(&self, config: &NodeConfig) -> Result<OpenDirectory, UserError> {
+        loop {
+            match open_directory(config, &self.plan).await {
+                Err(error) if error.code == ErrorCode::Refused => self.refuse(&error),
+                other => return other,
+            }
+            holdfast_env::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    fn refuse(&self, error: &UserError) {
+        if self.refused.borrow().as_ref() == Some(error) {
+            return;
+        }
+        tracing::error!(store = %self.plan.store, directory = %self.plan.directory.display(), %error,
+            hint = error.hint, "a store does not serve");
+        administration::serve_refusal(&self.rpc, format!("{error}; {}", error.hint));
+        *self.refused.borrow_mut() = Some(error.clone());
+        if is_planted("foreign-store-ends-the-daemon") {
+            std::process::abort();
+        }
+    }
+
+    async fn start(
         self: &Rc<Self>,
         config: &NodeConfig,
         layout: &Layout,
-        directory: Option<OpenDirectory>,
+        opened: OpenDirectory,
     ) -> Result<(), UserError> {
-        let opened = match directory {
-            Some(opened) => opened,
-            None => open_directory(config, &self.plan).await?,
-        };
         let OpenDirectory { directory, identity, fresh, disk } = opened;
         if let Some(disk) = disk {
             let _first = self.disk.set(disk);

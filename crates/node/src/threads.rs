@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::config::{Layout, NodeConfig, StorePlan};
 use crate::handle::{self, Handle, Jobs};
-use crate::store::LocalStore;
+use crate::store::{LocalStore, RETRY_PAUSE};
 
 /// How long a store's thread may take to tell how it is.
 const ASK_DEADLINE: Duration = Duration::from_secs(1);
@@ -99,14 +99,20 @@ impl StoreThread {
 }
 
 async fn run(given: Given) {
-    let Given { config, layout, plan, tls, jobs, stop } = given;
+    let Given { config, layout, plan, tls, jobs, mut stop } = given;
     if let Err(error) = crate::planted::plant() {
         return tracing::error!(%error, "a store does not run");
     }
     let store = plan.store;
-    let local = match LocalStore::listen(&config, plan, tls).await {
-        Ok(local) => local,
-        Err(error) => return tracing::error!(%store, %error, hint = error.hint, "a store does not run"),
+    let local = loop {
+        match LocalStore::listen(&config, plan.clone(), tls.clone()).await {
+            Ok(local) => break local,
+            Err(error) => tracing::error!(%store, %error, hint = error.hint, "a store does not run yet"),
+        }
+        // Whoever has the port may leave it.
+        if holdfast_env::timeout(RETRY_PAUSE, &mut stop).await.is_ok() {
+            return;
+        }
     };
     holdfast_env::spawn("jobs", jobs.serve(local.clone()));
     tracing::info!(%store, address = %local.network.address(), "a store serves");
