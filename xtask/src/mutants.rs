@@ -72,6 +72,62 @@ const MUTANTS: &[Mutant] = &[
             "without_the_question",
         ]),
     },
+    Mutant {
+        name: "rest-unasked",
+        breaks: "INV-REST: a leader rests and asks nobody",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "rests",
+            "--",
+            "a_leader_that_rests_without_asking_is_found",
+        ]),
+    },
+    Mutant {
+        name: "rest-while-behind",
+        breaks: "INV-REST: a group rests of which a member lacks an entry",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "rests",
+            "--",
+            "a_group_that_rests_while_a_member_is_behind_is_found",
+        ]),
+    },
+    Mutant {
+        name: "rest-unwatched",
+        breaks: "INV-REST: nobody notices that the leader of a group that rests is gone",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "rests",
+            "--",
+            "followers_that_do_not_watch_their_leader_are_found",
+        ]),
+    },
+    Mutant {
+        name: "woken-leader-unasked",
+        breaks: "INV-REST: a leader that was deposed while it rested answers for the volume",
+        by: By::Test(&[
+            "test",
+            "-p",
+            "holdfast-session",
+            "--locked",
+            "--test",
+            "rests",
+            "--",
+            "a_leader_that_woke_and_does_not_ask_is_found",
+        ]),
+    },
 ];
 
 /// What the last line that says so says of the failure.

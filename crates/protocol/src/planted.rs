@@ -57,6 +57,10 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("sign-what-is-held", "INV-CERT"),
     ("minority-certifies", "INV-CERT"),
     ("signatures-unread", "INV-CERT"),
+    ("rest-unasked", "INV-REST"),
+    ("rest-while-behind", "INV-REST"),
+    ("rest-unwatched", "INV-REST"),
+    ("woken-leader-unasked", "INV-REST"),
 ];
 
 /// Those that break a rule of the state machine outside of it: its own model cannot find them, the simulation does.

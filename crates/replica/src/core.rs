@@ -94,6 +94,8 @@ impl Group {
         if self.timers() == timers {
             return Ok(());
         }
+        self.wake();
+        self.wake_alone();
         let is_alone = self.is_only_voter();
         if self.is_leader() && !is_alone {
             return Err(GroupError::Refused("a leader hands over before it takes up other timers".into()));

@@ -37,6 +37,7 @@ use crate::machine::{CheckError, Machine, Position, SnapshotData, StateMachine};
 use crate::messages::{Method, RaftHead};
 use crate::network::Networks;
 use crate::past::Grants;
+use crate::rest::member::Rest;
 use crate::space::Fulls;
 use crate::stall::Stalled;
 use crate::transfer::Transfer;
@@ -103,6 +104,7 @@ pub struct Group {
     /// Bytes of the last catch-up by log that has ended.
     caught_up: Cell<Option<u64>>,
     counters: Counters,
+    rest: Rest,
 }
 
 pub(crate) fn stopped(error: impl std::fmt::Display) -> GroupError {
@@ -178,6 +180,7 @@ impl Group {
             catch_up: RefCell::default(),
             caught_up: Cell::new(None),
             counters,
+            rest: Rest::default(),
         });
         group.watch();
         Ok(group)
@@ -212,7 +215,7 @@ impl Group {
         let mut stalls = true;
         while stalled.until(stalls).await {
             let Some(group) = Self::of_core(&group, number) else { return };
-            group.raft().runtime_config().tick(!stalls);
+            group.set_stalls(stalls);
             stalls = !stalls;
         }
     }
@@ -241,6 +244,7 @@ impl Group {
                     }
                     group.leadership.notify_waiters();
                 }
+                group.rest_ends_with_leadership();
             }
             let (changed, muted_or_not) = (std::pin::pin!(metrics.changed()), std::pin::pin!(muted_or_not));
             let woken = futures_util::future::select(changed, muted_or_not).await;
@@ -276,6 +280,9 @@ impl Group {
     /// Counters since the daemon started.
     pub fn usage(&self) -> GroupUsage {
         self.counters.now()
+    }
+    pub(crate) fn rest(&self) -> &Rest {
+        &self.rest
     }
     pub(crate) fn counters(&self) -> &Counters {
         &self.counters
@@ -313,6 +320,10 @@ impl Group {
     }
     pub(crate) fn acknowledged(&self) -> Option<Instant> {
         self.acknowledged.get()
+    }
+    /// When a leader last called, or its store last answered for it.
+    pub(crate) fn heard_leader_at(&self) -> Option<Instant> {
+        if self.is_answered_for() { Some(Instant::now()) } else { self.acknowledged.get() }
     }
     /// It is silent until then, at least.
     pub(crate) fn silent(&self, until: Instant) {
@@ -360,6 +371,7 @@ impl Group {
         if self.mute().is_set() {
             return Err(GroupError::NotLeader { leader: None });
         }
+        self.awake().await?;
         self.counters.count(|usage| usage.proposals += 1);
         let raft = self.raft();
         let write = holdfast_env::timeout(PROPOSE_DEADLINE, raft.client_write(data));
@@ -389,12 +401,18 @@ impl Group {
         let confirmed = async {
             // Waits while openraft holds its heartbeats back: a leader that hears nobody must fall silent, and the
             // question below is an append like any other. From here on it has given its vote to nobody else.
-            let (leader, index) = match self.raft().get_read_log_id(self.reading()).await {
-                Ok((read, _)) => (read.log_id().leader_id, LogIndex(read.log_id().index)),
-                Err(RaftError::Fatal(error)) => return Err(stopped(error)),
-                Err(RaftError::APIError(_)) => return Err(self.not_leader()),
+            // One that has rested has heard nobody for long, and asks at once.
+            let woken = self.woken();
+            let unasked = woken.is_some() && is_planted("woken-leader-unasked");
+            let (leader, index) = match woken {
+                Some(woken) => woken,
+                None => match self.raft().get_read_log_id(self.reading()).await {
+                    Ok((read, _)) => (read.log_id().leader_id, LogIndex(read.log_id().index)),
+                    Err(RaftError::Fatal(error)) => return Err(stopped(error)),
+                    Err(RaftError::APIError(_)) => return Err(self.not_leader()),
+                },
             };
-            if is_planted("append-clock") || self.majority_follows(leader).await {
+            if unasked || is_planted("append-clock") || self.majority_follows(leader).await {
                 Ok(index)
             } else {
                 Err(self.not_leader())
@@ -498,7 +516,7 @@ impl Group {
         crate::messages::ReplicaReport {
             replica: self.id.replica,
             is_leader: leads,
-            has_quorum: is_alone && leads || has_answers,
+            has_quorum: is_alone && leads || has_answers || leads && self.is_heard_by_majority(),
             leader: now.current_leader.map(ReplicaId),
             voters: membership.voter_ids().map(ReplicaId).collect(),
             learners: membership.learner_ids().map(ReplicaId).collect(),
@@ -508,11 +526,7 @@ impl Group {
             last_log: index(now.last_log_index),
             last_term: self.log.last_term(),
             is_damaged: !self.log.faulty().is_empty(),
-            hears_leader: !leads
-                && self
-                    .acknowledged
-                    .get()
-                    .is_some_and(|at| Instant::now().since(at) <= 2 * self.timers().election_max),
+            hears_leader: !leads && self.hears_leader(),
             committed: index(now.local_committed.map(|id| id.index)),
             applied: self.machine.position.applied_index(),
             purged: index(now.purged.map(|id| id.index)),
@@ -525,6 +539,12 @@ impl Group {
             journal_bytes: self.log.held_bytes(),
             ..Default::default()
         }
+    }
+
+    /// Whether another replica that takes itself for the leader was heard a moment ago, or its store for it.
+    fn hears_leader(&self) -> bool {
+        let called = self.acknowledged.get().map(|at| Instant::now().since(at));
+        called.is_some_and(|since| since <= 2 * self.timers().election_max) || self.is_answered_for()
     }
 
     /// Why Raft has stopped here, if it has.
@@ -569,6 +589,7 @@ impl Group {
                 let stream = input.u64()?;
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
+                self.rest_hears(&request);
                 self.hear(&request, bytes);
                 if !self.has_room_for(&request.entries) {
                     responder.refuse(NO_ROOM);
@@ -580,6 +601,7 @@ impl Group {
                 self.acknowledged.set(Some(Instant::now()));
                 let bytes = input.remaining() + body.len();
                 let request = codec::append_request_from(input, body)?;
+                self.rest_hears(&request);
                 // A leader that only asks who follows it tells nothing of its log.
                 if request.prev_log_id.is_some() || !request.entries.is_empty() {
                     self.hear(&request, bytes);
@@ -602,12 +624,20 @@ impl Group {
             }
             Method::Vote => {
                 let request = codec::vote_request_from(input)?;
+                if let Some(why) = self.votes_not().filter(|_| !request.leadership_transfer) {
+                    responder.refuse(why);
+                    return Ok(());
+                }
                 self.answer(responder, |raft| async move {
                     raft.vote(request).await.map(|r| codec::vote_response(&r))
                 });
             }
             Method::PreVote => {
                 let request = codec::vote_request_from(input)?;
+                if let Some(why) = self.votes_not() {
+                    responder.refuse(why);
+                    return Ok(());
+                }
                 self.answer(responder, |raft| async move {
                     raft.pre_vote(request).await.map(|r| codec::vote_response(&r))
                 });
@@ -718,11 +748,12 @@ impl Group {
 
     /// Installs a snapshot that a leader offers; the block content was staged before.
     pub(crate) async fn install(
-        &self,
+        self: &Rc<Self>,
         vote: crate::config::Vote,
         meta: crate::config::SnapshotMeta,
         data: SnapshotData,
     ) -> Result<Bytes, GroupError> {
+        self.wake_alone();
         let snapshot = crate::config::Snapshot { meta, snapshot: data };
         let response = self.raft().install_full_snapshot(vote, snapshot).await.map_err(stopped)?;
         Ok(codec::vote_bytes(&response.vote))

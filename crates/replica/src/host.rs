@@ -34,7 +34,7 @@ use crate::scrub::{self, Scrub, ScrubOptions};
 use crate::survey::Surveys;
 use crate::volume::{Volume, VolumeMachine};
 use crate::witness::Witnesses;
-use crate::{cleaner, config, gray, heal, space};
+use crate::{cleaner, config, gray, heal, rest, space};
 
 /// What a new replica of a volume is.
 #[derive(Clone, Debug)]
@@ -169,14 +169,16 @@ impl Host {
             rebuilds_again: Cell::new(None),
             environment,
         });
-        use messages::{DATA, HEAL, PAST, RAFT, REBUILD, REPAIR};
-        for service in [RAFT, DATA, REBUILD, HEAL, REPAIR, PAST] {
+        use messages::{DATA, HEAL, PAST, RAFT, REBUILD, REPAIR, REST};
+        for service in [RAFT, DATA, REBUILD, HEAL, REPAIR, PAST, REST] {
             let handler = Rc::new(Service { host: Rc::downgrade(&host), service: service.0 });
             host.environment.rpc.serve(service, handler);
         }
         holdfast_env::spawn("leaderships", gray::watch(Rc::downgrade(&host)));
         holdfast_env::spawn("past", past::keep(Rc::downgrade(&host)));
         holdfast_env::spawn("room", space::watch(Rc::downgrade(&host)));
+        holdfast_env::spawn("rest-watch", rest::watch(Rc::downgrade(&host)));
+        holdfast_env::spawn("rest-offer", rest::offer(Rc::downgrade(&host)));
         Ok(host)
     }
 
@@ -759,6 +761,7 @@ impl Handler for Service {
             service if service == messages::HEAL.0 => host.on_heal(request, responder),
             service if service == messages::REPAIR.0 => host.on_repair(&request, responder),
             service if service == messages::PAST.0 => past::serve(&host, &request, responder),
+            service if service == messages::REST.0 => host.on_rest(&request, responder),
             _ => host.on_rebuild(request, responder),
         }
     }

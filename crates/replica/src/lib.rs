@@ -5,8 +5,8 @@
 //! that it shares with the catalog. Everything is single-threaded and belongs to the store's shard.
 //!
 //! **Architecture invariants.** Nothing here decides fencing: that is `holdfast_protocol`. Nothing outside
-//! `append_streams`, `codec`, `config`, `confirm`, `core`, `group`, `log`, `machine`, `membership`, `network` and
-//! `transfer` names an openraft type.
+//! `append_streams`, `codec`, `config`, `confirm`, `core`, `group`, `log`, `machine`, `membership`, `network`,
+//! `rest::member` and `transfer` names an openraft type.
 
 pub mod administration;
 mod append_streams;
@@ -35,6 +35,7 @@ mod quota;
 pub mod rebuild;
 pub mod recover;
 pub mod repair;
+mod rest;
 mod rotten_source;
 pub mod scrub;
 mod serve;

@@ -102,18 +102,21 @@ impl Group {
 
     /// Adds a learner; returns when the change is committed, not when it has caught up.
     pub async fn add_learner(&self, id: ReplicaId, peer: impl Into<Peer>) -> Result<(), GroupError> {
+        self.awake().await?;
         self.changed(self.raft().add_learner(id.0, peer.into(), false)).await
     }
 
     /// Changes the voters by joint consensus; those left out are removed. INV-MEMBER: one change at a time, by
     /// openraft's rule that a change waits for the one before it.
     pub async fn change_voters(&self, voters: &[ReplicaId]) -> Result<(), GroupError> {
+        self.awake().await?;
         let voters = ChangeMembers::ReplaceAllVoters(voters.iter().map(|id| id.0).collect());
         self.changed(self.raft().change_membership(voters, false)).await
     }
 
     /// Forgets a learner; none of that id is fine. Refused if it votes.
     pub async fn remove_learner(&self, id: ReplicaId) -> Result<(), GroupError> {
+        self.awake().await?;
         let gone = ChangeMembers::RemoveNodes(std::iter::once(id.0).collect());
         self.changed(self.raft().change_membership(gone, false)).await
     }

@@ -28,6 +28,8 @@ pub const HEAL: Service = Service(8);
 pub const REPAIR: Service = Service(10);
 /// What replicas know of each other's past.
 pub const PAST: Service = Service(11);
+/// What stores ask each other about groups that rest.
+pub const REST: Service = Service(12);
 
 /// Which of Raft's calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -93,6 +93,7 @@ impl Group {
             return Ok(());
         }
         self.check_voter(target)?;
+        self.wake();
         let _transferring = self.transfer().begin()?;
         self.drained(target).await?;
         self.trigger_transfer(target).await?;
@@ -129,6 +130,7 @@ impl Group {
     /// be seen here. Not tried if Raft's core waits for that disk: it would hear of it only afterwards.
     pub(crate) async fn offer_leadership(&self, target: ReplicaId) -> Result<(), GroupError> {
         self.check_voter(target)?;
+        self.wake();
         let _transferring = self.transfer().begin()?;
         self.drained(target).await?;
         if self.core_waits() {

@@ -26,6 +26,10 @@ pub struct GroupUsage {
     pub leaderships: u64,
     /// Times that it gave its leadership away because of the disk below it.
     pub leaderships_given: u64,
+    /// Times that it began to rest.
+    pub rests: u64,
+    /// Times that it woke.
+    pub wakes: u64,
     /// Writes that waited so that a rebuild could end.
     pub paced_writes: u64,
     /// Bytes received while being rebuilt by chunks.

@@ -103,7 +103,7 @@ pub(crate) async fn reconcile(world: Rc<World>) {
                     world.spawn(late);
                 }
             }
-        } else if world.executor.time() >= next && !seats.stopped.get() {
+        } else if world.executor.time() >= next.max(world.calm_until.get()) && !seats.stopped.get() {
             next = world.executor.time() + random.around(world.plan.churn_every);
             begin(&world, &mut random);
         }

@@ -32,6 +32,9 @@ pub(crate) async fn plague(world: Rc<World>, guests: Rc<Guests>, stop: Rc<Cell<b
         if stop.get() {
             return;
         }
+        if world.executor.time() < world.calm_until.get() {
+            continue;
+        }
         let fault = plague.random.pick(&world.plan.faults);
         plague.begin(fault);
     }

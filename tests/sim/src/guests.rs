@@ -341,6 +341,8 @@ impl Worker {
 pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
     let world = guests.world.clone();
     let mut random = Random::new(world.plan.seed, Purpose::Guests, 0);
+    let mut pauses = Random::new(world.plan.seed, Purpose::Guests, u64::MAX);
+    let mut breaks = world.plan.breaks;
     let mut next_move = world.executor.time() + random.around(world.plan.move_every);
     while !stop.get() {
         world.sleep(random.range(50, 150) * MILLISECOND).await;
@@ -375,6 +377,14 @@ pub(crate) async fn orchestrate(guests: Rc<Guests>, stop: Rc<Cell<bool>>) {
                 }
             }));
             world.sleep(random.range(1, 200) * MILLISECOND).await;
+            if breaks > 0 && pauses.percent(50) {
+                breaks -= 1;
+                world.trace.mark("breaks in which nobody is attached");
+                // Faults strike a group that rests, if it has had the time to.
+                world.calm_until.set(world.executor.time() + pauses.range(4_000, 10_000) * MILLISECOND);
+                let long = pauses.range(6_000, 18_000) * MILLISECOND;
+                world.wait_until(long, || stop.get()).await;
+            }
             if stop.get() {
                 return;
             }

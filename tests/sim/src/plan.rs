@@ -114,6 +114,8 @@ pub(crate) struct Plan {
     pub(crate) bad_medium: u64,
     /// How long faults go on, at least.
     pub(crate) chaos: u64,
+    /// Detaches at most after which nobody attaches for so long that the volume's group rests.
+    pub(crate) breaks: u64,
 }
 
 fn timers(random: &mut Random) -> Timers {
@@ -185,6 +187,7 @@ impl Plan {
             churn_every: random.pick(&[0, 0, 2, 6]) * SECOND,
             bad_medium: random.range(1, NODES + 1),
             chaos: random.range(48, 56) * SECOND,
+            breaks: random.pick(&[0, 0, 1, 2]),
         }
     }
 }

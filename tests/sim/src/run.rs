@@ -381,6 +381,8 @@ struct Seen {
     purged: LogIndex,
     checkpoint: LogIndex,
     healed: u64,
+    rests: u64,
+    wakes: u64,
 }
 
 /// Watches all replicas: two that have applied the same index must be in the same state, and no replica stops by itself.
@@ -454,7 +456,23 @@ fn note(
         world.trace.mark("rebuilds by chunks");
     }
     seen.healed = healed;
+    note_rest(world, node, seen, volume);
     if !report.fault.is_empty() && !has_failed {
         world.trace.violation(format_args!("replica {} has stopped: {}", report.replica, report.fault));
     }
+}
+
+/// INV-REST: a volume that somebody holds does not rest, as far as its replica has applied.
+fn note_rest(world: &World, node: u64, seen: &mut Seen, volume: &holdfast_replica::Volume) {
+    let (group, usage) = (volume.group(), volume.group().usage());
+    if group.is_resting() && volume.state().holder().is_some() {
+        world.trace.violation(format_args!("n{node} rests while somebody holds the volume"));
+    }
+    if usage.rests > seen.rests {
+        world.trace.mark(if group.is_leader() { "leaders that rest" } else { "followers that rest" });
+    }
+    if usage.wakes > seen.wakes {
+        world.trace.mark("replicas that woke");
+    }
+    (seen.rests, seen.wakes) = (usage.rests, usage.wakes);
 }

@@ -105,6 +105,8 @@ pub(crate) struct World {
     pub(crate) leaves_next: Cell<Option<ReplicaId>>,
     /// Faults so far.
     pub(crate) faults: Cell<u64>,
+    /// Until then no fault and no replacement begins.
+    pub(crate) calm_until: Cell<u64>,
     nodes: Vec<Node>,
     boots: Cell<Owner>,
     clocks: RefCell<Random>,
@@ -161,6 +163,7 @@ impl World {
             seats: Seats::default(),
             leaves_next: Cell::new(None),
             faults: Cell::new(0),
+            calm_until: Cell::new(0),
             nodes,
             boots: Cell::new(0),
         })

@@ -443,6 +443,7 @@ fn replicas(all: &[ReplicaSnapshot]) -> Vec<Family> {
     vec![
         gauge("raft_term", "The term that the replica knows", of(|r| r.term)),
         gauge("raft_leader", "1 while the replica leads its group", of(|r| r.is_leader.into())),
+        gauge("raft_resting", "1 while its group rests", of(|r| r.is_resting.into())),
         gauge("raft_last_index", "The last entry of its log", of(|r| r.last_log)),
         gauge("raft_committed_index", "The last entry that it knows to be committed", of(|r| r.committed)),
         gauge("raft_applied_index", "The last entry that it has applied", of(|r| r.applied)),
@@ -453,6 +454,7 @@ fn replicas(all: &[ReplicaSnapshot]) -> Vec<Family> {
             "Times that it gave the leadership away because of its disk",
             of(|r| r.group_usage.leaderships_given),
         ),
+        counter("raft_wakes", "Times that it woke after its group had rested", of(|r| r.group_usage.wakes)),
         counter(
             "raft_paced_writes",
             "Writes that waited so that a rebuild could end",

@@ -5,6 +5,7 @@ mod fence;
 mod lease;
 mod model;
 mod reference;
+mod rest;
 mod rules;
 mod snapshots;
 mod timers;

@@ -477,6 +477,7 @@ fn every_planted_fault_is_found() {
         "INV-PLACE",
         "INV-STORES",
         "INV-CERT",
+        "INV-REST",
         "progress",
     ];
     let inside =

@@ -430,7 +430,9 @@ pub(crate) fn serve(host: &Host, request: &Frame, responder: Responder) {
             Some(past) => {
                 host.wake_starting(group);
                 let known = gather(host, &past, group).get(&replica).copied();
-                let report = host.group(group).map(|running| running.report());
+                // A leader that rests may have been deposed meanwhile: it does not stand for a majority.
+                let running = host.group(group).filter(|running| !running.leads_on_trust());
+                let report = running.map(|running| running.report());
                 let leads = report.is_some_and(|report| report.is_leader && report.has_quorum);
                 responder.reply(Frame::small(Answer { leads, known, superseded: None }.encode()));
             }
@@ -474,7 +476,13 @@ pub(crate) async fn keep(host: Weak<Host>) {
 fn news(host: &Host) -> Vec<(Line, Acknowledged)> {
     let mut current = BTreeMap::new();
     let pasts: Vec<_> = host.pasts().of.borrow().iter().map(|(id, past)| (*id, past.clone())).collect();
+    let mut unchanged = BTreeSet::new();
     for (group, past) in pasts {
+        // Nothing has come since it was told the last time.
+        if host.group(group).is_some_and(|running| running.rested_for() > 3 * TELL_EVERY) {
+            unchanged.insert(group);
+            continue;
+        }
         let lines = gather(host, &past, group);
         let Some(leading) = host.group(group).filter(|running| running.is_leader()) else { continue };
         for (member, store) in leading.members().into_iter().filter(|(member, _)| *member != past.own) {
@@ -483,7 +491,7 @@ fn news(host: &Host) -> Vec<(Line, Acknowledged)> {
         }
     }
     let mut told = host.pasts().told.borrow_mut();
-    told.retain(|line, _| current.contains_key(line));
+    told.retain(|line, _| current.contains_key(line) || unchanged.contains(&line.1));
     current.into_iter().filter(|(line, known)| told.get(line) != Some(known)).collect()
 }
 

@@ -197,7 +197,7 @@ impl Witness {
     /// When a leader last called; before the first time, when the silence after a start ends.
     fn heard_at(&self) -> Instant {
         let silence = self.group.timers().startup_silence();
-        self.group.acknowledged().unwrap_or(self.group.started() + silence)
+        self.group.heard_leader_at().unwrap_or(self.group.started() + silence)
     }
 
     fn may_campaign(&self, host: &Rc<Host>) -> bool {

@@ -20,6 +20,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use holdfast_protocol::volume::VolumeState;
 use holdfast_store::ReplicaIdentity;
 use holdfast_types::{GroupId, LogIndex, ReplicaId, VolumeId, limits};
 use tokio::sync::Notify;
@@ -154,8 +155,15 @@ impl Witness {
 
     /// Lets Raft run with the timers that the volume's state asks for: voters' leases are equal.
     pub async fn take_up_timers(&self) -> Result<(), GroupError> {
-        let timers = self.machine.state().timers().with_defaults(self.defaults);
-        self.group.reload(timers.run()).await
+        self.group.reload(self.timers_to_run()).await
+    }
+
+    pub(crate) fn timers_to_run(&self) -> Timers {
+        self.machine.state().timers().with_defaults(self.defaults).run()
+    }
+
+    pub(crate) fn state(&self) -> VolumeState {
+        self.machine.state()
     }
 
     fn is_stopped(&self) -> bool {
