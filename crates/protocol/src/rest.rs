@@ -33,8 +33,11 @@ pub const HEARD_LATELY: Duration = Duration::from_secs(3);
 /// A leader that woke is taken for one whose group rests until a majority has answered it, and no longer than this or three
 /// of the longest election timeouts: until then Raft may hold its heartbeats back.
 pub const WAKING_MAX: Duration = Duration::from_secs(2);
-/// A store that lets more than this pass between two rounds of questions was itself stopped.
-const STOPPED_AFTER: Duration = Duration::from_secs(4);
+/// A store that sleeps so much longer than it wanted was itself stopped.
+const STOPPED_AFTER: Duration = Duration::from_secs(2);
+/// Raft holds back the heartbeats of a leader that woke for two of the longest election timeouts, and takes no proposal
+/// meanwhile. Where that is longer than this a group does not rest: whoever attaches waits for it.
+pub const HELD_BACK_MAX: Duration = Duration::from_secs(1);
 
 const _: () = {
     let rounds = ASK_EVERY.as_millis() * FAILURES_MAX as u128;
@@ -200,11 +203,19 @@ impl Followed {
     /// There was no answer; whether that is enough to wake.
     pub fn unanswered(&mut self) -> bool {
         self.failures = self.failures.saturating_add(1);
-        self.failures >= FAILURES_MAX && !is_planted("rest-unwatched")
+        self.has_failed()
     }
     /// This store was stopped: what it has missed counts for nothing.
     pub fn was_stopped(&mut self) {
         self.failures = 0;
+    }
+    /// Whether enough questions have failed for it to wake.
+    pub fn has_failed(&self) -> bool {
+        self.failures >= FAILURES_MAX && !is_planted("rest-unwatched")
+    }
+    /// When its leader was last answered for.
+    pub fn answered_at(&self) -> u64 {
+        self.answered
     }
     /// Whether its leader was answered for a moment ago.
     pub fn hears(&self, now: u64) -> bool {
@@ -212,14 +223,7 @@ impl Followed {
     }
 }
 
-/// The rounds of questions of a store.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Rounds(Option<u64>);
-
-impl Rounds {
-    /// Another round begins; whether this store was stopped since the one before.
-    pub fn begin(&mut self, now: u64) -> bool {
-        let before = self.0.replace(now);
-        before.is_some_and(|before| now.saturating_sub(before) > nanoseconds(STOPPED_AFTER))
-    }
+/// Whether a store that wanted to go on at `due` and goes on at `now` was itself stopped.
+pub fn was_stopped(due: u64, now: u64) -> bool {
+    now.saturating_sub(due) > nanoseconds(STOPPED_AFTER)
 }

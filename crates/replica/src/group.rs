@@ -193,6 +193,7 @@ impl Group {
             let core = self.core.borrow();
             (core.number, core.stalled.clone())
         };
+        self.rest_with_another_core();
         holdfast_env::spawn("group-silence", Self::end_silence(weak.clone(), number));
         holdfast_env::spawn("group-ticks", Self::tick_unless_stalled(weak.clone(), number, stalled));
         holdfast_env::spawn("group-leadership", Self::watch_leadership(weak, number));
@@ -323,7 +324,7 @@ impl Group {
     }
     /// When a leader last called, or its store last answered for it.
     pub(crate) fn heard_leader_at(&self) -> Option<Instant> {
-        if self.is_answered_for() { Some(Instant::now()) } else { self.acknowledged.get() }
+        self.acknowledged.get().max(self.answered_for_at())
     }
     /// It is silent until then, at least.
     pub(crate) fn silent(&self, until: Instant) {
@@ -412,7 +413,8 @@ impl Group {
                     Err(RaftError::APIError(_)) => return Err(self.not_leader()),
                 },
             };
-            if unasked || is_planted("append-clock") || self.majority_follows(leader).await {
+            let follows = unasked || is_planted("append-clock") || self.majority_follows(leader).await;
+            if follows && (woken.is_none() || unasked || self.leads_as(leader)) {
                 Ok(index)
             } else {
                 Err(self.not_leader())

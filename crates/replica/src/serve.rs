@@ -33,6 +33,9 @@ impl Host {
         };
         let group = decoded.group();
         if let Some(volume) = self.volume(group) {
+            if matches!(decoded, DataRequest::Control { .. } | DataRequest::Propose { .. }) {
+                volume.group().wanted_here();
+            }
             return volume.handle(decoded, request.into_body(), responder);
         }
         if let Some(witness) = self.witnesses.get(group) {

@@ -105,7 +105,8 @@ fn whoever_wants_the_volume_wakes_its_group() {
         let switch = Rc::new(Switch::default());
         let members = resting(place, &switch).await?;
         let before = term(&members[0]);
-        let session = attached(&members[2]).await?;
+        // Raft may hold its heartbeats back for two election timeouts: no longer than that, and a little.
+        let session = within(4, "an attach to a volume that rests", attached(&members[2])).await??;
         write(&session, 2, 8).await?;
         expect(&session, 1, 7).await?;
         expect(&session, 2, 8).await?;

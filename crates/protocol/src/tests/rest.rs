@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use crate::planted;
 use crate::rest::{
-    Busy, FAILURES_MAX, Followed, HEARD_LATELY, LEFT_ALONE, Led, QUIET_BEFORE, Quiet, Rounds, Standing,
-    UNHEARD_MAX,
+    Busy, FAILURES_MAX, Followed, HEARD_LATELY, LEFT_ALONE, Led, QUIET_BEFORE, Quiet, Standing, UNHEARD_MAX,
+    was_stopped,
 };
 
 fn at(duration: Duration) -> u64 {
@@ -110,12 +110,10 @@ fn one_lost_question_wakes_nobody() {
 }
 
 #[test]
-fn a_long_gap_between_rounds_is_a_stop() {
-    let mut rounds = Rounds::default();
-    assert!(!rounds.begin(seconds(100)));
-    assert!(!rounds.begin(seconds(102)));
-    assert!(rounds.begin(seconds(120)));
-    assert!(!rounds.begin(seconds(121)));
+fn who_sleeps_much_too_long_was_stopped() {
+    assert!(!was_stopped(seconds(100), seconds(100)));
+    assert!(!was_stopped(seconds(100), seconds(102)));
+    assert!(was_stopped(seconds(100), seconds(103)));
 }
 
 proptest! {

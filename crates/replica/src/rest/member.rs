@@ -17,7 +17,7 @@ use std::time::Duration;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_protocol::planted::is_planted;
-use holdfast_protocol::rest::{Followed, Led, Quiet, Standing, WAKING_MAX};
+use holdfast_protocol::rest::{Followed, HELD_BACK_MAX, Led, Quiet, Standing, WAKING_MAX};
 use holdfast_store::EntryId;
 use holdfast_types::{LogIndex, ReplicaId, StoreId, Term};
 use openraft::ServerState;
@@ -27,7 +27,7 @@ use openraft::raft::AppendEntriesRequest;
 use super::messages::{Leadership, Line, Message};
 use crate::config::{LeaderId, Types};
 use crate::confirm;
-use crate::group::{Group, GroupError};
+use crate::group::{Group, GroupError, stopped};
 use crate::messages::REST;
 
 /// How long a store is waited for that is told of something.
@@ -59,6 +59,8 @@ pub(crate) struct Rest {
     stalls: Cell<bool>,
     /// Its leader's store is being told that the group is wanted.
     calls: Cell<bool>,
+    /// When that store last answered for it, before it woke.
+    answered: Cell<Option<Instant>>,
     since: Cell<Option<Instant>>,
 }
 
@@ -102,6 +104,11 @@ impl Group {
         self.raft().runtime_config().tick(ticks);
     }
 
+    /// Raft was made, perhaps anew: its core waits for nothing yet.
+    pub(crate) fn rest_with_another_core(&self) {
+        self.set_stalls(false);
+    }
+
     pub(crate) fn set_stalls(&self, stalls: bool) {
         self.rest().stalls.set(stalls);
         self.set_ticks();
@@ -109,6 +116,9 @@ impl Group {
 
     fn set_rest(&self, state: State) {
         let rested = self.is_resting();
+        if let State::Followed(_, _, followed) = &*self.rest().state.borrow() {
+            self.rest().answered.set(Some(Instant(followed.answered_at())));
+        }
         *self.rest().state.borrow_mut() = state;
         let rests = self.is_resting();
         if rests != rested {
@@ -144,16 +154,19 @@ impl Group {
             _ => return,
         };
         let waited = Instant::now().since(since);
-        let answered = {
-            let metrics = self.raft().metrics();
-            let acked = metrics.borrow_watched().last_quorum_acked;
-            acked.is_some_and(|at| openraft::Instant::elapsed(&*at) <= waited)
-        };
+        let answered = self.has_answers_within(waited);
         // Raft holds heartbeats back for two of these, at most.
         let longest = WAKING_MAX.max(self.timers().election_max * 3);
         if answered || waited > longest || self.is_only_voter() {
             self.set_rest(State::Awake);
         }
+    }
+
+    /// Whether a majority has answered a heartbeat that was sent within this long.
+    fn has_answers_within(&self, age: Duration) -> bool {
+        let metrics = self.raft().metrics();
+        let acked = metrics.borrow_watched().last_quorum_acked;
+        acked.is_some_and(|at| openraft::Instant::elapsed(&*at) <= age)
     }
 
     /// Something is wanted of the group: a leader that rests sends heartbeats again, at once.
@@ -185,7 +198,48 @@ impl Group {
         if !self.leads_on_trust() || is_planted("woken-leader-unasked") {
             return Ok(());
         }
-        self.confirm_leadership().await.map(drop)
+        self.confirm_leadership().await?;
+        self.until_raft_proposes().await
+    }
+
+    /// Raft proposes nothing before a majority has answered one of its own heartbeats, which it may hold back for as long
+    /// as two election timeouts.
+    async fn until_raft_proposes(&self) -> Result<(), GroupError> {
+        let mut metrics = self.raft().metrics();
+        let answered = async {
+            while !self.is_only_voter() && !self.has_answers_within(self.timers().election_max) {
+                metrics.changed().await.map_err(stopped)?;
+            }
+            Ok(())
+        };
+        holdfast_env::timeout(self.timers().election_max * 3, answered)
+            .await
+            .unwrap_or(Err(GroupError::TimedOut))
+    }
+
+    /// Whether it still leads as it did, as far as it knows.
+    pub(crate) fn leads_as(&self, leader: LeaderId) -> bool {
+        self.leadership() == Some((leadership(leader), true))
+    }
+
+    /// When its leader was last answered for, or it woke.
+    pub(crate) fn answered_for_at(&self) -> Option<Instant> {
+        if self.is_answered_for() {
+            return Some(Instant::now());
+        }
+        self.rest().answered.get().max(self.rest().grace.get())
+    }
+
+    /// Somebody wants the volume of this follower: its leader is told, or it wakes, if nobody answers for that leader.
+    pub(crate) fn wanted_here(self: &Rc<Self>) {
+        let (under, store, has_failed) = match *self.rest().state.borrow() {
+            State::Followed(under, store, followed) => (under, store, followed.has_failed()),
+            _ => return,
+        };
+        match has_failed {
+            true => self.wake_alone(),
+            false => self.call_leader(under, store),
+        }
     }
 
     /// A leader that is waking: who it led as when it rested, and up to where what it has must be applied before anything
@@ -237,9 +291,9 @@ impl Group {
         self.end_of_waking();
         let state = self.rest().state.borrow().clone();
         match state {
-            State::Followed(under, store, _) => {
-                self.call_leader(under, store);
-                Some("the group rests, and its leader is being woken")
+            State::Followed(..) => {
+                self.wanted_here();
+                Some("the group rests, and is being woken")
             }
             State::Led(..) | State::Waking(..) => {
                 self.wake();
@@ -281,6 +335,7 @@ impl Group {
         Standing {
             changes_members: !is_settled,
             is_busy: of_volume.is_busy
+                || self.timers().election_max * 2 > HELD_BACK_MAX
                 || now.running_state.is_err()
                 || self.transfer().is_under_way()
                 || self.mute().is_set()

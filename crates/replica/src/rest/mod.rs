@@ -15,10 +15,10 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use holdfast_env::Instant;
 use holdfast_env::net::{Frame, Lane};
-use holdfast_protocol::rest::{ASK_EVERY, LEFT_ALONE, Rounds, Standing};
+use holdfast_protocol::rest::{ASK_EVERY, LEFT_ALONE, Standing, was_stopped};
 use holdfast_protocol::timers::Timers;
 use holdfast_protocol::volume::VolumeState;
 use holdfast_types::{GroupId, StoreId};
@@ -112,7 +112,6 @@ fn known_of(state: &VolumeState, timers: Timers, group: &Group) -> Standing {
 
 /// Asks for the groups that rest here, and wakes those that must not, for as long as the store is there.
 pub(crate) async fn watch(host: Weak<Host>) {
-    let mut rounds = Rounds::default();
     let mut waking: BTreeSet<GroupId> = BTreeSet::new();
     loop {
         let next = Instant::now() + ASK_EVERY;
@@ -123,14 +122,16 @@ pub(crate) async fn watch(host: Weak<Host>) {
             holdfast_env::sleep(LOT_PAUSE).await;
         }
         holdfast_env::sleep_until(next).await;
-        let Some((groups, rpc)) = look(&host, &mut rounds, &mut waking) else { return };
-        let asked =
-            join_all(questions(&groups).into_iter().map(|(store, lines)| ask(&rpc, store, lines))).await;
-        let Some(host) = host.upgrade() else { return };
-        for (line, rests) in asked.into_iter().flatten() {
-            let told = host.group(line.group).is_some_and(|member| member.told(&line, rests));
-            if told {
-                waking.insert(line.group);
+        let Some((groups, rpc)) = look(&host, next, &mut waking) else { return };
+        let asked = questions(&groups).into_iter().map(|(store, lines)| ask(&rpc, store, lines));
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        while let Some(told) = asked.next().await {
+            let Some(host) = host.upgrade() else { return };
+            for (line, rests) in told {
+                let wakes = host.group(line.group).is_some_and(|member| member.told(&line, rests));
+                if wakes {
+                    waking.insert(line.group);
+                }
             }
         }
         if !waking.is_empty() {
@@ -153,14 +154,10 @@ fn wake_a_lot(host: &Host, waking: &mut BTreeSet<GroupId>) {
 }
 
 /// The groups that may rest here. What is led here and misses somebody is to wake.
-fn look(
-    host: &Weak<Host>,
-    rounds: &mut Rounds,
-    waking: &mut BTreeSet<GroupId>,
-) -> Option<(Vec<Rc<Group>>, Rpc)> {
+fn look(host: &Weak<Host>, due: Instant, waking: &mut BTreeSet<GroupId>) -> Option<(Vec<Rc<Group>>, Rpc)> {
     let host = host.upgrade().filter(|host| host.journal().failed().is_none())?;
     let (groups, now) = (host.groups_that_may_rest(), Instant::now());
-    if rounds.begin(now.0) {
+    if was_stopped(due.0, now.0) {
         groups.iter().for_each(|group| group.rest_was_stopped(now));
     }
     let missing = groups.iter().filter(|group| group.misses_somebody(now));
@@ -181,7 +178,7 @@ fn questions(groups: &[Rc<Group>]) -> BTreeMap<StoreId, Vec<Line>> {
 /// meanwhile: then it was not asked.
 async fn ask(rpc: &Rpc, store: StoreId, lines: Vec<Line>) -> Vec<(Line, Option<bool>)> {
     let mut told = Vec::with_capacity(lines.len());
-    for part in lines.chunks(ASKED_MAX) {
+    for (number, part) in lines.chunks(ASKED_MAX).enumerate() {
         let began = Instant::now();
         let frame = Frame::small(Message::Ask(part.to_vec()).encode());
         let answer = rpc.call(store, Lane::Control, REST, frame, ANSWER_PATIENCE).await;
@@ -189,7 +186,11 @@ async fn ask(rpc: &Rpc, store: StoreId, lines: Vec<Line>) -> Vec<(Line, Option<b
         match answer {
             Some(rests) => told.extend(part.iter().copied().zip(rests.into_iter().map(Some))),
             None if Instant::now().since(began) > STOPPED_AFTER => return told,
-            None => told.extend(part.iter().map(|line| (*line, None))),
+            // Whoever does not answer one question is not asked the rest.
+            None => {
+                told.extend(lines[number * ASKED_MAX..].iter().map(|line| (*line, None)));
+                return told;
+            }
         }
     }
     told
