@@ -20,7 +20,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use holdfast_protocol::volume::VolumeState;
 use holdfast_store::ReplicaIdentity;
 use holdfast_types::{GroupId, LogIndex, ReplicaId, VolumeId, limits};
 use tokio::sync::Notify;
@@ -160,10 +159,6 @@ impl Witness {
 
     pub(crate) fn timers_to_run(&self) -> Timers {
         self.machine.state().timers().with_defaults(self.defaults).run()
-    }
-
-    pub(crate) fn state(&self) -> VolumeState {
-        self.machine.state()
     }
 
     fn is_stopped(&self) -> bool {
