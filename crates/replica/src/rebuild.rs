@@ -59,8 +59,9 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// cut that swallows frames, is made again then: until it is, the receiver gets nothing.
 const OFFER_DEADLINE: Duration = POLL.saturating_mul(5);
 /// How long a replica that is being rebuilt applies what it can of its own log first. It may be unable to: what of it
-/// is committed, only a leader could tell whose log still has it.
-const OWN_LOG_PATIENCE: Duration = Duration::from_secs(2);
+/// is committed, only a leader could tell whose log still has it. So is one whose rebuild was outrun: what it would have to
+/// apply is gone where it came from. Without it marks are not trusted, and checksums are compared.
+const OWN_LOG_PATIENCE: Duration = Duration::from_secs(1);
 /// Change marks per call.
 const SUMMARIES_MAX: u32 = 4096;
 /// Chunks whose checksums are asked for at once.
