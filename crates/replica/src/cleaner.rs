@@ -321,7 +321,7 @@ fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool 
 async fn purge(volume: &Rc<Volume>, journal: &Journal) -> bool {
     let checkpoint = volume.data().checkpoint().id.index;
     let pressure = journal.pressure();
-    let may_hold = !pressure.line_waits && pressure.line_percent < levels::HOLD;
+    let may_hold = !pressure.line_waits && pressure.line_percent < levels::GIVE_UP;
     let held = volume.hold().index().filter(|_| may_hold);
     let (is_held, upto) = (held.is_some(), held.map_or(checkpoint, |index| checkpoint.min(index)));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);

@@ -103,7 +103,7 @@ impl Volume {
         if bytes == 0 || !self.hold().is_outrun() || !self.group().is_somebody_behind() {
             return;
         }
-        let wait = self.hold().wait(bytes as u64, self.log().room_below(levels::HOLD));
+        let wait = self.hold().wait(bytes as u64, self.log().room_below(levels::GIVE_UP));
         self.group().counters().count(|usage| usage.paced_writes += u64::from(!wait.is_zero()));
         holdfast_env::sleep(wait).await;
     }

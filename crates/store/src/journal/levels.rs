@@ -4,8 +4,8 @@
 //! for what makes room (`writer.rs`). So a small journal, of which much is kept, has the same table as a large one.
 //! What nobody needs any more does not count, whether its segments have been taken back already or not.
 //!
-//! The order is the point. What is kept for a follower that may come back goes before any write has to wait: retention slows
-//! nobody (DESIGN §6). A rebuild that pulls is there, and has a little more. Writers are slowed before the line stops.
+//! The order is the point. What is kept for others, for a follower that may come back or a rebuild that pulls, goes
+//! before any write has to wait: retention slows nobody (DESIGN §6). Writers are slowed before the line stops.
 
 use super::StoreOptions;
 
@@ -14,7 +14,7 @@ pub const WITNESS_LOOKS: u32 = 50;
 /// Logs are purged to their checkpoints: a follower that is away may not be healed by log any more. What is not home is
 /// brought there.
 pub const PURGE: u32 = 65;
-/// Nothing is kept any more by a witness for a data voter that is away.
+/// Nothing is kept any more for a rebuild that pulls, nor by a witness for a data voter that is away.
 pub const GIVE_UP: u32 = 75;
 /// Of what is not home: from here on the cleaner gives way less to whoever writes, and from there on not at all.
 pub(super) const YIELD_LESS: u32 = 35;
@@ -23,10 +23,6 @@ pub(super) const YIELD_NOT: u32 = 55;
 pub const URGENT: u32 = 75;
 /// From here on writers are slowed (`admission.rs`).
 pub const ADMISSION: u32 = 80;
-/// Up to here the log is kept for a rebuild that pulls (`replica/src/rebuild/hold.rs`): under a load that admission slows nothing
-/// less would keep any of it, and each rebuild would be outrun. It takes the cleaner a moment to come from there to here,
-/// and so long it slows writers.
-pub const HOLD: u32 = 92;
 /// The line stops.
 const STOPS: u32 = 100;
 
@@ -47,7 +43,6 @@ const CLEAN_AT: u64 = 25;
 
 const _: () = {
     assert!(WITNESS_LOOKS < PURGE && PURGE < GIVE_UP && GIVE_UP < ADMISSION && ADMISSION < STOPS);
-    assert!(ADMISSION < HOLD && HOLD < STOPS);
     assert!(URGENT > PURGE && URGENT < ADMISSION, "cleaning hurries before anybody waits");
     assert!(CLEAN_AT < YIELD_LESS as u64 && YIELD_LESS < YIELD_NOT && YIELD_NOT < PURGE);
     assert!(PURGE_WHEN_FULL < FULL_TAKES_BELOW && FULL_TAKES_BELOW < ADMISSION);
