@@ -19,8 +19,8 @@ struct Mutant {
 enum By {
     /// An attack of `holdfast-cluster`, which must fail.
     Attack(&'static [&'static str]),
-    /// A test that plants it by itself and passes if it is noticed.
-    Test(&'static [&'static str]),
+    /// A test of the session's, by its program and its name, that plants it by itself and passes if it is noticed.
+    Session(&'static str, &'static str),
 }
 
 const MUTANTS: &[Mutant] = &[
@@ -47,86 +47,32 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "leader-restore",
         breaks: "INV-TERM: a restarted leader leads on in its old term",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "leader_restore",
-            "--",
-            "with_leader",
-        ]),
+        by: By::Session("leader_restore", "with_leader"),
     },
     Mutant {
         name: "run-rolled-back",
         breaks: "INV-ROLLBACK: a replica that was put back to an older state runs",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "rolled_back",
-            "--",
-            "without_the_question",
-        ]),
+        by: By::Session("rolled_back", "without_the_question"),
     },
     Mutant {
         name: "rest-unasked",
         breaks: "INV-REST: a leader rests and asks nobody",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "rests",
-            "--",
-            "a_leader_that_rests_without_asking_is_found",
-        ]),
+        by: By::Session("rests", "a_leader_that_rests_without_asking_is_found"),
     },
     Mutant {
         name: "rest-while-behind",
         breaks: "INV-REST: a group rests of which a member lacks an entry",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "rests",
-            "--",
-            "a_group_that_rests_while_a_member_is_behind_is_found",
-        ]),
+        by: By::Session("rests", "a_group_that_rests_while_a_member_is_behind_is_found"),
     },
     Mutant {
         name: "rest-unwatched",
         breaks: "INV-REST: nobody notices that the leader of a group that rests is gone",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "rests",
-            "--",
-            "followers_that_do_not_watch_their_leader_are_found",
-        ]),
+        by: By::Session("rests", "followers_that_do_not_watch_their_leader_are_found"),
     },
     Mutant {
         name: "woken-leader-unasked",
         breaks: "INV-REST: a leader that was deposed while it rested answers for the volume",
-        by: By::Test(&[
-            "test",
-            "-p",
-            "holdfast-session",
-            "--locked",
-            "--test",
-            "rests",
-            "--",
-            "a_leader_that_woke_and_does_not_ask_is_found",
-        ]),
+        by: By::Session("rests", "a_leader_that_woke_and_does_not_ask_is_found"),
     },
 ];
 
@@ -155,8 +101,11 @@ fn attack(mutant: &Mutant, arguments: &[&str], profile: &str) -> Result<String, 
 fn find(mutant: &Mutant, profile: &str) -> Result<String, String> {
     match mutant.by {
         By::Attack(arguments) => attack(mutant, arguments, profile),
-        By::Test(arguments) if crate::cargo(arguments, &[]) => Ok(format!("cargo {}", arguments.join(" "))),
-        By::Test(arguments) => Err(format!("cargo {} failed", arguments.join(" "))),
+        By::Session(program, test) => {
+            let arguments = ["test", "-p", "holdfast-session", "--locked", "--test", program, "--", test];
+            let said = format!("cargo {}", arguments.join(" "));
+            if crate::cargo(&arguments, &[]) { Ok(said) } else { Err(format!("{said} failed")) }
+        }
     }
 }
 

@@ -235,15 +235,15 @@ impl Shard {
         self: Rc<Self>,
         request: pb::CertifyFenceRequest,
     ) -> Result<pb::FenceCertificate, UserError> {
-        let record = self.record(&request.name).await?;
         let state = self.catalog.state(PATIENCE).await?;
+        let id = state.get(&request.name)?.id;
         let fenced = NodeName::new(request.node);
         // A certificate about a name that nobody has would be true, and of no use.
         if !state.nodes.contains_key(&fenced) {
             return Err(UserError::new(ErrorCode::NotFound, format!("there is no node {fenced}"))
                 .hint("`holdfast node list` shows them all"));
         }
-        let certificate = self.certify(record.id, &fenced).await?;
+        let certificate = self.certify(id, &fenced).await?;
         Ok(pb::FenceCertificate { json: certificate.to_json()? })
     }
 
