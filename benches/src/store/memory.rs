@@ -1,6 +1,6 @@
 //! What a store needs of memory, by the resident size of a process of its own for each question.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -30,8 +30,12 @@ const JOURNAL_MIB: u64 = 256;
 /// What is measured.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Question {
+    /// Makes replicas that do nothing.
+    PrepareIdle,
     /// Replicas that do nothing.
     Idle,
+    /// Makes tables with many pages.
+    PreparePages,
     /// Pages of tables.
     Pages,
     /// Runs of the block map.
@@ -64,15 +68,17 @@ async fn write_blocks(volume: &Rc<Volume>, offsets: impl Iterator<Item = u64>) -
     Ok(())
 }
 
-async fn idle(place: &Path) -> Outcome<Found> {
-    {
-        let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
-        for number in 1..=IDLE + 1 {
-            let volume = store.create(number, 64 * GIB).await?;
-            write_blocks(&volume, std::iter::once(0)).await?;
-            volume.settle().await?;
-        }
+async fn prepare_idle(place: &Path) -> Outcome<()> {
+    let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
+    for number in 1..=IDLE + 1 {
+        let volume = store.create(number, 64 * GIB).await?;
+        write_blocks(&volume, std::iter::once(0)).await?;
+        volume.settle().await?;
     }
+    Ok(())
+}
+
+async fn idle(place: &Path) -> Outcome<Found> {
     let store = Store::open(place, IoEngine::Threads).await?;
     let mut open = vec![store.reopen(1, 64 * GIB).await?];
     let before = resident()?;
@@ -82,15 +88,16 @@ async fn idle(place: &Path) -> Outcome<Found> {
     Ok(Found { bytes: resident()?.saturating_sub(before), count: IDLE })
 }
 
+async fn prepare_pages(place: &Path) -> Outcome<()> {
+    let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
+    let volume = store.create(1, SPARSE_BYTES).await?;
+    volume.start_cleaner();
+    write_blocks(&volume, (0..SPARSE_BYTES / CHUNK).map(|chunk| chunk * CHUNK)).await?;
+    volume.settle().await?;
+    volume.close().await
+}
+
 async fn pages(place: &Path) -> Outcome<Found> {
-    {
-        let store = Store::format(place, &journal_of(64), IoEngine::Threads).await?;
-        let volume = store.create(1, SPARSE_BYTES).await?;
-        volume.start_cleaner();
-        write_blocks(&volume, (0..SPARSE_BYTES / CHUNK).map(|chunk| chunk * CHUNK)).await?;
-        volume.settle().await?;
-        volume.close().await?;
-    }
     let store = Store::open(place, IoEngine::Threads).await?;
     let volume = store.reopen(1, SPARSE_BYTES).await?;
     let before = resident()?;
@@ -113,9 +120,12 @@ async fn runs(place: &Path) -> Outcome<Found> {
 /// In a process of its own: measures, tells, and waits until the parent has heard it.
 pub fn answer(question: Question, place: &Path) -> Outcome<()> {
     say(&Ok(true))?;
+    let nothing = Found { bytes: 0, count: 0 };
     let found = holdfast_env::real::run(async {
         match question {
+            Question::PrepareIdle => prepare_idle(place).await.map(|()| nothing),
             Question::Idle => idle(place).await,
+            Question::PreparePages => prepare_pages(place).await.map(|()| nothing),
             Question::Pages => pages(place).await,
             Question::Runs => runs(place).await,
         }
@@ -123,7 +133,9 @@ pub fn answer(question: Question, place: &Path) -> Outcome<()> {
     say(&found)
 }
 
-fn ask(question: Question, place: PathBuf) -> Outcome<Found> {
+/// Asks in a process of its own, also for what is only prepared: what another one has given back of its memory would be
+/// used again without being counted.
+fn ask(question: Question, place: &Path) -> Outcome<Found> {
     let name = question.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
     let directory = place.to_string_lossy().into_owned();
     let arguments = ["store-memory", "--question", name.as_str(), "--directory", directory.as_str()];
@@ -133,14 +145,18 @@ fn ask(question: Question, place: PathBuf) -> Outcome<Found> {
 /// Measures; the table.
 pub fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
     let mut table = Table::new("Memory, by the resident size of a process", &["what", "bytes", "of"]);
-    let idle = ask(Question::Idle, place.join("memory-idle"))?;
+    let of_idle = place.join("memory-idle");
+    ask(Question::PrepareIdle, &of_idle)?;
+    let idle = ask(Question::Idle, &of_idle)?;
     table.row(vec![
         "an idle replica that was opened".into(),
         format!("{:.0} KiB", idle.bytes as f64 / idle.count as f64 / 1024.0),
         format!("{} replicas; without Raft, tasks and network", idle.count),
     ]);
     if !plan.quick {
-        let pages = ask(Question::Pages, place.join("memory-pages"))?;
+        let of_pages = place.join("memory-pages");
+        ask(Question::PreparePages, &of_pages)?;
+        let pages = ask(Question::Pages, &of_pages)?;
         let per_tib = pages.bytes as f64 * (1u64 << 40) as f64 / pages.count as f64;
         table.row(vec![
             "an allocated TiB, every page of its table in memory (extrapolated)".into(),
@@ -148,7 +164,7 @@ pub fn run(plan: &Plan, place: &Path) -> Outcome<Table> {
             format!("{} GiB; pages in memory are bounded to 16 MiB a replica", pages.count / GIB),
         ]);
     }
-    let runs = ask(Question::Runs, place.join("memory-runs"))?;
+    let runs = ask(Question::Runs, &place.join("memory-runs"))?;
     table.row(vec![
         "a block of 4 KiB that is not home, beside its payload".into(),
         format!("{:.0} bytes", runs.bytes as f64 / runs.count as f64),

@@ -26,8 +26,8 @@ const WRITE: u8 = 1;
 const SNAPSHOT: u8 = 2;
 /// As in a replica: blocks that are not home, at which they are brought there.
 const CLEAN_AT_BYTES: u64 = 16 << 20;
-/// Largest answer of a log that is read again.
-const REPEAT_BYTES: usize = 8 << 20;
+/// Entries of a log that are read again at once, as openraft does.
+const REPEAT_ENTRIES: u64 = 64;
 
 /// As a sentence.
 pub fn wrong(error: impl std::fmt::Display) -> String {
@@ -117,7 +117,7 @@ impl Store {
         let data = opened.map_err(wrong)?;
         data.set_size(ByteSize(bytes));
         let volume = Volume::new(self.journal.clone(), log, data);
-        volume.repeat().await?;
+        volume.repeat()?;
         Ok(volume)
     }
 }
@@ -207,11 +207,12 @@ impl Volume {
         &self.applied.data
     }
 
-    async fn repeat(&self) -> Outcome<()> {
+    fn repeat(&self) -> Outcome<()> {
         let end = self.log.last().map_or(LogIndex::ZERO, |last| last.index.next());
         let mut next = self.applied.last.get().index.next();
         while next < end {
-            let entries = self.log.read(next, end, REPEAT_BYTES).await.map_err(wrong)?;
+            let upto = LogIndex(next.0 + REPEAT_ENTRIES).min(end);
+            let entries = self.log.read_heads(next, upto);
             let last = entries.last().ok_or("an entry is missing")?.id.index;
             let mut each = entries.iter();
             each.try_for_each(|entry| self.applied.apply(entry.id, entry.kind, &entry.head))?;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use holdfast_protocol::catalog::{CatalogCommand, CatalogResult, CatalogState};
-use holdfast_replica::{AppData, AppReply, ApplyError, CheckError, Staged, StateMachine};
+use holdfast_replica::{AppData, AppReply, ApplyError, CheckError, Payload, Staged, StateMachine};
 use holdfast_store::state_file::StateFile;
 use holdfast_store::volume::Checkpoint;
 use holdfast_store::{EntryId, StoreError};
@@ -63,7 +63,7 @@ impl CatalogMachine {
 pub(crate) fn encode_command(command: &CatalogCommand) -> Result<AppData, UserError> {
     let json = serde_json::to_vec(command)
         .map_err(|error| UserError::new(ErrorCode::Internal, format!("a command is not JSON: {error}")))?;
-    Ok(AppData { head: Bytes::from(json), payload: Bytes::new() })
+    Ok(AppData { head: Bytes::from(json), payload: Payload::NONE })
 }
 
 /// What a command answered.

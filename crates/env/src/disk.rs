@@ -93,6 +93,15 @@ pub trait File {
     ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>>;
     /// Reads `length` bytes at `offset`, both multiples of 4096. Beyond the end of the file: zeros.
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>>;
+    /// As [`Self::read_at`], over what stood in `buffer`, as many bytes as it has: for whoever reads much, and would have as
+    /// much memory cleared for each read.
+    fn read_into(
+        &self,
+        offset: u64,
+        buffer: AlignedBuffer,
+    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        self.read_at(offset, buffer.len())
+    }
     /// Everything that was written before this call is on stable storage when it returns `Ok` (fdatasync).
     fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>>;
     /// Reserves space for a range, which then reads as it did before (zeros if it was a hole).

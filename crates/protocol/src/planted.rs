@@ -21,6 +21,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("run-rolled-back", "INV-ROLLBACK"),
     ("fill-up", "INV-SPACE"),
     ("keep-the-log-for-the-absent", "INV-ADMIT"),
+    ("purge-what-others-lack", "INV-ADMIT"),
     ("witness-purges-early", "INV-WITNESS"),
     ("witness-sends-a-snapshot", "INV-WITNESS"),
     ("witness-campaigns-without-the-log", "INV-WITNESS"),

@@ -46,9 +46,12 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
         let purge_above = if journal.is_full() { levels::PURGE_WHEN_FULL } else { levels::PURGE };
         let pressed = pressure.line_waits || pressure.line_percent >= purge_above;
         // What is home already makes room at once, whatever a pass takes.
-        if pressed && !purge(&this, &journal).await {
+        let purged = if pressed { purge(&this, &journal).await } else { Purged::All };
+        if purged == Purged::Stopped {
             return;
         }
+        // More that is home makes no room while others still need what is home already.
+        let pressed = pressed && purged == Purged::All;
         let dirty = this.data().dirty();
         let wanted = this.machine().take_checkpoint_wanted();
         let due = cleaner.is_much(&dirty) || ((pressed || wanted || journal.is_full()) && dirty.any);
@@ -56,7 +59,7 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
         if due && cleaner.may_clean(&dirty).await {
             done = cleaner.clean().await;
         }
-        if done == Done::Failed || (pressed && !purge(&this, &journal).await) {
+        if done == Done::Failed || (pressed && purge(&this, &journal).await == Purged::Stopped) {
             return;
         }
         if this.data().dirty().merges {
@@ -317,31 +320,47 @@ fn may_wait(error: &StoreError, awaits_pages: bool, pressure: Pressure) -> bool 
     matches!(error, StoreError::Damaged { .. }) && awaits_pages && has_room
 }
 
-/// Purges the log to the checkpoint, or to what a rebuild from this replica still needs; false if the group stopped.
-async fn purge(volume: &Rc<Volume>, journal: &Journal) -> bool {
+/// What came of purging a log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Purged {
+    /// Everything up to the checkpoint goes.
+    All,
+    /// Others need some of it, and it is kept for them for now.
+    Held,
+    /// The group has stopped.
+    Stopped,
+}
+
+/// Purges the log to the checkpoint; while there is room, only as far as nobody needs it: neither a rebuild from this replica
+/// nor a follower that lacks it.
+async fn purge(volume: &Rc<Volume>, journal: &Journal) -> Purged {
     let checkpoint = volume.data().checkpoint().id.index;
-    let pressure = journal.pressure();
-    let may_hold = !pressure.line_waits && pressure.line_percent < levels::GIVE_UP;
-    let held = volume.hold().index().filter(|_| may_hold);
-    let (is_held, upto) = (held.is_some(), held.map_or(checkpoint, |index| checkpoint.min(index)));
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
-    if upto <= purged || (!is_held && volume.group().given_up().is_pending()) {
-        return true;
+    let pressure = journal.pressure();
+    let may_hold_below = |percent: u32| !pressure.line_waits && pressure.line_percent < percent;
+    let pulled = volume.hold().index().filter(|_| may_hold_below(levels::GIVE_UP));
+    let lacked = volume.group().lacked_after(purged);
+    let lacked = lacked.filter(|_| may_hold_below(levels::FOLLOWER_GIVEN_UP) && !journal.is_full());
+    let held = [pulled, lacked].into_iter().flatten().min().filter(|index| *index < checkpoint);
+    let upto = held.unwrap_or(checkpoint);
+    let outcome = if held.is_some() { Purged::Held } else { Purged::All };
+    if upto <= purged || (held.is_none() && volume.group().given_up().is_pending()) {
+        return outcome;
     }
     match volume.group().purge(upto).await {
         Ok(()) => {
-            if !is_held {
+            if held.is_none() {
                 volume.group().given_up().give_up(upto, volume.group().timers().election_max);
             }
-            true
+            outcome
         }
         Err(crate::group::GroupError::Stopped(why)) => {
             tracing::error!(group = %volume.group().id().group, %why, "the log is not purged any more");
-            false
+            Purged::Stopped
         }
         Err(error) => {
             tracing::warn!(group = %volume.group().id().group, %error, "the log was not purged this time");
-            true
+            outcome
         }
     }
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use holdfast_protocol::command::{LEVEL_WITNESS, check_level};
 use holdfast_protocol::planted::is_planted;
 use holdfast_store::journal::GroupLog;
-use holdfast_store::{EntryId, LogEntry};
+use holdfast_store::{EntryHead, EntryId, LogEntry};
 use holdfast_types::limits;
 use holdfast_types::{DecodeError, LogIndex, Reader, ReplicaId, StoreId, Term, Writer};
 use openraft::entry::RaftEntry;
@@ -18,6 +18,7 @@ use openraft::raft::{
 use openraft::{EntryPayload, Membership as RaftMembership};
 
 use crate::config::{AppData, Entry, LeaderId, LogId, Membership, Peer, StoredMembership, Types, Vote};
+use crate::payload::Payload;
 use crate::repair::Members;
 
 const KIND_BLANK: u8 = 0;
@@ -215,7 +216,7 @@ pub(crate) fn membership_from(bytes: &[u8]) -> Result<StoredMembership, DecodeEr
 fn kind_and_head(entry: &Entry) -> (u8, Bytes, Bytes) {
     match &entry.payload {
         EntryPayload::Blank => (KIND_BLANK, Bytes::new(), Bytes::new()),
-        EntryPayload::Normal(data) => (KIND_COMMAND, data.head.clone(), data.payload.clone()),
+        EntryPayload::Normal(data) => (KIND_COMMAND, data.head.clone(), data.payload.whole().clone()),
         EntryPayload::Membership(membership) => {
             let mut out = Writer::new();
             put_membership(&mut out, membership);
@@ -227,7 +228,7 @@ fn kind_and_head(entry: &Entry) -> (u8, Bytes, Bytes) {
 fn payload_of(
     kind: u8,
     head: Bytes,
-    payload: Bytes,
+    payload: Payload,
 ) -> Result<EntryPayload<AppData, u64, Peer>, DecodeError> {
     match kind {
         KIND_BLANK => Ok(EntryPayload::Blank),
@@ -273,7 +274,15 @@ pub(crate) fn to_log_entry(entry: &Entry) -> LogEntry {
 /// An entry as openraft knows it.
 pub(crate) fn from_log_entry(entry: LogEntry) -> Result<Entry, DecodeError> {
     let mut out = Entry::new_blank(log_id(entry.id));
-    out.payload = payload_of(entry.kind, entry.head, entry.payload)?;
+    out.payload = payload_of(entry.kind, entry.head, Payload::Here(entry.payload))?;
+    Ok(out)
+}
+
+/// An entry that is to be applied, as openraft knows it: its block data may have been left in the journal.
+pub(crate) fn from_entry_head(entry: EntryHead) -> Result<Entry, DecodeError> {
+    let payload = entry.payload.map_or(Payload::InJournal(entry.payload_bytes), Payload::Here);
+    let mut out = Entry::new_blank(log_id(entry.id));
+    out.payload = payload_of(entry.kind, entry.head, payload)?;
     Ok(out)
 }
 
@@ -316,7 +325,7 @@ pub(crate) fn append_request_from(
             return Err(DecodeError::Short { missing: length - body.len() });
         }
         let mut entry = Entry::new_blank(id);
-        entry.payload = payload_of(kind, head, body.split_to(length))?;
+        entry.payload = payload_of(kind, head, Payload::Here(body.split_to(length)))?;
         entries.push(entry);
     }
     if !body.is_empty() {

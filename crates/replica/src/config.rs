@@ -11,13 +11,15 @@ use holdfast_protocol::volume::VolumeReply;
 use holdfast_types::StoreId;
 use openraft::SnapshotPolicy;
 
+use crate::payload::Payload;
+
 /// What a log entry of a group carries: an encoded command of its state machine, and block data beside it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct AppData {
     /// The command, encoded by the group's state machine; at most 16 KiB for volumes.
     pub head: Bytes,
-    /// Block data; empty for commands without payload.
-    pub payload: Bytes,
+    /// Block data.
+    pub payload: Payload,
 }
 
 impl fmt::Debug for AppData {
@@ -114,7 +116,8 @@ pub fn raft_config(timers: &Timers, group: &str) -> Arc<openraft::Config> {
         election_timeout_max: milliseconds(timers.election_max),
         // The checkpoint is made by the cleaner and shown to openraft; it never asks for one by itself.
         snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: 0,
+        // Nor does it purge by itself whatever a checkpoint covers: others may need it (`cleaner.rs`).
+        max_in_snapshot_log_to_keep: u64::MAX,
         // A follower is healed by log for as long as the log is there, however far behind it is.
         replication_lag_threshold: u64::MAX / 4,
         max_payload_entries: 1024,

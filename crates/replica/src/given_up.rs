@@ -16,6 +16,7 @@ use holdfast_store::journal::{GroupLog, OTHERS_WAIT_MAX};
 use holdfast_types::LogIndex;
 use tokio::sync::Notify;
 
+use crate::group::Group;
 use crate::network::STREAM_IN_FLIGHT_MAX;
 
 /// How long what goes is waited for by those who answer, at least.
@@ -39,6 +40,19 @@ struct Wanted {
     upto: LogIndex,
     since: Instant,
     grace: Duration,
+}
+
+impl Group {
+    /// As leader: the last entry that every follower has which can still be healed by the log, purged up to `purged`. One that
+    /// lacks more than that needs chunks, and none of the log.
+    pub(crate) fn lacked_after(&self, purged: LogIndex) -> Option<LogIndex> {
+        if is_planted("purge-what-others-lack") {
+            return None;
+        }
+        self.membership_as_leader()?;
+        let matched = self.matched().into_values().map(|id| LogIndex(id.map_or(0, |id| id.index)));
+        matched.filter(|matched| *matched >= purged).min()
+    }
 }
 
 impl GivenUp {

@@ -66,6 +66,8 @@ impl Log {
 }
 
 impl RaftLogReader<Types> for Log {
+    /// What is applied, or looked at for its identity or membership: without block data that is not in memory. After a start
+    /// openraft asks for the whole log twice, which would read every payload of the journal twice.
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
         &mut self,
         range: RB,
@@ -81,23 +83,21 @@ impl RaftLogReader<Types> for Log {
             Bound::Unbounded => u64::MAX,
         };
         let wanted_end = to_exclusive;
-        let (mut from, to_exclusive) = self.clip(from, to_exclusive);
+        let (from, to_exclusive) = self.clip(from, to_exclusive);
         if wanted_end != u64::MAX {
             self.is_there(from.max(to_exclusive), wanted_end)?;
         }
-        let mut out = Vec::new();
-        while from < to_exclusive {
-            let part = self.read_some(from, to_exclusive, limits::LOG_TAIL_BYTES_MAX).await?;
-            if part.is_empty() {
-                return Err(io::Error::other(format!(
-                    "the journal holds entry {from} but does not return it"
-                )));
-            }
-            from += part.len() as u64;
-            out.extend(part);
+        let entries = self.journal.read_heads(LogIndex(from), LogIndex(to_exclusive));
+        if (entries.len() as u64) < to_exclusive.saturating_sub(from) {
+            let missing = from + entries.len() as u64;
+            return Err(io::Error::other(format!(
+                "the journal holds entry {missing} but does not return it"
+            )));
         }
-        Ok(out)
+        entries.into_iter().map(|entry| codec::from_entry_head(entry).map_err(broken)).collect()
     }
+
+    /// What is sent to others.
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         let (from, to_exclusive) = self.clip(start, end);
@@ -183,22 +183,72 @@ impl RaftLogStorage<Types> for Log {
 mod tests {
     use holdfast_store::journal::{Journal, StoreOptions};
     use holdfast_store::testing::{MemoryDisk, simulate};
-    use holdfast_store::{ReplicaIdentity, StoreIdentity};
-    use holdfast_types::{ClusterId, GroupId, NodeName, ReplicaId, StoreId};
+    use holdfast_store::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
+    use holdfast_types::{ClusterId, GroupId, NodeName, ReplicaId, StoreId, Term};
+
+    use bytes::Bytes;
+    use tokio::sync::oneshot;
 
     use super::*;
+    use crate::payload::Payload;
+
+    /// A log of one group, on a store that is opened (again).
+    async fn opened(disk: &MemoryDisk, make: bool) -> (Journal, Log) {
+        let options = StoreOptions { segment_bytes: 2 << 20, segments: 5 };
+        let identity = StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(2) };
+        let who = ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) };
+        if make {
+            Journal::format(disk.directory(), &identity, &options).await.expect("formats");
+        }
+        let (journal, _) = Journal::open(disk.directory(), &identity, &options).await.expect("opens");
+        let group = match make {
+            true => journal.create_group(who).await.expect("is made"),
+            false => journal.group(who).expect("is there"),
+        };
+        (journal, Log::new(group, Rc::default(), Stall::new().0))
+    }
+
+    fn command(index: u64, payload: Bytes) -> LogEntry {
+        let id = EntryId { term: Term(1), leader: ReplicaId(1), index: LogIndex(index) };
+        LogEntry { id, kind: 1, head: Bytes::from_static(b"head"), payload }
+    }
+
+    fn payload_of(entry: &Entry) -> Payload {
+        match &entry.payload {
+            openraft::EntryPayload::Normal(data) => data.payload.clone(),
+            other => panic!("{other:?} is no command"),
+        }
+    }
+
+    #[test]
+    fn entries_are_applied_without_block_data_and_sent_with_it() {
+        simulate(1, async {
+            let (disk, block) = (MemoryDisk::new(1), Bytes::from(vec![7; 4096]));
+            let (journal, mut log) = opened(&disk, true).await;
+            let (done, durable) = oneshot::channel();
+            let entries = vec![command(0, Bytes::new()), command(1, block.clone())];
+            log.journal.append(entries, Box::new(|result| drop(done.send(result))));
+            durable.await.expect("is answered").expect("is durable");
+            let entries = log.try_get_log_entries(0..2).await.expect("reads");
+            assert_eq!(payload_of(&entries[1]), Payload::Here(block.clone()), "it is in memory");
+            drop((journal, log));
+
+            let (_journal, mut log) = opened(&disk, false).await;
+            let entries = log.try_get_log_entries(0..2).await.expect("reads");
+            assert_eq!(payload_of(&entries[0]), Payload::NONE, "there is none to be left");
+            assert_eq!(payload_of(&entries[1]), Payload::InJournal(4096));
+            let sent = log.limited_get_log_entries(0, 2).await.expect("reads");
+            assert_eq!(payload_of(&sent[1]), Payload::Here(block.clone()));
+            assert_eq!(codec::to_log_entry(&sent[1]), command(1, block));
+            let cut_short = std::panic::AssertUnwindSafe(|| codec::to_log_entry(&entries[1]));
+            assert!(std::panic::catch_unwind(cut_short).is_err(), "it would pass for one without block data");
+        });
+    }
 
     #[test]
     fn what_a_stopped_store_never_took_is_missing_and_not_empty() {
         simulate(1, async {
-            let (disk, options) = (MemoryDisk::new(1), StoreOptions { segment_bytes: 2 << 20, segments: 5 });
-            let identity =
-                StoreIdentity { cluster: ClusterId(1), node: NodeName::new("n"), store: StoreId(2) };
-            Journal::format(disk.directory(), &identity, &options).await.expect("formats");
-            let (journal, _) = Journal::open(disk.directory(), &identity, &options).await.expect("opens");
-            let who = ReplicaIdentity { group: GroupId(1), replica: ReplicaId(1) };
-            let group = journal.create_group(who).await.expect("is made");
-            let mut log = Log::new(group, Rc::default(), Stall::new().0);
+            let (journal, mut log) = opened(&MemoryDisk::new(1), true).await;
             // Nobody misses what was never appended.
             assert!(log.limited_get_log_entries(1, 2).await.expect("reads").is_empty());
             assert!(log.try_get_log_entries(1..2).await.expect("reads").is_empty());

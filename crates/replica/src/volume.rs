@@ -30,6 +30,7 @@ use crate::config::{AppData, AppReply};
 use crate::group::{Group, GroupError};
 use crate::machine::{ApplyError, CheckError, Staged, StateMachine};
 use crate::messages::{self, DataReply, DataRequest, SessionRequest};
+use crate::payload::Payload;
 use crate::rebuild::PurgeHold;
 use crate::scrub::ScrubProgress;
 use crate::space;
@@ -184,7 +185,7 @@ pub(crate) fn check_command(data: &AppData) -> Result<(), CheckError> {
     let command = VolumeCommand::decode(&data.head).map_err(|error| malformed(error.to_string()))?;
     command.validate(data.payload.len()).map_err(|refusal| malformed(refusal.to_string()))?;
     if let VolumeCommand::Write { range, checksums, .. } = &command {
-        check_payload(*range, checksums, &data.payload).map_err(CheckError::Damaged)?;
+        check_payload(*range, checksums, data.payload.whole()).map_err(CheckError::Damaged)?;
     }
     Ok(())
 }
@@ -441,7 +442,7 @@ impl Volume {
                 break admitted;
             }
         };
-        self.propose_command(AppData { head: command, payload }).await
+        self.propose_command(AppData { head: command, payload: Payload::Here(payload) }).await
     }
 
     async fn propose_command(&self, data: AppData) -> DataReply {
@@ -617,7 +618,7 @@ impl Volume {
                 AttachDecision::Propose { confirmed } => decoded = decoded.admitted(confirmed),
             }
         }
-        let reply = self.propose_command(AppData { head: decoded.encode(), payload: Bytes::new() }).await;
+        let reply = self.propose_command(AppData { head: decoded.encode(), payload: Payload::NONE }).await;
         if let DataReply::Applied { reply: VolumeReply::Attached { .. }, .. } = &reply {
             let now = self.now();
             self.with_watch(|watch| watch.granted(now));
@@ -774,7 +775,7 @@ impl Volume {
         }
         let command = VolumeCommand::Settled { epoch }.encode();
         if let DataReply::Applied { reply: VolumeReply::Refused(Refusal::OldEpoch { .. }), .. } =
-            self.propose_command(AppData { head: command, payload: Bytes::new() }).await
+            self.propose_command(AppData { head: command, payload: Payload::NONE }).await
         {
             tracing::debug!(%epoch, "a newer change of holder came first");
         }

@@ -9,8 +9,9 @@ use std::time::Duration;
 use group::{GROUP, Member, Switch, attach, begin, block, first_leads, start_on};
 use holdfast_env::Instant;
 use holdfast_protocol::planted;
+use holdfast_store::journal::levels;
 use holdfast_store::testing::{Device, MemoryDisk, Speed, simulate};
-use holdfast_types::{BlockIndex, BlockRange, StoreId};
+use holdfast_types::{BlockIndex, BlockRange, LogIndex, StoreId};
 
 const MIB: u64 = 1 << 20;
 const REQUEST_BLOCKS: u32 = 32;
@@ -121,4 +122,61 @@ fn a_log_that_is_kept_for_who_is_away_is_found() {
     planted::plant(&["keep-the-log-for-the-absent"]);
     let (times, slowed) = simulate(1, write_beside(Third::Away));
     assert!(slowed > 0 && longest(&times) > Duration::from_secs(1), "nobody has waited for it");
+}
+
+/// Whether a follower that was away for a moment, when the journals were half full of what everybody has, needs chunks.
+async fn away_for_a_moment() -> bool {
+    let place = tempfile::tempdir().expect("a place");
+    let (switch, mut members) = (Rc::new(Switch::default()), Vec::<Member>::new());
+    for number in 1..=3 {
+        let device = Device::new(MemoryDisk::new(number).directory(), SPEED);
+        let path = place.path().join(format!("n{number}"));
+        members.push(start_on(&path, &switch, number, true, |_| Rc::new(device)).await);
+    }
+    begin(&members).await;
+    first_leads(&members).await;
+    let session = attach(&members[0], false).await.expect("attaches");
+    let leader = members[0].host.volume(GROUP).expect("runs");
+    let follower = members[2].host.volume(GROUP).expect("runs");
+    let line_percent = || {
+        let usage = members[0].host.journal().usage();
+        usage.line_bytes_taken * 100 / usage.line_bytes
+    };
+    let mut request = 0;
+    let mut write_until = async |is_enough: &dyn Fn() -> bool| {
+        while !is_enough() {
+            let at = BlockIndex(request * 7 % PLACES * u64::from(REQUEST_BLOCKS));
+            let range = BlockRange::new(at, REQUEST_BLOCKS);
+            session.write(range, block(request as u8, REQUEST_BLOCKS)).await.expect("writes");
+            request += 1;
+            holdfast_env::sleep(PAUSE).await;
+        }
+    };
+    write_until(&|| line_percent() >= u64::from(levels::PURGE) - 10).await;
+    assert_eq!(leader.group().usage().purges, 0, "nothing was purged yet");
+    follower.group().position().reached(leader.group().position().applied_index()).await;
+
+    let links = [1, 2].map(StoreId).into_iter().flat_map(|other| [(other, StoreId(3)), (StoreId(3), other)]);
+    switch.cut.borrow_mut().extend(links);
+    write_until(&|| leader.group().usage().purges > 0).await;
+    let purged = leader.log().purged().expect("it was purged").index;
+    assert!(purged >= LogIndex(10), "what everybody has is not kept");
+    switch.cut.borrow_mut().clear();
+    follower.group().position().reached(leader.group().position().applied_index()).await;
+    let by_chunks = follower.healed_by_chunks() > 0;
+    for member in &members {
+        member.host.stop().await;
+    }
+    by_chunks
+}
+
+#[test]
+fn what_a_follower_lacks_is_kept_for_it_while_there_is_room() {
+    assert!(!simulate(1, away_for_a_moment()), "it lacked little, and the journal had room for that");
+}
+
+#[test]
+fn a_log_that_is_purged_of_what_others_lack_is_found() {
+    planted::plant(&["purge-what-others-lack"]);
+    assert!(simulate(1, away_for_a_moment()));
 }

@@ -373,6 +373,13 @@ impl File for BudgetedFile {
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         self.inner.read_at(offset, length)
     }
+    fn read_into(
+        &self,
+        offset: u64,
+        buffer: AlignedBuffer,
+    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        self.inner.read_into(offset, buffer)
+    }
     fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
         self.inner.flush()
     }

@@ -27,6 +27,21 @@ pub struct LogEntry {
     pub payload: Bytes,
 }
 
+/// An entry as far as it is known without a read of the disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EntryHead {
+    /// Its identity.
+    pub id: EntryId,
+    /// What it is: see [`LogEntry::kind`].
+    pub kind: u8,
+    /// The command without its payload: see [`LogEntry::head`].
+    pub head: Bytes,
+    /// Bytes of its block data.
+    pub payload_bytes: u32,
+    /// The block data, if it is in memory; empty if it has none.
+    pub payload: Option<Bytes>,
+}
+
 impl LogEntry {
     /// Bytes that the entry holds in memory, for bounds.
     pub fn bytes(&self) -> usize {

@@ -138,6 +138,13 @@ impl File for Guarded {
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         self.inner.read_at(offset, length)
     }
+    fn read_into(
+        &self,
+        offset: u64,
+        buffer: AlignedBuffer,
+    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        self.inner.read_into(offset, buffer)
+    }
     fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
         self.guard.guarded(self.what("flushing"), never, || self.inner.flush())
     }

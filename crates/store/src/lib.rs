@@ -22,7 +22,7 @@ pub mod volume;
 pub mod witness_file;
 
 pub use budget::Budget;
-pub use entry::{EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
+pub use entry::{EntryHead, EntryId, LogEntry, ReplicaIdentity, StoreIdentity};
 pub use error::StoreError;
 pub use fail_stop::FailStop;
 pub use recent::RecentLatency;

@@ -15,11 +15,13 @@ use std::rc::{Rc, Weak};
 
 use holdfast_protocol::command::{Tag, VolumeCommand};
 use holdfast_protocol::volume::{Refusal, VolumeReply};
-use holdfast_replica::AppReply;
 use holdfast_replica::observe::{Brought, Observer};
+use holdfast_replica::{AppReply, Payload};
 use holdfast_session::Session;
 use holdfast_store::{EntryId, ReplicaIdentity};
-use holdfast_types::{AttachmentId, Epoch, LogIndex, NodeName, ReplicaId, SessionId};
+use holdfast_types::{
+    AttachmentId, BLOCK_BYTES, Epoch, LogIndex, NodeName, ReplicaId, SessionId, block_checksum,
+};
 
 use crate::executor::{Executor, Owner};
 use crate::trace::Trace;
@@ -91,12 +93,26 @@ fn hash_of(brought: &Brought<'_>) -> u32 {
         Brought::Command(data, reply) => {
             let mut hasher = crc32fast::Hasher::new();
             hasher.update(&data.head);
-            hasher.update(&data.payload);
+            hasher.update(&data.payload.len().to_le_bytes());
             if let AppReply::Volume(reply) = reply {
                 hasher.update(&reply.encode());
             }
             hasher.finalize()
         }
+    }
+}
+
+/// Replicas are compared by the heads of entries, which have the checksum of each block: so the blocks have to match them,
+/// where they are in memory.
+fn matches_its_head(command: &VolumeCommand, payload: &Payload) -> Result<(), String> {
+    let (VolumeCommand::Write { range, checksums, .. }, Payload::Here(bytes)) = (command, payload) else {
+        return Ok(());
+    };
+    let blocks = range.blocks().zip(bytes.chunks_exact(BLOCK_BYTES));
+    let wrong = blocks.zip(checksums).find(|((block, data), sum)| block_checksum(*block, data) != **sum);
+    match wrong {
+        Some(((block, _), _)) => Err(format!("block {} of an entry does not match its checksum", block.0)),
+        None => Ok(()),
     }
 }
 
@@ -155,6 +171,7 @@ impl Oracle {
             Brought::Membership { voters, .. } => rules.membership(voters, &self.trace),
             Brought::Command(data, AppReply::Volume(reply)) => {
                 let command = VolumeCommand::decode(&data.head).map_err(|error| error.to_string())?;
+                matches_its_head(&command, &data.payload)?;
                 let newer = match command.tag() {
                     Some(tag) => rules.data(tag, reply, &self.trace)?,
                     None => rules.control(&command, reply, id.index, &self.trace)?,

@@ -408,11 +408,10 @@ fn write_all(file: &OwnedFd, offset: u64, bytes: &[u8], durability: Durability) 
     if needs_flush { rustix::fs::fdatasync(file).map_err(io::Error::from) } else { Ok(()) }
 }
 
-fn read_all(file: &OwnedFd, offset: u64, length: usize) -> io::Result<AlignedBuffer> {
-    let mut buffer = AlignedBuffer::zeroed(length);
+fn read_all(file: &OwnedFd, offset: u64, mut buffer: AlignedBuffer) -> io::Result<AlignedBuffer> {
     let mut done = 0;
-    while done < length {
-        let end = length.min(done + CALL_BYTES_MAX);
+    while done < buffer.len() {
+        let end = buffer.len().min(done + CALL_BYTES_MAX);
         let part = &mut buffer.as_mut_slice()[done..end];
         let count = retry(|| rustix::io::pread(file, &mut *part, offset + done as u64))?;
         if count == 0 {
@@ -423,6 +422,7 @@ fn read_all(file: &OwnedFd, offset: u64, length: usize) -> io::Result<AlignedBuf
             break; // the end of the file is within this block
         }
     }
+    buffer.as_mut_slice()[done..].fill(0);
     Ok(buffer)
 }
 
@@ -445,10 +445,23 @@ impl File for RealFile {
 
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         if let Some(ring) = &self.pool.ring {
-            return ring.read(&self.file, offset, length);
+            return ring.read(&self.file, offset, AlignedBuffer::zeroed(length));
         }
         let file = self.file.clone();
-        self.pool.run(move || read_all(&file, offset, length))
+        // Cleared where it is read: it may be much.
+        self.pool.run(move || read_all(&file, offset, AlignedBuffer::zeroed(length)))
+    }
+
+    fn read_into(
+        &self,
+        offset: u64,
+        buffer: AlignedBuffer,
+    ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
+        if let Some(ring) = &self.pool.ring {
+            return ring.read(&self.file, offset, buffer);
+        }
+        let file = self.file.clone();
+        self.pool.run(move || read_all(&file, offset, buffer))
     }
 
     fn flush(&self) -> LocalBoxFuture<'static, io::Result<()>> {
@@ -538,6 +551,10 @@ mod tests {
             assert_eq!(&back.as_slice()[..4096], &[0; 4096]);
             assert_eq!(&back.as_slice()[4096..9096], &[7; 5000]);
             assert_eq!(&back.as_slice()[9096..], &vec![0; 16384 - 9096]);
+            let used = AlignedBuffer::copy_of(&[9; 16384]);
+            assert_eq!(file.read_into(4096, used).await.expect("reads").as_slice(), back.as_slice());
+            let used = AlignedBuffer::copy_of(&[9; 8192]);
+            assert_eq!(file.read_into(1 << 20, used).await.expect("reads").as_slice(), [0; 8192]);
             file.punch(8192, 4096).await.expect("punches");
             let back = file.read_at(8192, 4096).await.expect("reads");
             assert_eq!(back.as_slice(), &[0; 4096]);

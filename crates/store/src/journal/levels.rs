@@ -11,9 +11,10 @@ use super::StoreOptions;
 
 /// A witness looks at once what of its log may go.
 pub const WITNESS_LOOKS: u32 = 50;
-/// Logs are purged to their checkpoints: a follower that is away may not be healed by log any more. What is not home is
-/// brought there.
+/// Logs are purged as far as nobody needs them. What is not home is brought there.
 pub const PURGE: u32 = 65;
+/// Nothing is kept any more for a follower that is away or far behind: it is not healed by log any more.
+pub const FOLLOWER_GIVEN_UP: u32 = 70;
 /// Nothing is kept any more for a rebuild that pulls, nor by a witness for a data voter that is away.
 pub const GIVE_UP: u32 = 75;
 /// Of what is not home: from here on the cleaner gives way less to whoever writes, and from there on not at all.
@@ -25,6 +26,9 @@ pub const URGENT: u32 = 75;
 pub const ADMISSION: u32 = 80;
 /// The line stops.
 const STOPS: u32 = 100;
+
+/// Bounds at which whoever keeps something in the journal, or waits for it, looks again.
+pub(super) const BOUNDS: [u32; 5] = [WITNESS_LOOKS, PURGE, FOLLOWER_GIVEN_UP, GIVE_UP, ADMISSION];
 
 /// While the medium is full: logs are purged from here on, and data of leaders elsewhere is taken below that (INV-SPACE).
 pub const PURGE_WHEN_FULL: u32 = 20;
@@ -42,7 +46,8 @@ pub(super) const SEGMENTS_MIN: usize = 4;
 const CLEAN_AT: u64 = 25;
 
 const _: () = {
-    assert!(WITNESS_LOOKS < PURGE && PURGE < GIVE_UP && GIVE_UP < ADMISSION && ADMISSION < STOPS);
+    assert!(WITNESS_LOOKS < PURGE && PURGE < FOLLOWER_GIVEN_UP && FOLLOWER_GIVEN_UP < GIVE_UP);
+    assert!(GIVE_UP < ADMISSION && ADMISSION < STOPS);
     assert!(URGENT > PURGE && URGENT < ADMISSION, "cleaning hurries before anybody waits");
     assert!(CLEAN_AT < YIELD_LESS as u64 && YIELD_LESS < YIELD_NOT && YIELD_NOT < PURGE);
     assert!(PURGE_WHEN_FULL < FULL_TAKES_BELOW && FULL_TAKES_BELOW < ADMISSION);

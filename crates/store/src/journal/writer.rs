@@ -187,8 +187,7 @@ impl State {
         let line = levels::line_segments(self.segments.len()) as u64;
         let whole = line * u64::from(self.segment_blocks) * ALIGNMENT as u64;
         let percent = (self.line_taken() * 100 / whole) as u32;
-        let bounds = [levels::WITNESS_LOOKS, levels::PURGE, levels::GIVE_UP, levels::ADMISSION];
-        let level = bounds.iter().filter(|bound| percent >= **bound).count();
+        let level = levels::BOUNDS.iter().filter(|bound| percent >= **bound).count();
         std::mem::replace(&mut self.level, level) < level
     }
     /// Whether what stands in line waits for room.

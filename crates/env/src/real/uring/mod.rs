@@ -88,6 +88,14 @@ fn next_of(request: &mut Request, flush_after: bool, result: io::Result<usize>) 
     (next, flush_after)
 }
 
+/// The buffer of a request that has ended well: beyond the end of the file are zeros.
+fn ended(mut request: Request) -> AlignedBuffer {
+    if request.kind == Kind::Read {
+        request.buffer.as_mut_slice()[request.done..].fill(0);
+    }
+    request.buffer
+}
+
 impl State {
     /// Hands over as much of the line as there is room for. An error if the kernel takes nothing now.
     fn advance(&mut self) -> io::Result<()> {
@@ -119,7 +127,7 @@ impl State {
                         self.line.push_front(Job { request, answer, flush_after: false });
                     }
                     // Nobody waits any more: the caller was dropped, and the work was done all the same.
-                    Next::End(result) => drop(answer.send(result.map(|()| request.buffer))),
+                    Next::End(result) => drop(answer.send(result.map(|()| ended(request)))),
                 }
             }
             self.advance()?;
@@ -214,9 +222,8 @@ impl Uring {
         &self,
         file: &Arc<OwnedFd>,
         offset: u64,
-        length: usize,
+        buffer: AlignedBuffer,
     ) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
-        let buffer = AlignedBuffer::zeroed(length);
         match buffer.is_empty() {
             true => async move { Ok(buffer) }.boxed_local(),
             false => self.run(file, Kind::Read, offset, buffer),

@@ -32,7 +32,9 @@ fn many_more_requests_than_fit_end_all() {
             write.await.expect("is written");
         }
         ring.flush(&file).await.expect("is flushed");
-        let reads: Vec<_> = (0..500u64).map(|n| ring.read(&file, n * ALIGNMENT as u64, ALIGNMENT)).collect();
+        let reads: Vec<_> = (0..500u64)
+            .map(|n| ring.read(&file, n * ALIGNMENT as u64, AlignedBuffer::zeroed(ALIGNMENT)))
+            .collect();
         for (n, read) in reads.into_iter().enumerate() {
             assert_eq!(read.await.expect("is read").as_slice(), [n as u8; ALIGNMENT]);
         }
@@ -47,7 +49,7 @@ fn what_nobody_waits_for_is_done_all_the_same() {
         for n in 0..200u64 {
             let block = AlignedBuffer::copy_of(&[7; 4 * ALIGNMENT]);
             drop(ring.write(&file, n * 4 * ALIGNMENT as u64, block, Durability::Durable));
-            drop(ring.read(&file, n * ALIGNMENT as u64, 16 * ALIGNMENT));
+            drop(ring.read(&file, n * ALIGNMENT as u64, AlignedBuffer::zeroed(16 * ALIGNMENT)));
         }
         let inner = Rc::downgrade(&ring.inner);
         drop(ring);
@@ -85,7 +87,7 @@ fn errors_are_those_of_the_call() {
         let block = AlignedBuffer::zeroed(ALIGNMENT);
         let refused = ring.write(&read_only, 0, block, Durability::Volatile).await;
         assert_eq!(refused.expect_err("is refused").raw_os_error(), Some(Errno::BADF.raw_os_error()));
-        let short = ring.read(&read_only, 0, 2 * ALIGNMENT).await.expect("is read");
+        let short = ring.read(&read_only, 0, AlignedBuffer::zeroed(2 * ALIGNMENT)).await.expect("is read");
         assert_eq!((short.as_slice()[0], short.as_slice()[1], short.len()), (b'x', 0, 2 * ALIGNMENT));
     });
 }
