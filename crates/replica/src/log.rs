@@ -98,7 +98,6 @@ impl RaftLogReader<Types> for Log {
     }
 
     /// What is sent to others.
-
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
         let (from, to_exclusive) = self.clip(start, end);
         if from >= to_exclusive {

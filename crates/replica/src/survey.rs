@@ -18,6 +18,10 @@ use crate::volume::Volume;
 
 /// A survey that is older than this is made anew when somebody asks.
 const FRESH: Duration = Duration::from_millis(500);
+/// One that took long lasts so many times as long: of a store with ten thousand replicas, too, surveys take a hundredth of the
+/// time of one thread. Somebody may always ask, and they look at every file.
+const LASTS: u32 = 100;
+const FRESH_MAX: Duration = Duration::from_secs(60);
 /// How long a disk is waited for before the last survey is told instead.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -28,11 +32,13 @@ pub struct Survey {
     pub space: Space,
     /// The store's files.
     pub standing: Rc<Standing>,
+    /// How long it took to look.
+    took: Duration,
 }
 
 impl Survey {
     fn is_fresh(&self) -> bool {
-        Instant::now().since(self.standing.at()) < FRESH
+        Instant::now().since(self.standing.at()) < (self.took * LASTS).clamp(FRESH, FRESH_MAX)
     }
 }
 
@@ -76,9 +82,11 @@ impl Surveys {
             return;
         }
         holdfast_env::spawn("survey", async move {
+            let began = Instant::now();
             let found = async {
                 let standing = budget.count_now().await?;
-                Ok::<_, std::io::Error>(Survey { space: directory.space().await?, standing })
+                let space = directory.space().await?;
+                Ok::<_, std::io::Error>(Survey { space, standing, took: Instant::now().since(began) })
             };
             match found.await {
                 Ok(survey) => drop(inner.last.borrow_mut().replace(survey)),

@@ -20,6 +20,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 
+use super::names::Names;
 use super::uring::Uring;
 use crate::disk::{ALIGNMENT, AlignedBuffer, Directory, Durability, File, FileSize, OpenMode, Space};
 
@@ -139,6 +140,7 @@ fn ring_for(
 /// A directory of the file system, held exclusively.
 pub struct RealDirectory {
     root: PathBuf,
+    names: Arc<Names>,
     pool: Rc<Carrier>,
     _lock: OwnedFd,
 }
@@ -194,7 +196,8 @@ impl RealDirectory {
         }
         let ring = ring_for(engine, set_up)?;
         let pool = Rc::new(Carrier { pool: Pool::new().map_err(wrap)?, ring });
-        Ok(Rc::new(Self { root: path.to_owned(), pool, _lock: lock }))
+        let names = Arc::new(Names::new(path));
+        Ok(Rc::new(Self { root: path.to_owned(), names, pool, _lock: lock }))
     }
 
     /// What carries its reads, writes and flushes: never [`IoEngine::Auto`].
@@ -220,38 +223,27 @@ impl RealDirectory {
     }
 }
 
-fn open_file(path: &Path, mode: OpenMode) -> io::Result<OwnedFd> {
+fn open_file(path: &Path, mode: OpenMode, names: &Names) -> io::Result<OwnedFd> {
     let base = OFlags::RDWR | OFlags::CLOEXEC;
-    let flags = match mode {
-        OpenMode::Existing => base,
-        OpenMode::CreateNew => {
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            base | OFlags::CREATE | OFlags::EXCL
-        }
-    };
+    if mode == OpenMode::Existing {
+        return open_with(path, base);
+    }
+    names.make_way(path)?;
+    let made = open_with(path, base | OFlags::CREATE | OFlags::EXCL);
+    names.changed(path.parent().map(Path::to_owned));
+    made
+}
+
+fn open_with(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     match rustix::fs::open(path, flags | OFlags::DIRECT, Mode::from(0o600)) {
         Ok(file) => Ok(file),
         // tmpfs and some others have no direct I/O; durability rests on RWF_DSYNC and fdatasync either way. The
         // failed call may have created the file.
-        Err(Errno::INVAL) => Ok(rustix::fs::open(path, base, Mode::from(0o600))?),
+        Err(Errno::INVAL) => {
+            Ok(rustix::fs::open(path, flags - OFlags::CREATE - OFlags::EXCL, Mode::from(0o600))?)
+        }
         Err(error) => Err(error.into()),
     }
-}
-
-fn sync_directories(root: &Path) -> io::Result<()> {
-    let mut pending = vec![root.to_owned()];
-    while let Some(directory) = pending.pop() {
-        for entry in fs::read_dir(&directory)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                pending.push(entry.path());
-            }
-        }
-        fs::File::open(&directory)?.sync_all()?;
-    }
-    Ok(())
 }
 
 /// Names of the files that begin so. Only the directory that the prefix names is walked: who opens a hundred replicas
@@ -322,10 +314,10 @@ fn size_files(root: &Path, prefix: &str) -> io::Result<Vec<(String, FileSize)>> 
 
 impl Directory for RealDirectory {
     fn open(&self, name: &str, mode: OpenMode) -> LocalBoxFuture<'static, io::Result<Rc<dyn File>>> {
-        let (path, pool) = (self.at(name), self.pool.clone());
+        let (path, pool, names) = (self.at(name), self.pool.clone(), self.names.clone());
         async move {
             let path = path?;
-            let file = pool.run(move || open_file(&path, mode)).await?;
+            let file = pool.run(move || open_file(&path, mode, &names)).await?;
             let file: Rc<dyn File> = Rc::new(RealFile { file: Arc::new(file), pool });
             Ok(file)
         }
@@ -343,21 +335,31 @@ impl Directory for RealDirectory {
     }
 
     fn remove(&self, name: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        let path = self.at(name);
-        self.pool.run(move || match fs::remove_file(path?) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
+        let (path, names) = (self.at(name), self.names.clone());
+        self.pool.run(move || {
+            let path = path?;
+            let removed = fs::remove_file(&path);
+            names.changed(path.parent().map(Path::to_owned));
+            match removed {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                other => other,
+            }
         })
     }
 
     fn rename(&self, from: &str, to: &str) -> LocalBoxFuture<'static, io::Result<()>> {
-        let (from, to) = (self.at(from), self.at(to));
-        self.pool.run(move || fs::rename(from?, to?))
+        let (from, to, names) = (self.at(from), self.at(to), self.names.clone());
+        self.pool.run(move || {
+            let (from, to) = (from?, to?);
+            let renamed = fs::rename(&from, &to);
+            names.changed([&from, &to].into_iter().filter_map(|path| path.parent()).map(Path::to_owned));
+            renamed
+        })
     }
 
     fn sync(&self) -> LocalBoxFuture<'static, io::Result<()>> {
-        let root = self.root.clone();
-        self.pool.run(move || sync_directories(&root))
+        let names = self.names.clone();
+        self.pool.run(move || names.flush())
     }
 
     fn space(&self) -> LocalBoxFuture<'static, io::Result<Space>> {

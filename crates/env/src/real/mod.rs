@@ -2,6 +2,7 @@
 
 pub mod breaking;
 pub mod disk;
+mod names;
 pub mod powercut;
 mod replace;
 mod uring;
