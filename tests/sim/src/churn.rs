@@ -36,12 +36,19 @@ pub(crate) struct Seats {
     last: Cell<u64>,
     /// No more replacements begin.
     pub(crate) stopped: Cell<bool>,
+    /// Somebody looks after replacements though the plan has none.
+    has_begun: Cell<bool>,
 }
 
 impl Default for Seats {
     fn default() -> Self {
         let first = (1..=REPLICAS).map(|n| (ReplicaId(n), (n, Phase::Voter)));
-        Self { seats: RefCell::new(first.collect()), last: Cell::new(REPLICAS), stopped: Cell::new(false) }
+        Self {
+            seats: RefCell::new(first.collect()),
+            last: Cell::new(REPLICAS),
+            stopped: Cell::new(false),
+            has_begun: Cell::new(false),
+        }
     }
 }
 
@@ -105,16 +112,31 @@ pub(crate) async fn reconcile(world: Rc<World>) {
             }
         } else if world.executor.time() >= next.max(world.calm_until.get()) && !seats.stopped.get() {
             next = world.executor.time() + random.around(world.plan.churn_every);
-            begin(&world, &mut random);
+            if let Some(free) = free_node(&world) {
+                let voters = world.seats.voters();
+                begin(&world, voters[random.below(voters.len() as u64) as usize].0, free);
+            }
         }
     }
 }
 
-fn begin(world: &World, random: &mut Random) {
+/// A replica is replaced, whether or not others are during this simulation; the node of the new one.
+pub(crate) fn replace(world: &Rc<World>, old: ReplicaId) -> Option<u64> {
+    if world.plan.churn_every == 0 && !world.seats.has_begun.replace(true) {
+        world.spawn(reconcile(world.clone()));
+    }
+    let free = free_node(world)?;
+    begin(world, old, free);
+    Some(free)
+}
+
+/// The node on which no voter stands.
+fn free_node(world: &World) -> Option<u64> {
     let voters = world.seats.voters();
-    let free = (1..=NODES).find(|node| voters.iter().all(|(_, at)| at != node));
-    let Some(free) = free else { return };
-    let old = voters[random.below(voters.len() as u64) as usize].0;
+    (1..=NODES).find(|node| voters.iter().all(|(_, at)| at != node))
+}
+
+fn begin(world: &World, old: ReplicaId, free: u64) {
     world.seats.last.set(world.seats.last.get() + 1);
     let new = ReplicaId(world.seats.last.get());
     world.trace.add(free, format_args!("replica {new} is to take the place of {old}"));
@@ -160,8 +182,11 @@ async fn make_late(world: Rc<World>, id: ReplicaId, node: u64, after: u64) {
 
 async fn join(world: &Rc<World>, id: ReplicaId, node: u64) {
     let runs = world.node(node).volume().is_some_and(|volume| volume.group().id() == identity(id));
-    if !runs && !ask(world, node, creation(world, id)).await {
-        return;
+    if !runs {
+        world.network.owes_silence(node, None);
+        if !ask(world, node, creation(world, id)).await {
+            return;
+        }
     }
     let Some(leader) = world.leader() else { return };
     let Some(report) = world.node(leader).volume().map(|volume| volume.group().report()) else { return };

@@ -114,6 +114,10 @@ pub(crate) struct Disk {
     pub(crate) fail_reads: Cell<u64>,
     /// The next write of a block at home goes elsewhere in its file, or nowhere.
     pub(crate) misdirect_next: Cell<bool>,
+    /// Added to every call to a file of the journal, in nanoseconds.
+    pub(crate) journal_slowness: Cell<u64>,
+    /// Reads are answered at once, and leave no trace: the simulation itself looks into the files.
+    pub(crate) looked_into: Cell<bool>,
     /// A write or flush fails, or has failed, since the process started: its store stops.
     pub(crate) has_failed: Cell<bool>,
 }
@@ -125,6 +129,10 @@ fn medium_error() -> io::Error {
 
 fn is_home(name: &str) -> bool {
     name.ends_with("home")
+}
+/// Of a call's description.
+fn is_journal(what: &str) -> bool {
+    what.contains(" journal/")
 }
 fn is_table(name: &str) -> bool {
     name.ends_with("table")
@@ -180,6 +188,25 @@ fn content_of(page: &[u8]) -> Content {
 }
 
 impl State {
+    fn read(&self, inode: usize, offset: u64, length: usize) -> AlignedBuffer {
+        let mut buffer = AlignedBuffer::zeroed(length);
+        let file = &self.inodes[inode];
+        let range = pages_of(offset, length as u64);
+        for (page, _) in file.pages.range(range.clone()) {
+            let place = ((page - range.start) * PAGE) as usize;
+            buffer.as_mut_slice()[place..place + ALIGNMENT].copy_from_slice(file.visible(*page));
+        }
+        buffer
+    }
+
+    /// Whether something is written where what a rebuild has collected is kept, beside this file.
+    fn is_staged_beside(&self, inode: usize) -> bool {
+        let name = &self.inodes[inode].name;
+        let staging = name.strip_suffix("manifest").map(|prefix| format!("{prefix}staging"));
+        let staging = staging.and_then(|staging| self.names.get(&staging));
+        staging.is_some_and(|staging| self.inodes[*staging].length > 0)
+    }
+
     fn carry_out(&mut self, operation: &Operation) {
         self.clock += 1;
         let (clock, inode) = (self.clock, &mut self.inodes[operation.inode]);
@@ -292,6 +319,8 @@ impl Disk {
             fail_next: Cell::new(false),
             fail_reads: Cell::new(0),
             misdirect_next: Cell::new(false),
+            journal_slowness: Cell::new(0),
+            looked_into: Cell::new(false),
             has_failed: Cell::new(false),
         })
     }
@@ -303,6 +332,7 @@ impl Disk {
         self.fail_next.set(false);
         self.fail_reads.set(0);
         self.misdirect_next.set(false);
+        self.journal_slowness.set(0);
     }
 
     /// A bit of a block at home or of a page of the table flips on the medium; whether there was one.
@@ -403,6 +433,23 @@ impl Disk {
         self.executor.time() + takes
     }
 
+    /// Where a node may be made to crash once this is done, and the node does not know yet.
+    fn point_of(&self, operation: &Operation) -> Option<CrashPoint> {
+        let state = self.state.borrow();
+        let name = &state.inodes[operation.inode].name;
+        let is_flush = matches!(operation.change, Change::Flush { .. });
+        match name {
+            name if is_flush && is_home(name) => Some(CrashPoint::AfterHomeFlush),
+            name if operation.durable
+                && name.ends_with("manifest")
+                && state.is_staged_beside(operation.inode) =>
+            {
+                Some(CrashPoint::AfterSwitch)
+            }
+            _ => None,
+        }
+    }
+
     /// Runs `done` when a call would return, whether or not anybody waits for it.
     fn call<T: 'static>(
         self: &Rc<Self>,
@@ -453,7 +500,8 @@ impl Disk {
             (number, format!("{what} {name}"))
         };
         self.trace.add(self.node, format_args!("disk #{number} {what}"));
-        let at = self.completes_at(is_flush || durable);
+        let slow = if is_journal(&what) { self.journal_slowness.get() } else { 0 };
+        let at = self.completes_at(is_flush || durable) + slow;
         if durable || is_flush {
             self.hooks.reached(self.node, CrashPoint::BeforeFlush);
             if what.ends_with("/manifest") || what.ends_with("/table") {
@@ -473,6 +521,10 @@ impl Disk {
             }
             disk.trace.add(disk.node, format_args!("disk #{number} done"));
             disk.state.borrow_mut().carry_out(&operation);
+            let reached = disk.point_of(&operation);
+            if reached.is_some_and(|point| disk.hooks.reached(disk.node, point)) {
+                return None;
+            }
             if (operation.durable || is_flush) && disk.hooks.reached(disk.node, CrashPoint::AfterFlush) {
                 return None;
             }
@@ -619,7 +671,12 @@ impl File for SimFile {
 
     fn read_at(&self, offset: u64, length: usize) -> LocalBoxFuture<'static, io::Result<AlignedBuffer>> {
         assert!(offset.is_multiple_of(PAGE) && length.is_multiple_of(ALIGNMENT), "direct I/O is aligned");
-        let (at, inode) = (self.disk.completes_at(false), self.inode);
+        let inode = self.inode;
+        if self.disk.looked_into.get() {
+            let read = self.disk.state.borrow().read(inode, offset, length);
+            return futures_util::future::ready(Ok(read)).boxed_local();
+        }
+        let at = self.disk.completes_at(false);
         let left = self.disk.fail_reads.get();
         let fails = left > 0 && is_home(&self.disk.state.borrow().inodes[inode].name);
         if fails {
@@ -630,15 +687,7 @@ impl File for SimFile {
                 disk.trace.mark("reads of the medium that failed");
                 return Some(Err(medium_error()));
             }
-            let mut buffer = AlignedBuffer::zeroed(length);
-            let state = disk.state.borrow();
-            let file = &state.inodes[inode];
-            let range = pages_of(offset, length as u64);
-            for (page, _) in file.pages.range(range.clone()) {
-                let place = ((page - range.start) * PAGE) as usize;
-                buffer.as_mut_slice()[place..place + ALIGNMENT].copy_from_slice(file.visible(*page));
-            }
-            Some(Ok(buffer))
+            Some(Ok(disk.state.borrow().read(inode, offset, length)))
         })
     }
 

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use holdfast_env::net::Lane;
 use holdfast_types::ReplicaId;
 
 use crate::executor::{MILLISECOND, SECOND};
@@ -272,7 +273,7 @@ impl Plague {
         );
         let way = (holder.node, leader);
         world.trace.mark("requests that straggle");
-        world.network.hold_bulk(way, true);
+        world.network.hold(way, Lane::Bulk, true);
         let stop = self.stop.clone();
         world.clone().spawn(async move {
             world.sleep(goes).await;
@@ -282,7 +283,7 @@ impl Plague {
                 transfer_to(&world, own);
             }
             world.sleep(heals).await;
-            world.network.hold_bulk(way, false);
+            world.network.hold(way, Lane::Bulk, false);
         });
     }
 

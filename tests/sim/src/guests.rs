@@ -306,6 +306,12 @@ impl Worker {
         if dice < load.reads {
             let id = world.history.read(world.at(), node, epoch, range);
             let data = self.session.read(range).await?;
+            // By its own clock, at the moment of the answer.
+            if !self.session.serves_reads() {
+                world.trace.violation(format_args!(
+                    "INV-LEASE: n{node} epoch {epoch}: a read is answered, and the lease has ended"
+                ));
+            }
             if let Err(why) = world.history.answered(world.at(), id, &data) {
                 world.trace.violation(format_args!("n{node} epoch {epoch}: {why}"));
             }

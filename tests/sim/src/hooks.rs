@@ -23,8 +23,13 @@ pub(crate) enum CrashPoint {
     AfterFlush,
     /// A manifest or table page is being written: a checkpoint is under way.
     DuringCheckpoint,
+    /// Blocks have just come home for good, and no checkpoint says so yet.
+    AfterHomeFlush,
+    /// What a rebuild has collected has just been switched in.
+    AfterSwitch,
 }
 
+/// Those that are drawn; the others are for scenes.
 pub(crate) const CRASH_POINTS: [CrashPoint; 6] = [
     CrashPoint::AfterVoteAnswer,
     CrashPoint::AfterAppendAnswer,

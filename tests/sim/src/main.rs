@@ -2,6 +2,7 @@
 //! clock, disk and network, from one seed. See `docs/simulation.md`.
 
 mod churn;
+mod content;
 mod disk;
 mod executor;
 mod faults;
@@ -9,12 +10,14 @@ mod frames;
 mod guests;
 mod hooks;
 mod keeper;
+mod look;
 mod network;
 mod oracle;
 mod plan;
 mod random;
 mod run;
 mod scenario;
+mod scenes;
 mod trace;
 mod world;
 
@@ -135,7 +138,7 @@ fn print_one(report: &Report) {
 
 /// What so many seeds must have covered, every line of it.
 const COVERS_ALL: u64 = 1000;
-const MUST_BE_COVERED: [&str; 28] = [
+const MUST_BE_COVERED: [&str; 35] = [
     "attaches after a restart",
     "attaches by force",
     "attaches repeated",
@@ -160,6 +163,13 @@ const MUST_BE_COVERED: [&str; 28] = [
     "replays that had counted before",
     "replicas replaced",
     "requests that straggle",
+    "looks into replicas",
+    "scenes: a lease that is granted late",
+    "scenes: a log that is cut just before its end",
+    "scenes: a rebuild that loses its power at the switch",
+    "scenes: another replica comes in the place of a rebuild's source",
+    "scenes: blocks come home over a slow journal",
+    "scenes: writes that arrive after a detach",
     "transfers of leadership",
     "volumes taken from who does not hear of it",
     "writes of an old epoch refused",

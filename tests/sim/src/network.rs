@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use futures_util::future::LocalBoxFuture;
+use holdfast_env::Instant;
 use holdfast_env::net::{Frame, FrameHandler, Lane, Network, SendError};
 use holdfast_types::{StoreId, limits};
 use tokio::sync::Notify;
@@ -102,8 +103,14 @@ pub(crate) struct Switch {
     streams: RefCell<BTreeMap<Way, Rc<Stream>>>,
     ports: RefCell<BTreeMap<u64, Rc<Port>>>,
     cuts: RefCell<BTreeMap<(u64, u64), Cut>>,
-    /// Ways whose bulk streams do not move, while the others do.
-    held: RefCell<BTreeSet<(u64, u64)>>,
+    /// Streams that do not move, while the others of their nodes do.
+    held: RefCell<BTreeSet<Way>>,
+    /// Ways on which nothing goes on once the next to go is a call of a rebuild.
+    held_pulls: RefCell<BTreeSet<(u64, u64)>>,
+    /// Ways on which what is sent from now on vanishes, while what is on its way arrives.
+    vanishing: RefCell<BTreeSet<(u64, u64)>>,
+    /// Nodes that owe their group silence, and until when by their own clocks.
+    silent: RefCell<BTreeMap<u64, Instant>>,
     /// Machines without power: what is sent to them vanishes.
     dark: RefCell<BTreeSet<u64>>,
     /// Requests whose answers are of interest, by who asked whom.
@@ -132,6 +139,9 @@ impl Switch {
             ports: RefCell::default(),
             cuts: RefCell::default(),
             held: RefCell::default(),
+            held_pulls: RefCell::default(),
+            vanishing: RefCell::default(),
+            silent: RefCell::default(),
             dark: RefCell::default(),
             asked: RefCell::default(),
             sent_bytes: Cell::new(0),
@@ -229,11 +239,10 @@ impl Switch {
         }
     }
 
-    /// Holds what one node sends to another on the bulk lane back, or lets it go.
-    pub(crate) fn hold_bulk(&self, way: (u64, u64), hold: bool) {
-        self.trace
-            .add(0, format_args!("BULK {}->{} {}", way.0, way.1, if hold { "HELD" } else { "GOES ON" }));
-        let mut held = self.held.borrow_mut();
+    /// Holds what one node sends to another on a lane back, or lets it go.
+    pub(crate) fn hold(&self, (from, to): (u64, u64), lane: Lane, hold: bool) {
+        self.trace.add(0, format_args!("{lane:?} {from}->{to} {}", if hold { "HELD" } else { "GOES ON" }));
+        let (way, mut held) = (Way { from, to, lane }, self.held.borrow_mut());
         if hold {
             held.insert(way)
         } else {
@@ -241,9 +250,71 @@ impl Switch {
         };
     }
 
+    /// Holds one node back that pulls from another, or lets it go on.
+    pub(crate) fn hold_pulls(&self, way: (u64, u64), hold: bool) {
+        self.trace.add(0, format_args!("PULLS {}->{} {}", way.0, way.1, if hold { "HELD" } else { "GO ON" }));
+        let mut held = self.held_pulls.borrow_mut();
+        if hold {
+            held.insert(way)
+        } else {
+            held.remove(&way)
+        };
+    }
+
+    /// Whether a node waits that pulls from another and is held back.
+    pub(crate) fn pull_waits(&self, (from, to): (u64, u64)) -> bool {
+        let way = Way { from, to, lane: Lane::Bulk };
+        self.holds_pull(way, &self.stream(way))
+    }
+
+    fn holds_pull(&self, way: Way, stream: &Stream) -> bool {
+        let is_held = self.held_pulls.borrow().contains(&(way.from, way.to));
+        is_held && {
+            let queue = stream.queue.borrow();
+            queue.front().is_some_and(|sent| frames::look(&sent.frame.head).kind == Kind::Rebuild)
+        }
+    }
+
+    /// What one node sends to another from now on vanishes; what is on its way arrives, or is held back as before.
+    pub(crate) fn vanish(&self, way: (u64, u64)) {
+        self.trace.add(0, format_args!("{}->{} VANISHES from now on", way.0, way.1));
+        self.vanishing.borrow_mut().insert(way);
+    }
+
+    /// Answers on their way from one node to another on a lane.
+    pub(crate) fn answers_on_their_way(&self, (from, to): (u64, u64), lane: Lane) -> usize {
+        let stream = self.stream(Way { from, to, lane });
+        let queue = stream.queue.borrow();
+        queue.iter().filter(|sent| frames::look(&sent.frame.head).kind == Kind::Answer).count()
+    }
+
+    /// A node that has started again, with replicas from before, neither votes nor campaigns before a time of its
+    /// own clock; `None`: its replica is a new one, which owes nothing.
+    pub(crate) fn owes_silence(&self, node: u64, until: Option<Instant>) {
+        let mut silent = self.silent.borrow_mut();
+        match until {
+            Some(until) => silent.insert(node, until),
+            None => silent.remove(&node),
+        };
+    }
+
+    /// INV-LEASE: what a node says of votes while it owes silence.
+    fn breaks_silence(&self, node: u64, what: &str) {
+        let Some(owner) = self.ports.borrow().get(&node).map(|port| port.owner) else { return };
+        let now = self.executor.within(owner, Instant::now);
+        let until = self.silent.borrow().get(&node).copied();
+        if let Some(left) = until.filter(|until| now < *until).map(|until| until.since(now)) {
+            self.trace.violation(format_args!(
+                "INV-LEASE: n{node} {what}, and owes silence for {left:?} after its start"
+            ));
+        }
+    }
+
     pub(crate) fn heal_all(&self) {
         self.trace.add(0, format_args!("HEAL all links"));
         self.held.borrow_mut().clear();
+        self.held_pulls.borrow_mut().clear();
+        self.vanishing.borrow_mut().clear();
         self.cuts.borrow_mut().clear();
     }
 
@@ -315,6 +386,9 @@ impl Switch {
         self.sent_bytes.set(self.sent_bytes.get() + bytes as u64);
         let due = self.due(&stream, bytes);
         self.note(way, &frame, due);
+        if self.vanishing.borrow().contains(&(way.from, way.to)) {
+            return Ok(());
+        }
         stream.bytes.set(stream.bytes.get() + bytes);
         stream.queue.borrow_mut().push_back(Sent { due, frame });
         if !stream.running.replace(true) {
@@ -357,12 +431,17 @@ impl Switch {
         match told.kind {
             Kind::Vote | Kind::PreVote | Kind::Append => {
                 asked.insert((way.from, way.to, told.id), told.kind);
+                if told.kind != Kind::Append {
+                    self.breaks_silence(way.from, "asks for votes");
+                }
                 if told.kind == Kind::Append {
                     self.hooks.reached(way.from, CrashPoint::AfterAppendSent);
                 }
             }
             Kind::Answer => match asked.remove(&(way.to, way.from, told.id)) {
+                Some(Kind::PreVote) => self.breaks_silence(way.from, "answers who asks for its vote"),
                 Some(Kind::Vote) => {
+                    self.breaks_silence(way.from, "answers who asks for its vote");
                     self.hooks.reached(way.from, CrashPoint::AfterVoteAnswer);
                 }
                 Some(Kind::Append) => {
@@ -432,7 +511,8 @@ impl Switch {
         let began = self.executor.time();
         loop {
             let held = self.cut_of(way.from, way.to) == Some(Cut::Hold)
-                || (way.lane == Lane::Bulk && self.held.borrow().contains(&(way.from, way.to)));
+                || self.held.borrow().contains(&way)
+                || self.holds_pull(way, stream);
             let paused = self.ports.borrow().get(&way.to).is_some_and(|port| port.paused.get());
             if !held && !paused {
                 return true;

@@ -23,6 +23,7 @@ use holdfast_types::{
     AttachmentId, BLOCK_BYTES, Epoch, LogIndex, NodeName, ReplicaId, SessionId, block_checksum,
 };
 
+use crate::content::Content;
 use crate::executor::{Executor, Owner};
 use crate::trace::Trace;
 
@@ -74,6 +75,8 @@ pub(crate) struct Oracle {
     executor: Rc<Executor>,
     trace: Rc<Trace>,
     chain: RefCell<BTreeMap<u64, Link>>,
+    /// What the entries of the chain have made of the blocks.
+    pub(crate) content: Content,
     /// Of replicas that were rebuilt, up to what their blocks may show what was written.
     shows: RefCell<BTreeMap<ReplicaId, LogIndex>>,
     /// The same of replicas whose blocks are being switched.
@@ -122,6 +125,7 @@ impl Oracle {
             executor,
             trace,
             chain: RefCell::default(),
+            content: Content::default(),
             shows: RefCell::default(),
             may_show: RefCell::default(),
             rules: RefCell::default(),
@@ -135,6 +139,11 @@ impl Oracle {
         let mut alive = self.alive.borrow_mut();
         alive.retain(|known| known.session.strong_count() > 0 && self.executor.is_alive(known.owner));
         alive.push(Alive { owner, session: Rc::downgrade(session) });
+    }
+
+    /// The entry that was applied at an index.
+    pub(crate) fn applied_id(&self, index: LogIndex) -> Option<EntryId> {
+        self.chain.borrow().get(&index.0).map(|link| link.id)
     }
 
     fn breach(&self, who: ReplicaIdentity, id: EntryId, what: &str) {
@@ -173,7 +182,13 @@ impl Oracle {
                 let command = VolumeCommand::decode(&data.head).map_err(|error| error.to_string())?;
                 matches_its_head(&command, &data.payload)?;
                 let newer = match command.tag() {
-                    Some(tag) => rules.data(tag, reply, &self.trace)?,
+                    Some(tag) => {
+                        let newer = rules.data(tag, reply, &self.trace)?;
+                        if let VolumeReply::Done { fresh: true } = reply {
+                            self.content.counted(id.index, &command);
+                        }
+                        newer
+                    }
                     None => rules.control(&command, reply, id.index, &self.trace)?,
                 };
                 if rules.holder.is_some() && rules.unsettled.is_none() {

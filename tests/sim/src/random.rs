@@ -17,6 +17,7 @@ pub(crate) enum Purpose {
     Disk,
     Clock,
     Product,
+    Scenes,
 }
 
 /// SplitMix64.

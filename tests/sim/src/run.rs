@@ -12,8 +12,9 @@ use crate::churn;
 use crate::executor::{Executor, MILLISECOND, SECOND};
 use crate::faults;
 use crate::guests::{self, Guest, Guests};
-use crate::plan::Plan;
+use crate::plan::{NODES, Plan};
 use crate::random::{Purpose, Random};
+use crate::scenes;
 use crate::trace::{self, Trace};
 use crate::world::World;
 
@@ -35,6 +36,9 @@ const HEALED_WITHIN: u64 = 120 * SECOND;
 const CONVERGED_WITHIN: u64 = 60 * SECOND;
 /// Requests that must be answered then.
 const PROGRESS_REQUESTS: u64 = 20;
+
+/// Every so many turns of the observer one of the nodes is looked into.
+const LOOK_EVERY: u64 = 40;
 
 /// What came of a simulation.
 pub(crate) struct Report {
@@ -132,6 +136,7 @@ async fn direct(world: Rc<World>, done: Rc<Cell<bool>>) {
     stop.set(true);
     world.seats.stopped.set(true);
     world.trace.add(0, format_args!("the faults end"));
+    scenes::play(&world, &guests).await;
     let mut random = Random::new(world.plan.seed, Purpose::Faults, 2);
     if random.percent(60) && !progress_with_one_lame(&world, &guests, &mut random).await {
         return;
@@ -391,10 +396,18 @@ pub(crate) async fn observe(world: Rc<World>) {
     let states: RefCell<BTreeMap<u64, (u64, String)>> = RefCell::default();
     let mut leaders: BTreeSet<(u64, u64)> = BTreeSet::new();
     let mut seen: BTreeMap<u64, Seen> = BTreeMap::new();
+    let mut turn: u64 = 0;
     loop {
         world.sleep(20 * MILLISECOND).await;
+        turn += 1;
+        if turn.is_multiple_of(LOOK_EVERY) {
+            world.node(1 + turn / LOOK_EVERY % NODES).look_due.set(true);
+        }
         for node in world.nodes() {
             let Some(volume) = node.volume().filter(|_| !node.is_paused()) else { continue };
+            if node.look_due.get() && world.look_at(node.number, turn) {
+                node.look_due.set(false);
+            }
             compare_states(&world, node.number, &volume, &mut states.borrow_mut());
             if let Some((term, _)) = volume.group().leading_since()
                 && leaders.insert((term.0, node.number))
@@ -454,6 +467,7 @@ fn note(
     let healed = volume.healed_by_chunks();
     if healed > 0 && healed != seen.healed {
         world.trace.mark("rebuilds by chunks");
+        world.node(node).look_due.set(true);
     }
     seen.healed = healed;
     note_rest(world, node, seen, volume);

@@ -55,11 +55,17 @@ pub(crate) struct Node {
     daemon: RefCell<Option<Rc<Daemon>>>,
     paused: Cell<bool>,
     drift_ppm: Cell<i64>,
+    /// It is to be looked into as soon as it would serve readers.
+    pub(crate) look_due: Cell<bool>,
     /// Bytes of the last rebuild by chunks in the lives of its daemon that have ended; 0 if there was none.
     healed_before: Cell<u64>,
 }
 
 impl Node {
+    /// The running boot.
+    pub(crate) fn owner(&self) -> Owner {
+        self.owner.get()
+    }
     pub(crate) fn is_up(&self) -> bool {
         self.owner.get() != WORLD
     }
@@ -148,6 +154,7 @@ impl World {
             paused: Cell::new(false),
             drift_ppm: Cell::new(plan.drift_ppm[number as usize - 1]),
             healed_before: Cell::new(0),
+            look_due: Cell::new(false),
         };
         let nodes = (1..=NODES).map(node).collect();
         Rc::new(Self {
@@ -263,6 +270,8 @@ impl World {
                         world.trace.add(number, format_args!("started"));
                         let host = daemon.host.as_ref().map(Rc::downgrade);
                         *world.node(number).daemon.borrow_mut() = Some(Rc::new(daemon));
+                        world.look_at_log(number);
+                        world.node(number).look_due.set(!world.look_at(number, u64::from(owner)));
                         if let Some(host) = host {
                             world.watch_replica(number, host).await;
                         }
@@ -312,6 +321,7 @@ impl World {
         }
         let timers = self.plan.timers;
         let silence = if fresh { Duration::ZERO } else { timers.startup_silence() };
+        self.network.owes_silence(number, (!fresh).then(|| Instant::now() + silence));
         let environment =
             GroupEnvironment { rpc: rpc.clone(), timers, silent_until: Instant::now() + silence };
         let host = Host::open(environment, directory, identity, &options).await?;

@@ -71,6 +71,7 @@ impl Membership {
         let Some(host) = host else { return false };
         if host.volume(GROUP).is_none() {
             let made = self.world.new_replica(new.0);
+            self.world.network.owes_silence(to, None);
             self.bounded(self.world.run_on(to, async move { host.create(&made).await.is_ok() })).await;
             return false;
         }
