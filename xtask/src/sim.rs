@@ -44,7 +44,7 @@ const MUTANTS: &[(&str, u64, u64)] = &[
     ("checkpoint-before-home-flush", 1, 60),
     ("move-unflushed-home", 1, 60),
     ("home-before-commit", 1, 60),
-    ("forget-hidden-runs", 1, 60),
+    ("forget-hidden-runs", 101, 60),
     ("switch-before-flush", 1, 40),
     ("rebuild-from-anybody", 1, 40),
     ("forget-truncation", 1, 40),
