@@ -35,7 +35,6 @@ const MUTANTS: &[(&str, u64, u64)] = &[
     ("append-acknowledged-early", 1, 20),
     ("purge-too-far", 1, 20),
     ("joint-not-understood", 1, 20),
-    ("transfer-without-drain", 1, 80),
     ("leader-restore", 1, 40),
     ("skip-journal-flush", 1, 20),
     ("vote-not-flushed", 1, 40),
