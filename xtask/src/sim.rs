@@ -27,7 +27,6 @@ const MUTANTS: &[(&str, u64, u64)] = &[
     ("fence-not-obeyed", 1, 20),
     ("numbers-from-one", 1, 20),
     ("lease-too-long", 1, 100),
-    ("renewal-in-transfer", 1, 40),
     ("lease-from-answer", 1, 40),
     ("lease-unasked-after-read", 1, 60),
     ("silence-skipped", 1, 20),
