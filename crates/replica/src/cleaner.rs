@@ -23,6 +23,8 @@ use crate::volume::Volume;
 
 /// Dirty payload at which a volume is cleaned without pressure, in bytes.
 const CLEAN_AT_BYTES: u64 = 16 << 20;
+/// The same under pressure, while others need the log.
+const HELD_CLEAN_AT_BYTES: u64 = 1 << 20;
 // What is being cleaned is still in memory, and what comes meanwhile, too.
 const _: () = assert!(CLEAN_AT_BYTES as usize * 2 <= limits::LOG_TAIL_BYTES_MAX);
 /// A volume that has been quiet for this long is cleaned, so that restarts are short.
@@ -50,9 +52,9 @@ pub(crate) async fn run(volume: Weak<Volume>, journal: Journal) {
         if purged == Purged::Stopped {
             return;
         }
-        // More that is home makes no room while others still need what is home already.
-        let pressed = pressed && purged == Purged::All;
         let dirty = this.data().dirty();
+        // While others need what is home already, more that is home makes no room now, but does soon.
+        let pressed = pressed && (purged == Purged::All || dirty.bytes >= HELD_CLEAN_AT_BYTES);
         let wanted = this.machine().take_checkpoint_wanted();
         let due = cleaner.is_much(&dirty) || ((pressed || wanted || journal.is_full()) && dirty.any);
         let mut done = Done::Nothing;
@@ -338,19 +340,25 @@ async fn purge(volume: &Rc<Volume>, journal: &Journal) -> Purged {
     let purged = volume.log().purged().map_or(LogIndex::ZERO, |id| id.index);
     let pressure = journal.pressure();
     let may_hold_below = |percent: u32| !pressure.line_waits && pressure.line_percent < percent;
-    let pulled = volume.hold().index().filter(|_| may_hold_below(levels::GIVE_UP));
+    // INV-SPACE: on a full medium the journal is rather for what makes room.
+    let is_full = journal.is_full();
+    let pull_below = if is_full { levels::FULL_TAKES_BELOW } else { levels::GIVE_UP };
+    let pulled = volume.hold().index().filter(|_| may_hold_below(pull_below));
     let lacked = volume.group().lacked_after(purged);
-    let lacked = lacked.filter(|_| may_hold_below(levels::FOLLOWER_GIVEN_UP) && !journal.is_full());
+    let lacked = lacked.filter(|_| may_hold_below(levels::FOLLOWER_GIVEN_UP) && !is_full);
     let held = [pulled, lacked].into_iter().flatten().min().filter(|index| *index < checkpoint);
     let upto = held.unwrap_or(checkpoint);
     let outcome = if held.is_some() { Purged::Held } else { Purged::All };
-    if upto <= purged || (held.is_none() && volume.group().given_up().is_pending()) {
+    let given_up = volume.group().given_up();
+    let may_go =
+        if held.is_some() { upto > purged && given_up.may_go_in_part() } else { !given_up.is_pending() };
+    if upto <= purged || !may_go {
         return outcome;
     }
     match volume.group().purge(upto).await {
         Ok(()) => {
             if held.is_none() {
-                volume.group().given_up().give_up(upto, volume.group().timers().election_max);
+                given_up.give_up(upto, volume.group().timers().election_max);
             }
             outcome
         }

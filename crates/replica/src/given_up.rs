@@ -6,6 +6,7 @@
 //! merely on its way to it arrives, and the log goes then.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
@@ -16,11 +17,14 @@ use holdfast_store::journal::{GroupLog, OTHERS_WAIT_MAX};
 use holdfast_types::LogIndex;
 use tokio::sync::Notify;
 
+use crate::config::LogId;
 use crate::group::Group;
 use crate::network::STREAM_IN_FLIGHT_MAX;
 
 /// How long what goes is waited for by those who answer, at least.
 const GRACE_MIN: Duration = Duration::from_millis(500);
+/// Between two purges of a part of a log, at least.
+const IN_PART_EVERY: Duration = Duration::from_secs(1);
 // All of a stream may be slowed, one after the other, by a journal that fills up where it arrives.
 const _: () = assert!(GRACE_MIN.as_millis() > STREAM_IN_FLIGHT_MAX as u128 * OTHERS_WAIT_MAX.as_millis());
 
@@ -29,6 +33,8 @@ const _: () = assert!(GRACE_MIN.as_millis() > STREAM_IN_FLIGHT_MAX as u128 * OTH
 pub(crate) struct GivenUp(Rc<Inner>);
 
 struct Inner {
+    /// When what nobody needs was last purged of a log that others need the rest of.
+    purged_in_part: Cell<Option<Instant>>,
     log: GroupLog,
     wanted: Cell<Wanted>,
     told: Notify,
@@ -44,20 +50,29 @@ struct Wanted {
 
 impl Group {
     /// As leader: the last entry that every follower has which can still be healed by the log, purged up to `purged`. One that
-    /// lacks more than that needs chunks, and none of the log.
+    /// lacks more than that needs chunks, and none of the log. A voter that has not answered this leader yet may lack all that is
+    /// left: it may be the leader before, that is being restarted.
     pub(crate) fn lacked_after(&self, purged: LogIndex) -> Option<LogIndex> {
         if is_planted("purge-what-others-lack") {
             return None;
         }
-        self.membership_as_leader()?;
-        let matched = self.matched().into_values().map(|id| LogIndex(id.map_or(0, |id| id.index)));
-        matched.filter(|matched| *matched >= purged).min()
+        let voters: BTreeSet<u64> = self.membership_as_leader()?.voter_ids().collect();
+        let may_lack = |(id, matched): (u64, Option<LogId>)| match matched {
+            Some(matched) => Some(LogIndex(matched.index)).filter(|matched| *matched >= purged),
+            None => voters.contains(&id).then_some(purged),
+        };
+        self.matched().into_iter().filter_map(may_lack).min()
     }
 }
 
 impl GivenUp {
     pub(crate) fn new(log: GroupLog) -> Self {
-        Self(Rc::new(Inner { log, wanted: Cell::default(), told: Notify::new() }))
+        Self(Rc::new(Inner {
+            purged_in_part: Cell::default(),
+            log,
+            wanted: Cell::default(),
+            told: Notify::new(),
+        }))
     }
 
     /// Whether what is to go is still waited for. Then nothing more is to go: openraft purges all that it was asked for or
@@ -65,6 +80,17 @@ impl GivenUp {
     pub(crate) fn is_pending(&self) -> bool {
         let Wanted { since, grace, .. } = self.0.wanted.get();
         self.is_there() && Instant::now().since(since) < grace
+    }
+
+    /// Whether a part of the log may go now, of which others need the rest: what they need moves with each of their answers, and a
+    /// purge is a batch of the journal.
+    pub(crate) fn may_go_in_part(&self) -> bool {
+        let before = self.0.purged_in_part.get();
+        let is_due = before.is_none_or(|before| Instant::now().since(before) >= IN_PART_EVERY);
+        if is_due {
+            self.0.purged_in_part.set(Some(Instant::now()));
+        }
+        is_due
     }
 
     /// The log is to go up to `index`, in a group whose elections take so long.

@@ -94,6 +94,10 @@ impl RaftLogReader<Types> for Log {
                 "the journal holds entry {missing} but does not return it"
             )));
         }
+        if entries.iter().any(|entry| entry.payload.is_none()) {
+            // After a start the whole log is repeated, and nothing of it waits for anything: others have their turn in between.
+            holdfast_env::yield_now().await;
+        }
         entries.into_iter().map(|entry| codec::from_entry_head(entry).map_err(broken)).collect()
     }
 

@@ -54,9 +54,13 @@ use source::Source;
 
 /// A receiver answers an offer at least this often, done or not.
 const POLL: Duration = Duration::from_secs(1);
-/// How long an answer may take: to an offer, which comes with every poll whatever the rebuild does, and to what a rebuild asks
-/// of its source. What was lost, in a cut that swallows frames, is asked for again then: until it is, nothing goes on.
-const CALL_DEADLINE: Duration = POLL.saturating_mul(5);
+/// How long the answer to an offer may take, which comes with every poll whatever the rebuild does. One that was lost, in a
+/// cut that swallows frames, is made again then: until it is, the receiver gets nothing.
+const OFFER_DEADLINE: Duration = POLL.saturating_mul(5);
+/// How long a source may take to answer, and after how long it is asked again, in case the question was lost: whichever answer
+/// comes first counts.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// How long a replica that is being rebuilt applies what it can of its own log first. It may be unable to: what of it
 /// is committed, only a leader could tell whose log still has it. So is one whose rebuild was outrun: what it would have to
 /// apply is gone where it came from. Without it marks are not trusted, and checksums are compared.
@@ -96,7 +100,7 @@ pub enum RebuildError {
 /// The leader's side of a snapshot: offers it again and again until the receiver has it.
 pub(crate) async fn offer(rpc: &Rpc, to: StoreId, frame: Frame) -> Result<Bytes, RebuildError> {
     loop {
-        let answer = rpc.call(to, Lane::Bulk, messages::RAFT, frame.clone(), CALL_DEADLINE).await?;
+        let answer = rpc.call(to, Lane::Bulk, messages::RAFT, frame.clone(), OFFER_DEADLINE).await?;
         let mut input = Reader::new(&answer.head);
         match input.u8()? {
             IN_PROGRESS => {}

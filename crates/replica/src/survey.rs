@@ -18,10 +18,10 @@ use crate::volume::Volume;
 
 /// A survey that is older than this is made anew when somebody asks.
 const FRESH: Duration = Duration::from_millis(500);
-/// One that took long lasts so many times as long: of a store with ten thousand replicas, too, surveys take a hundredth of the
-/// time of one thread. Somebody may always ask, and they look at every file.
+/// One that took long lasts so many times as long, as far as the one before took as long: surveys look at every file, of a store
+/// with ten thousand replicas, too, and somebody may always ask.
 const LASTS: u32 = 100;
-const FRESH_MAX: Duration = Duration::from_secs(60);
+const FRESH_MAX: Duration = Duration::from_secs(10);
 /// How long a disk is waited for before the last survey is told instead.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -34,11 +34,13 @@ pub struct Survey {
     pub standing: Rc<Standing>,
     /// How long it took to look.
     took: Duration,
+    /// How long it lasts.
+    lasts: Duration,
 }
 
 impl Survey {
     fn is_fresh(&self) -> bool {
-        Instant::now().since(self.standing.at()) < (self.took * LASTS).clamp(FRESH, FRESH_MAX)
+        Instant::now().since(self.standing.at()) < self.lasts
     }
 }
 
@@ -86,7 +88,10 @@ impl Surveys {
             let found = async {
                 let standing = budget.count_now().await?;
                 let space = directory.space().await?;
-                Ok::<_, std::io::Error>(Survey { space, standing, took: Instant::now().since(began) })
+                let took = Instant::now().since(began);
+                let before = inner.last.borrow().as_ref().map_or(Duration::ZERO, |last| last.took);
+                let lasts = (took.min(before) * LASTS).clamp(FRESH, FRESH_MAX);
+                Ok::<_, std::io::Error>(Survey { space, standing, took, lasts })
             };
             match found.await {
                 Ok(survey) => drop(inner.last.borrow_mut().replace(survey)),

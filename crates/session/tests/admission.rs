@@ -11,7 +11,7 @@ use holdfast_env::Instant;
 use holdfast_protocol::planted;
 use holdfast_store::journal::levels;
 use holdfast_store::testing::{Device, MemoryDisk, Speed, simulate};
-use holdfast_types::{BlockIndex, BlockRange, LogIndex, StoreId};
+use holdfast_types::{BlockIndex, BlockRange, StoreId};
 
 const MIB: u64 = 1 << 20;
 const REQUEST_BLOCKS: u32 = 32;
@@ -29,6 +29,8 @@ const LATE: Speed = Speed { flush: Duration::from_millis(15), ..SPEED };
 const SLOW: Speed = Speed { each: Duration::from_millis(5), bytes_per_second: 8_000_000, ..SPEED };
 /// What the guest writes: several times what the journals have room for.
 const WRITTEN: u64 = 96 * MIB;
+/// A log that is to go has gone by then, whoever lacks it.
+const GIVEN_UP_BY: Duration = Duration::from_secs(6);
 /// Between two writes: less than a disk can do.
 const PAUSE: Duration = Duration::from_millis(8);
 
@@ -124,8 +126,8 @@ fn a_log_that_is_kept_for_who_is_away_is_found() {
     assert!(slowed > 0 && longest(&times) > Duration::from_secs(1), "nobody has waited for it");
 }
 
-/// Whether a follower that was away for a moment, when the journals were half full of what everybody has, needs chunks.
-async fn away_for_a_moment() -> bool {
+/// Whether a member that was away for a moment, when the journals were rather full of what everybody has, needs chunks.
+async fn away_for_a_moment(away: usize) -> bool {
     let place = tempfile::tempdir().expect("a place");
     let (switch, mut members) = (Rc::new(Switch::default()), Vec::<Member>::new());
     for number in 1..=3 {
@@ -135,11 +137,11 @@ async fn away_for_a_moment() -> bool {
     }
     begin(&members).await;
     first_leads(&members).await;
-    let session = attach(&members[0], false).await.expect("attaches");
-    let leader = members[0].host.volume(GROUP).expect("runs");
-    let follower = members[2].host.volume(GROUP).expect("runs");
-    let line_percent = || {
-        let usage = members[0].host.journal().usage();
+    let session = attach(&members[1], false).await.expect("attaches");
+    let volumes: Vec<_> = members.iter().map(|member| member.host.volume(GROUP).expect("runs")).collect();
+    let purges = |number: usize| volumes[number].group().usage().purges;
+    let percent = |number: usize| {
+        let usage = members[number].host.journal().usage();
         usage.line_bytes_taken * 100 / usage.line_bytes
     };
     let mut request = 0;
@@ -152,18 +154,29 @@ async fn away_for_a_moment() -> bool {
             holdfast_env::sleep(PAUSE).await;
         }
     };
-    write_until(&|| line_percent() >= u64::from(levels::PURGE) - 10).await;
-    assert_eq!(leader.group().usage().purges, 0, "nothing was purged yet");
-    follower.group().position().reached(leader.group().position().applied_index()).await;
+    write_until(&|| (0..3).all(|number| purges(number) > 0)).await;
+    let half = u64::from(levels::PURGE) - 35..u64::from(levels::PURGE) - 20;
+    write_until(&|| (0..3).all(|number| half.contains(&percent(number)))).await;
+    let last = volumes[0].group().position().applied_index();
+    volumes[away].group().position().reached(last).await;
 
-    let links = [1, 2].map(StoreId).into_iter().flat_map(|other| [(other, StoreId(3)), (StoreId(3), other)]);
-    switch.cut.borrow_mut().extend(links);
-    write_until(&|| leader.group().usage().purges > 0).await;
-    let purged = leader.log().purged().expect("it was purged").index;
-    assert!(purged >= LogIndex(10), "what everybody has is not kept");
+    let (gone, others) =
+        (StoreId(away as u128 + 1), (1..=3).map(StoreId).filter(|id| id.0 != away as u128 + 1));
+    switch.cut.borrow_mut().extend(others.flat_map(|other| [(other, gone), (gone, other)]));
+    let purged = |number: usize| volumes[number].log().purged().map(|id| id.index);
+    let before: Vec<_> = (0..3).map(purged).collect();
+    let leads = |number: usize| number != away && volumes[number].group().is_leader();
+    let is_pressed = |number: usize| {
+        leads(number) && (purged(number) > before[number] || percent(number) > u64::from(levels::PURGE))
+    };
+    write_until(&|| (0..3).any(is_pressed)).await;
+    // What is on its way to who does not answer is waited for no longer.
+    holdfast_env::sleep(GIVEN_UP_BY).await;
+    // Who was cut off may still take itself for the leader.
+    let leader = (0..3).find(|number| leads(*number)).expect("somebody leads");
     switch.cut.borrow_mut().clear();
-    follower.group().position().reached(leader.group().position().applied_index()).await;
-    let by_chunks = follower.healed_by_chunks() > 0;
+    volumes[away].group().position().reached(volumes[leader].group().position().applied_index()).await;
+    let by_chunks = volumes[away].healed_by_chunks() > 0;
     for member in &members {
         member.host.stop().await;
     }
@@ -172,11 +185,18 @@ async fn away_for_a_moment() -> bool {
 
 #[test]
 fn what_a_follower_lacks_is_kept_for_it_while_there_is_room() {
-    assert!(!simulate(1, away_for_a_moment()), "it lacked little, and the journal had room for that");
+    assert!(!simulate(1, away_for_a_moment(2)), "it lacked little, and the journal had room for that");
+}
+
+#[test]
+fn what_the_leader_before_lacks_is_kept_for_it_while_there_is_room() {
+    assert!(!simulate(1, away_for_a_moment(0)), "it lacked little, and the journal had room for that");
 }
 
 #[test]
 fn a_log_that_is_purged_of_what_others_lack_is_found() {
     planted::plant(&["purge-what-others-lack"]);
-    assert!(simulate(1, away_for_a_moment()));
+    for away in [2, 0] {
+        assert!(simulate(1, away_for_a_moment(away)), "member {away} needs no chunks");
+    }
 }

@@ -111,6 +111,9 @@ fn matches_its_head(command: &VolumeCommand, payload: &Payload) -> Result<(), St
     let (VolumeCommand::Write { range, checksums, .. }, Payload::Here(bytes)) = (command, payload) else {
         return Ok(());
     };
+    if bytes.len() as u64 != range.bytes() {
+        return Err(format!("{} bytes were written to {range:?}", bytes.len()));
+    }
     let blocks = range.blocks().zip(bytes.chunks_exact(BLOCK_BYTES));
     let wrong = blocks.zip(checksums).find(|((block, data), sum)| block_checksum(*block, data) != **sum);
     match wrong {

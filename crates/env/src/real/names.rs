@@ -23,6 +23,8 @@ enum Unflushed {
 pub(super) struct Names {
     root: PathBuf,
     unflushed: Mutex<Unflushed>,
+    /// One that makes directories at a time.
+    making: Mutex<()>,
     /// One flush at a time: whoever comes second relies on what the first one has taken up.
     flushing: Mutex<()>,
 }
@@ -34,8 +36,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Names {
     pub(super) fn new(root: &Path) -> Self {
-        let (unflushed, flushing) = (Mutex::new(Unflushed::All), Mutex::new(()));
-        Self { root: root.to_owned(), unflushed, flushing }
+        let unflushed = Mutex::new(Unflushed::All);
+        Self { root: root.to_owned(), unflushed, making: Mutex::default(), flushing: Mutex::default() }
     }
 
     /// Names in these directories have changed, or may have. Called after the change and before anybody is told of it: a flush
@@ -46,14 +48,17 @@ impl Names {
         }
     }
 
-    /// Makes the directories that lead to a file, those that are missing.
+    /// Makes the directories that lead to a file, those that are missing. One at a time: whoever finds one has to find it noted.
     pub(super) fn make_way(&self, path: &Path) -> io::Result<()> {
+        let _one_at_a_time = lock(&self.making);
         let above = path.ancestors().skip(1).take_while(|above| above.starts_with(&self.root));
         let missing: Vec<&Path> = above.take_while(|above| !above.is_dir()).collect();
         for directory in missing.into_iter().rev() {
-            match fs::create_dir(directory) {
+            let made = fs::create_dir(directory);
+            self.changed(directory.parent().map(Path::to_owned));
+            match made {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => self.changed(directory.parent().map(Path::to_owned)),
+                _ => {}
             }
         }
         Ok(())

@@ -3,16 +3,17 @@
 use std::cell::Cell;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use holdfast_env::net::{Frame, Lane};
 use holdfast_store::volume::{BlockSum, ChunkSummary, LayerMark};
 use holdfast_types::{
     BlockRange, CHUNK_BLOCKS, ChunkIndex, GroupId, LogIndex, Reader, ReplicaId, StoreId, Writer,
 };
-use holdfast_wire::rpc::Rpc;
+use holdfast_wire::rpc::{CallError, Rpc};
 
 use super::{
-    BLOCKS, CALL_DEADLINE, CHECKSUM_CHUNKS_MAX, CHECKSUMS, POSITION, RebuildError, SUMMARIES, SUMMARIES_MAX,
-    get_sum, get_summary,
+    ASK_AGAIN, BLOCKS, CALL_DEADLINE, CHECKSUM_CHUNKS_MAX, CHECKSUMS, POSITION, RebuildError, SUMMARIES,
+    SUMMARIES_MAX, get_sum, get_summary,
 };
 use crate::messages;
 use crate::usage::Counters;
@@ -48,10 +49,24 @@ impl Source {
         layers.iter().for_each(|layer| layer.encode(&mut head));
         arguments(&mut head);
         let frame = Frame::small(head.finish());
-        let answer = self.rpc.call(self.store, Lane::Bulk, messages::REBUILD, frame, CALL_DEADLINE).await?;
+        let answer = self.ask(frame).await?;
         self.received.set(self.received.get() + answer.bytes() as u64);
         self.counters.count(|usage| usage.chunk_bytes_received += answer.bytes() as u64);
         Ok(answer)
+    }
+
+    /// Asks, and once more if there is no answer for a while: nothing is changed by it. An answer that is merely late counts.
+    async fn ask(&self, frame: Frame) -> Result<Frame, CallError> {
+        let ask = || {
+            self.rpc
+                .call(self.store, Lane::Bulk, messages::REBUILD, frame.clone(), CALL_DEADLINE)
+                .boxed_local()
+        };
+        let mut first = ask();
+        match holdfast_env::timeout(ASK_AGAIN, &mut first).await {
+            Ok(answer) => answer,
+            Err(_) => Ok(futures_util::future::select_ok([first, ask()]).await?.0),
+        }
     }
 
     pub(super) async fn summaries(

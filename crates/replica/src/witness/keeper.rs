@@ -91,6 +91,10 @@ impl Witness {
             let newest = newest.filter(|newest| newest.id.index > covered);
             *captured = newest.map(|state| Captured { state, at: Instant::now() });
         }
+        // What a purge that came too late, or while this witness led, has left.
+        if self.group.log().purged().map_or(LogIndex::ZERO, |id| id.index) < covered {
+            self.purge(covered).await?;
+        }
         let everywhere = past::everywhere(host, &self.group, &self.group.data_voters()).await;
         let may_go = if is_planted("witness-purges-early") { flushed } else { everywhere };
         if let Some(ready) = captured.take_if(|captured| captured.state.id.index <= may_go) {
@@ -155,10 +159,14 @@ impl Witness {
             }
             Err(error) => return Err(error),
         }
+        self.purge(index).await
+    }
+
+    async fn purge(&self, index: LogIndex) -> Result<(), StoreError> {
         match self.group.purge(index).await {
             Err(GroupError::Stopped(why)) => Err(StoreError::Failed(why)),
             Err(error) => {
-                tracing::warn!(%group, %error, "the log of a witness was not purged this time");
+                tracing::warn!(group = %self.group.id().group, %error, "the log of a witness was not purged this time");
                 Ok(())
             }
             Ok(()) => Ok(()),

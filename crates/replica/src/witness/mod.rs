@@ -9,8 +9,8 @@
 //! It serves nobody: there is no code here that answers a session with anything but where else to ask. It never sends a
 //! snapshot (`network.rs`), and nobody takes one from it (`host.rs`).
 //!
-//! How it could be broken: by a checkpoint that covers more than what may go from the log, since openraft purges up to
-//! it by itself; so `Witness::cover` is the only place where one is made.
+//! How it could be broken: by a checkpoint that covers more than what may go from the log, since the log is purged up to
+//! it; so `Witness::cover` is the only place where one is made.
 
 mod hosting;
 mod keeper;

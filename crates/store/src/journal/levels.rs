@@ -30,9 +30,10 @@ const STOPS: u32 = 100;
 /// Bounds at which whoever keeps something in the journal, or waits for it, looks again.
 pub(super) const BOUNDS: [u32; 5] = [WITNESS_LOOKS, PURGE, FOLLOWER_GIVEN_UP, GIVE_UP, ADMISSION];
 
-/// While the medium is full: logs are purged from here on, and data of leaders elsewhere is taken below that (INV-SPACE).
+/// While the medium is full: logs are purged from here on (INV-SPACE).
 pub const PURGE_WHEN_FULL: u32 = 20;
-pub(super) const FULL_TAKES_BELOW: u32 = 40;
+/// Then data of leaders elsewhere is taken below that, and nothing is kept for a rebuild from there on.
+pub const FULL_TAKES_BELOW: u32 = 40;
 
 /// Segments that only what makes room may take (purges, copies of small records, declarations), so that room can
 /// always be made (INV-ROOM).
