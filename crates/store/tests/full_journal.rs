@@ -1,7 +1,7 @@
 //! INV-ROOM: whatever fills the journal, a vote and a purge can be written, and after a purge everything goes on;
 //! also when the process ends at the worst moment.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -59,24 +59,33 @@ fn entry(index: u64) -> LogEntry {
     }
 }
 
-/// Appends entries of 1 MiB as a proposer does, until no more go; the last that is durable.
-async fn fill(log: &GroupLog, first: u64) -> u64 {
+/// Entries on the way at once.
+const ON_THE_WAY: u64 = 8;
+
+/// Appends entries of 1 MiB as on a follower, whose leader nothing here slows, until the line stands; the last that is durable.
+async fn fill(journal: &Journal, log: &GroupLog, first: u64) -> u64 {
     let durable = Rc::new(Cell::new(first - 1));
-    let held = Rc::new(RefCell::new(Vec::new()));
     for index in first.. {
-        // As Raft's core does: what was admitted is appended at once.
-        let admitted = holdfast_env::timeout(Duration::from_millis(500), log.admit(1 << 20)).await;
-        let Ok(admitted) = admitted else { break };
-        held.borrow_mut().push((index, admitted));
-        let (durable, held) = (durable.clone(), held.clone());
+        let told = durable.clone();
         let done = Box::new(move |result: Result<(), _>| {
             result.expect("is flushed");
-            durable.set(index);
-            held.borrow_mut().retain(|(other, _)| *other != index);
+            told.set(index);
         });
         log.append(vec![entry(index)], done);
+        let gone_on = async {
+            while index - durable.get() >= ON_THE_WAY {
+                holdfast_env::yield_now().await;
+            }
+        };
+        futures_util::pin_mut!(gone_on);
+        // A slow disk is not a full journal, and a line that has just been let on is not one that stands.
+        while holdfast_env::timeout(Duration::from_millis(500), &mut gone_on).await.is_err() {
+            if journal.pressure().line_waits {
+                return durable.get();
+            }
+        }
     }
-    durable.get()
+    unreachable!("a journal is bounded")
 }
 
 /// A new log with its first entry.
@@ -102,7 +111,7 @@ fn a_full_journal_takes_a_vote_and_a_purge_on(engine: IoEngine) {
         let log = begin(&journal).await;
         let mut next = 1;
         for round in 0..4u8 {
-            let durable = fill(&log, next).await;
+            let durable = fill(&journal, &log, next).await;
             assert!(durable >= next + 20, "round {round}: only {durable} were written");
             // A vote lets the line through; without one only the purge does.
             if round % 2 == 0 {
@@ -149,7 +158,7 @@ fn a_restart_with_a_full_journal_goes_on_on(engine: IoEngine) {
                 within("a purge", log.purge(upto)).await.expect("is purged");
             }
             let first = log.last().map_or(1, |last| last.index.0 + 1);
-            let durable = fill(&log, first).await;
+            let durable = fill(&journal, &log, first).await;
             assert!(durable >= first + 20, "round {round}: only {} were written", durable + 1 - first);
             // A cold end: no purge, no stop.
         });
@@ -193,7 +202,7 @@ fn a_journal_that_fills_up_while_nobody_waits_is_noticed_by_who_waits_next_on(en
         // As the cleaner does: it asks for news, looks, and is busy while the journal fills up to the last segment.
         let changed = journal.pressure_changed();
         let before = journal.pressure().used_percent;
-        fill(&log, 1).await;
+        fill(&journal, &log, 1).await;
         assert!(journal.pressure().used_percent > before);
         let told = holdfast_env::timeout(Duration::from_secs(1), changed).await;
         assert!(told.is_ok(), "nothing changes in a full journal: who missed it would sleep");
@@ -213,7 +222,7 @@ fn what_overtakes_the_line_calls_nothing_committed_that_stands_in_it_on(engine: 
     let cut = holdfast_env::real::run(async {
         let (journal, _) = open(place.path(), engine).await;
         let log = begin(&journal).await;
-        let durable = fill(&log, 1).await;
+        let durable = fill(&journal, &log, 1).await;
         assert!(durable >= 20, "only {durable} were written");
         let cut = durable - 5;
         let truncating = log.clone();
