@@ -71,18 +71,23 @@ fn read_ahead(options: &StoreOptions) -> usize {
     (READ_AHEAD_BYTES / options.segment_bytes).clamp(1, READ_AHEAD_MAX) as usize
 }
 
-/// Bytes of a segment, read into this memory, and its blocks that the medium does not give back; those are zeros.
+/// Bytes of a segment, read into this memory if there is any, and its blocks that the medium does not give back; those are
+/// zeros.
 async fn read_segment(
     file: &Rc<dyn File>,
     name: &str,
-    memory: AlignedBuffer,
+    bytes: usize,
+    memory: Option<AlignedBuffer>,
 ) -> Result<(AlignedBuffer, Vec<u64>), StoreError> {
-    let bytes = memory.len();
     // What this process does not know to be flushed may be readable and still be lost.
     if !planted("recover-unflushed") {
         file.flush().await.map_err(|error| StoreError::io(name, &error))?;
     }
-    let cause = match file.read_into(0, memory).await {
+    let read = match memory {
+        Some(memory) => file.read_into(0, memory),
+        None => file.read_at(0, bytes),
+    };
+    let cause = match read.await {
         Ok(whole) => return Ok((whole, Vec::new())),
         Err(error) => error,
     };
@@ -317,8 +322,8 @@ pub(super) async fn open(
         let (bytes, unused) = (options.segment_bytes as usize, &unused);
         async move {
             // Memory of one that was looked at: clearing as much for each takes half as long as reading it.
-            let memory = unused.borrow_mut().pop().unwrap_or_else(|| AlignedBuffer::zeroed(bytes));
-            read_segment(file, &segment_name(number as u32), memory).await
+            let memory = unused.borrow_mut().pop();
+            read_segment(file, &segment_name(number as u32), bytes, memory).await
         }
     });
     let mut segments = futures_util::stream::iter(reads).buffered(read_ahead(&options));
