@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use holdfast_protocol::catalog::recovery::{Heard, may_recover, order_of, source_of};
+use holdfast_protocol::catalog::recovery::{Heard, may_recover, order_of, revision_of_seals, source_of};
 use holdfast_protocol::catalog::{
-    CatalogCommand, CatalogState, Placed, Recovery, ReplicaPhase, ReplicaRecord, VolumePhase, VolumeRecord,
+    CatalogCommand, CatalogState, Placed, Quarantined, Recovery, ReplicaPhase, ReplicaRecord, VolumePhase,
+    VolumeRecord,
 };
 use holdfast_protocol::command::VolumeCommand;
 use holdfast_protocol::placement;
-use holdfast_replica::administration::ShardRequest;
+use holdfast_replica::administration::{ShardRequest, StoreReport};
 use holdfast_replica::messages::{DataReply, DataRequest, ReplicaReport};
 use holdfast_store::ReplicaIdentity;
 use holdfast_store::recovery_file::Order;
@@ -66,6 +67,9 @@ async fn of_store(rpc: &Rpc, record: &VolumeRecord, replica: &ReplicaRecord) -> 
     let id = ReplicaIdentity { group: record.group, replica: replica.id };
     let unfit = match volumes::store_answer(rpc, replica.store).await {
         None => return Heard::default(),
+        Some(Ok(report)) if went_on(record, replica.id, &report) => {
+            "it goes on as another group: another catalog has recovered the volume".to_owned()
+        }
         Some(Ok(report)) if !report.replicas.iter().any(|(_, other, _)| *other == id) => {
             return Heard::default();
         }
@@ -73,6 +77,28 @@ async fn of_store(rpc: &Rpc, record: &VolumeRecord, replica: &ReplicaRecord) -> 
         Some(Err(why)) => format!("its store answers, and cannot tell of it yet: {why}"),
     };
     Heard { lives: true, unfit, ..Heard::default() }
+}
+
+/// Whether a replica runs there as a group that the record knows nothing of: a catalog that was put back to before, or of
+/// which there are two, does not know that the volume was recovered.
+fn went_on(record: &VolumeRecord, replica: ReplicaId, report: &StoreReport) -> bool {
+    let under_way = record.recovery.as_ref().map(|recovery| recovery.group);
+    let is_known = |group| {
+        group == record.group
+            || under_way == Some(group)
+            || record.quarantined.iter().any(|kept| (kept.group, kept.replica) == (group, replica))
+    };
+    let mut there = report.replicas.iter();
+    there.any(|(volume, id, _)| *volume == record.id && id.replica == replica && !is_known(id.group))
+}
+
+/// Whether another catalog has recovered the volume from what this one's recovery left, and that has not halted yet.
+fn is_rival(record: &VolumeRecord, kept: &Quarantined, report: &StoreReport) -> bool {
+    let by = kept.by.to_string();
+    let halted = |fault: &str| fault.contains(&by);
+    let mut there = report.replicas.iter();
+    went_on(record, kept.replica, report)
+        && !there.any(|(_, id, fault)| id.replica == kept.replica && halted(fault))
 }
 
 fn order(record: &VolumeRecord) -> Option<Order> {
@@ -115,10 +141,11 @@ impl Member {
     ) -> Result<(ReplicaId, StoreId), AnswerError> {
         let survivors: Vec<&ReplicaRecord> =
             record.replicas.iter().filter(|replica| recovery.survivors.contains(&replica.id)).collect();
-        self.look_again(record, recovery, order, &survivors).await?;
+        let is_any_sealed = self.look_again(record, recovery, order, &survivors).await?;
+        let revision = revision_of_seals(record, is_any_sealed);
         let sealed = survivors.iter().map(|replica| async {
             let id = ReplicaIdentity { group: record.group, replica: replica.id };
-            let seal = ShardRequest::Seal { volume: record.id, id, order, revision: record.revision };
+            let seal = ShardRequest::Seal { volume: record.id, id, order, revision };
             volumes::shard(&self.rpc, replica.store, &seal).await
         });
         for result in join_all(sealed).await {
@@ -149,20 +176,20 @@ impl Member {
     }
 
     /// INV-RECOVER: while nobody was sealed yet, somebody may have come back. Then the recovery is called off, once every
-    /// survivor has noted that a request to seal it is of before.
+    /// survivor has noted that a request to seal it is of before; one that is sealed does not. Whether one is sealed.
     async fn look_again(
         &self,
         record: &VolumeRecord,
         recovery: &Recovery,
         order: Order,
         survivors: &[&ReplicaRecord],
-    ) -> Result<(), AnswerError> {
+    ) -> Result<bool, AnswerError> {
         if self.is_any_sealed(record, order, survivors).await? {
-            return Ok(());
+            return Ok(true);
         }
         let reports = volumes::replica_reports(&self.rpc, record).await;
         let heard = heard(&self.rpc, record, &reports).await;
-        let Err(error) = may_recover(record, &recovery.survivors, &heard) else { return Ok(()) };
+        let Err(error) = may_recover(record, &recovery.survivors, &heard) else { return Ok(false) };
         for replica in survivors {
             let id = ReplicaIdentity { group: record.group, replica: replica.id };
             // What is decided once this is called off is on a later revision.
@@ -170,7 +197,7 @@ impl Member {
             volumes::shard(&self.rpc, replica.store, &keep).await?;
         }
         if self.is_any_sealed(record, order, survivors).await? {
-            return Ok(());
+            return Ok(true);
         }
         tracing::warn!(volume = record.spec.name, recovery = %recovery.id, %error, "a recovery is called off");
         let (id, revision) = (record.id, record.revision);
@@ -215,14 +242,16 @@ impl Member {
         Ok(())
     }
 
-    /// INV-RECOVER: what is left of a former group is sealed where it turns up.
+    /// INV-RECOVER: what is left of a former group is sealed where it turns up. Where it goes on for another recovery of
+    /// the same number it halts instead, with both named.
     pub(crate) async fn quarantine(&self, state: &CatalogState, reports: &StoreReports) {
         for record in state.volumes.values() {
             for kept in &record.quarantined {
                 let Some(report) = reports.get(&kept.store) else { continue };
                 let id = ReplicaIdentity { group: kept.group, replica: kept.replica };
                 let stands = report.replicas.iter().any(|(_, other, _)| *other == id);
-                if !stands || report.sealed.iter().any(|sealed| sealed.id == id) {
+                let is_sealed = report.sealed.iter().any(|sealed| sealed.id == id);
+                if is_sealed || !(stands || is_rival(record, kept, report)) {
                     continue;
                 }
                 let order = Order { number: kept.number, id: kept.by };
@@ -332,15 +361,16 @@ async fn alone(rpc: &Rpc, recovery: &Recovery, store: StoreId) -> Result<Replica
 
 #[cfg(test)]
 mod tests {
+    use holdfast_store::recovery_file::Barred;
     use holdfast_types::{
-        AccessFrom, ByteSize, GroupId, OnQuorumLoss, ReadPolicy, Survive, TimersPolicy, VolumeId, VolumeSpec,
+        AccessFrom, ByteSize, GroupId, Location, OnQuorumLoss, ReadPolicy, RecoveryId, Survive, TimersPolicy,
+        VolumeId, VolumeSpec,
     };
 
     use super::*;
 
-    #[test]
-    fn a_record_of_before_there_were_recoveries_is_of_the_first_incarnation() {
-        let spec = VolumeSpec {
+    fn spec() -> VolumeSpec {
+        VolumeSpec {
             name: "a".into(),
             size: ByteSize(1 << 20),
             survive: Survive::Zone,
@@ -352,12 +382,68 @@ mod tests {
             access_from: AccessFrom::Anywhere,
             timers: TimersPolicy::Auto,
             snapshot_quota: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_record_of_before_there_were_recoveries_is_of_the_first_incarnation() {
+        let spec = spec();
         let (id, group) = (VolumeId(7), GroupId(8));
         let json = serde_json::json!({"id": id, "group": group, "spec": spec, "parameters": {}, "first_size": 1 << 20,
             "phase": "ready", "replicas": [], "published": {}, "revision": 3});
         let read: VolumeRecord = serde_json::from_value(json.clone()).expect("is read");
         assert!(read.incarnation.is_first() && read.recovery.is_none() && read.quarantined.is_empty());
         assert_eq!(serde_json::to_value(&read).expect("is written"), json, "and written as before");
+    }
+
+    fn there(group: u128, replica: u64, fault: &str) -> StoreReport {
+        let id = ReplicaIdentity { group: GroupId(group), replica: ReplicaId(replica) };
+        StoreReport { replicas: vec![(VolumeId(7), id, fault.into())], ..StoreReport::default() }
+    }
+
+    /// Group 8 was replaced by group 80; replica 2 was left behind.
+    fn recovered() -> VolumeRecord {
+        let json = serde_json::json!({"id": VolumeId(7), "group": GroupId(80), "spec": spec(), "parameters": {},
+            "first_size": 1 << 20, "phase": "ready", "replicas": [], "published": {}, "revision": 3});
+        let mut record: VolumeRecord = serde_json::from_value(json).expect("is read");
+        record.quarantined.push(Quarantined {
+            group: GroupId(8),
+            replica: ReplicaId(2),
+            store: StoreId(2),
+            location: Location::default(),
+            number: 2,
+            by: RecoveryId(5),
+        });
+        record
+    }
+
+    #[test]
+    fn what_goes_on_for_another_catalog_is_heard_and_halted_once() {
+        let record = recovered();
+        let kept = &record.quarantined[0];
+        assert!(went_on(&record, ReplicaId(2), &there(99, 2, "")), "a group that the record does not know");
+        assert!(
+            !went_on(&record, ReplicaId(2), &there(80, 2, ""))
+                && !went_on(&record, ReplicaId(2), &there(8, 2, ""))
+        );
+        assert!(!went_on(&record, ReplicaId(2), &there(99, 3, "")), "another replica");
+        let mut other = there(99, 2, "");
+        other.replicas[0].0 = VolumeId(70);
+        assert!(!went_on(&record, ReplicaId(2), &other), "another volume");
+        let mut under_way = record.clone();
+        under_way.recovery = Some(Recovery {
+            id: RecoveryId(6),
+            group: GroupId(99),
+            survivors: vec![ReplicaId(2)],
+            sealing: true,
+        });
+        assert!(!went_on(&under_way, ReplicaId(2), &there(99, 2, "")), "its own recovery");
+        assert!(is_rival(&record, kept, &there(99, 2, "")));
+        let rivals =
+            Barred::Rivals { replica: ReplicaId(2), ours: RecoveryId(6), theirs: kept.by }.to_string();
+        assert!(!is_rival(&record, kept, &there(99, 2, &rivals)), "it has halted");
+        let by_another =
+            Barred::Rivals { replica: ReplicaId(2), ours: RecoveryId(6), theirs: RecoveryId(7) }.to_string();
+        assert!(is_rival(&record, kept, &there(99, 2, &by_another)), "it does not know of this one yet");
     }
 }

@@ -51,6 +51,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("superseded-not-told", "INV-RECOVER"),
     ("recover-from-the-shorter", "INV-RECOVER"),
     ("recover-while-answered", "INV-RECOVER"),
+    ("sealed-is-kept", "INV-RECOVER"),
     ("snapshot-quota-ignored", "INV-QUOTA"),
     ("two-on-a-node", "INV-PLACE"),
     ("store-ends-the-daemon", "INV-STORES"),

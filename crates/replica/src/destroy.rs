@@ -123,6 +123,11 @@ impl Host {
         self.check_loaded()?;
         let turn = self.turn(id.group);
         let _one_at_a_time = turn.lock().await;
+        // INV-RECOVER: a recovery that has sealed it is not called off any more, and nothing unseals it.
+        if self.recoveries.is_over(id) && !is_planted("sealed-is-kept") {
+            let why = format!("replica {} was sealed for a recovery: it cannot be taken back", id.replica);
+            return Err(GroupError::Refused(why));
+        }
         let runs = self.group(id.group).is_some_and(|group| group.id() == id);
         if !runs && !self.faulty().iter().any(|faulty| faulty.id == id) {
             return Ok(false);

@@ -250,6 +250,9 @@ async fn rivals(place: &Path) -> Outcome<()> {
     let (ours, theirs) = (FIRST.id.to_string(), OTHER.id.to_string());
     let both = [ours.as_str(), theirs.as_str()];
     done(&first, seal(of(GROUP, 1), FIRST)).await?;
+    // Nothing calls it off any more, whoever has heard otherwise.
+    let late = ShardRequest::Keep { id: of(GROUP, 1), revision: 8 };
+    refused(&first, late, &["sealed for a recovery"]).await?;
     refused(&first, seal(of(GROUP, 1), OTHER), &both).await?;
     refused(&first, take_over(of(GROUP, 1), NEXT, OTHER), &both).await?;
     done(&first, take_over(of(GROUP, 1), NEW, FIRST)).await?;
@@ -286,6 +289,16 @@ async fn rivals(place: &Path) -> Outcome<()> {
 #[test]
 fn two_recoveries_with_different_survivors_halt_with_both_ids_named() {
     test(async |place| rivals(place).await);
+}
+
+#[test]
+fn a_sealed_replica_that_is_kept_is_found() {
+    let place = tempfile::tempdir().expect("a place");
+    planted::plant(&["sealed-is-kept"]);
+    let outcome = holdfast_env::real::run(async { rivals(place.path()).await });
+    planted::plant(&[]);
+    let why = outcome.expect_err("it is found");
+    assert!(why.contains("Keep") && why.contains("was answered Ok"), "{why}");
 }
 
 /// A store with a replica of a group of three that has lost the others.

@@ -15,7 +15,6 @@
 //! nobody knows what was sealed.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use holdfast_env::disk::{AlignedBuffer, Directory};
@@ -28,6 +27,10 @@ use crate::journal::planted;
 use crate::sealed::Seal;
 use crate::twin_file::{Copied, Found, TwinFile};
 use crate::{EntryId, ReplicaIdentity, StoreError};
+
+mod lines;
+
+pub use lines::{Barred, Line, Lines, Order, Sealed};
 
 const NAME: &str = "recoveries";
 const SEAL: Seal = Seal { magic: 0x6873_6166_7265_3031, version: 1, body_bytes_max: BODY_BYTES_MAX };
@@ -42,110 +45,6 @@ const LINE_BYTES: usize = 24 + 16 + 16 + ORDER_BYTES + ENTRY_BYTES + 1 + ORDER_B
 const BODY_BYTES_MAX: usize = 16 + 16 + 8 + 4 + LINES_MAX * LINE_BYTES;
 const _: () = assert!(HEAD_BYTES + BODY_BYTES_MAX <= COPY_BYTES, "every line has room in a copy");
 
-/// A forced recovery: the incarnation that it begins, and its id.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Order {
-    /// Number of the incarnation; a volume that was never recovered is its first.
-    pub number: u64,
-    /// The recovery.
-    pub id: RecoveryId,
-}
-
-/// Why a store does not do what a recovery asks for, or does not run a replica.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Barred {
-    /// Another recovery of the same number has been here.
-    #[error(
-        "replica {replica} belongs to recovery {ours}, and recovery {theirs} asks for it: two operators have named \
-         different survivors. Nothing of either is mixed. Decide which of the two is to go on, and recover the volume \
-         anew from its survivors"
-    )]
-    Rivals {
-        /// The replica.
-        replica: ReplicaId,
-        /// The recovery that it belongs to.
-        ours: RecoveryId,
-        /// The other one.
-        theirs: RecoveryId,
-    },
-    /// The group has been replaced.
-    #[error(
-        "quarantined: recovery {by} has replaced the group of replica {replica} by incarnation {number} of its volume. \
-         What it holds is kept and not served"
-    )]
-    Superseded {
-        /// The replica.
-        replica: ReplicaId,
-        /// The incarnation.
-        number: u64,
-        /// The recovery.
-        by: RecoveryId,
-    },
-    /// It was not sealed for this recovery.
-    #[error("replica {replica} was not sealed for recovery {by}: it is not taken over")]
-    NotSealed {
-        /// The replica.
-        replica: ReplicaId,
-        /// The recovery.
-        by: RecoveryId,
-    },
-    /// What was sealed is not known any more.
-    #[error(
-        "what was recovered on this store cannot be read any more, so no replica of a volume runs on it. Give the node \
-         an empty data directory under a new name"
-    )]
-    Unreadable,
-}
-
-/// A replica that runs no more as what it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sealed {
-    /// By which recovery.
-    pub order: Order,
-    /// The last entry of its log.
-    pub last: EntryId,
-}
-
-/// What is known of one replica, by the identity of its files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Line {
-    /// The group as which it runs.
-    pub group: GroupId,
-    /// The group as which it ran before that; [`GroupId::NIL`] if that is the one of its files.
-    pub before: GroupId,
-    /// The recovery that began that group.
-    pub order: Order,
-    /// The last entry of its log that is of the group before.
-    pub fork: EntryId,
-    /// It does not run as that group any more.
-    pub sealed: Option<Sealed>,
-    /// Another recovery of the same number, which has asked for it; [`RecoveryId::NIL`] if none has.
-    pub rival: RecoveryId,
-}
-
-impl Line {
-    fn may_run(&self, replica: ReplicaId) -> Result<(), Barred> {
-        if let Some(Sealed { order, .. }) = self.sealed {
-            return Err(Barred::Superseded { replica, number: order.number, by: order.id });
-        }
-        if self.rival != RecoveryId::NIL {
-            return Err(Barred::Rivals { replica, ours: self.order.id, theirs: self.rival });
-        }
-        Ok(())
-    }
-
-    fn of(group: GroupId) -> Self {
-        Self {
-            group,
-            before: GroupId::NIL,
-            order: Order { number: 1, id: RecoveryId::NIL },
-            fork: EntryId::default(),
-            sealed: None,
-            rival: RecoveryId::NIL,
-        }
-    }
-}
-
 /// What the file says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Memory {
@@ -153,7 +52,7 @@ struct Memory {
     store: StoreId,
     /// Counts up with every change.
     generation: u64,
-    lines: BTreeMap<ReplicaIdentity, Line>,
+    lines: Lines,
 }
 
 fn put_entry(out: &mut Writer, entry: &EntryId) {
@@ -182,8 +81,8 @@ impl Memory {
         self.cluster.encode(&mut out);
         self.store.encode(&mut out);
         out.u64(self.generation);
-        out.u32(self.lines.len() as u32);
-        for (id, line) in &self.lines {
+        out.u32(self.lines.0.len() as u32);
+        for (id, line) in &self.lines.0 {
             id.group.encode(&mut out);
             id.replica.encode(&mut out);
             line.group.encode(&mut out);
@@ -200,79 +99,6 @@ impl Memory {
         let body = out.finish();
         SEAL.close(&body)
     }
-
-    /// The identity of the files of a replica that runs as `id`.
-    fn files_of(&self, id: ReplicaIdentity) -> ReplicaIdentity {
-        let runs_as =
-            |(files, line): &(&ReplicaIdentity, &Line)| line.group == id.group && files.replica == id.replica;
-        self.lines.iter().find(runs_as).map_or(id, |(files, _)| *files)
-    }
-
-    /// The line of a replica that was of this group before it was taken over.
-    fn former(&self, id: ReplicaIdentity) -> Option<(ReplicaIdentity, Line)> {
-        let was = |(files, line): &(&ReplicaIdentity, &Line)| {
-            files.replica == id.replica
-                && line.group != id.group
-                && (line.before == id.group || files.group == id.group)
-        };
-        self.lines.iter().find(was).map(|(files, line)| (*files, *line))
-    }
-
-    /// Which recovery has replaced a group, as far as this store knows.
-    fn superseded(&self, group: GroupId) -> Option<Order> {
-        self.lines.iter().find_map(|(files, line)| match &line.sealed {
-            Some(sealed) if line.group == group => Some(sealed.order),
-            _ if line.group != group && (line.before == group || files.group == group) => Some(line.order),
-            _ => None,
-        })
-    }
-
-    fn seal(&mut self, id: ReplicaIdentity, order: Order, last: EntryId) -> Result<EntryId, Barred> {
-        let replica = id.replica;
-        let rivals = |ours, theirs| Barred::Rivals { replica, ours, theirs };
-        if let Some((files, line)) = self.former(id) {
-            if line.order == order {
-                return Ok(line.fork);
-            }
-            if line.order.number != order.number {
-                return Err(Barred::Superseded { replica, number: line.order.number, by: line.order.id });
-            }
-            // Both have taken what one of them may have: neither goes on.
-            if let Some(halted) = self.lines.get_mut(&files) {
-                halted.rival = order.id;
-            }
-            return Err(rivals(line.order.id, order.id));
-        }
-        let files = self.files_of(id);
-        let mut line = self.lines.get(&files).copied().unwrap_or(Line::of(id.group));
-        match line.sealed {
-            Some(sealed) if sealed.order == order => return Ok(sealed.last),
-            Some(sealed) => return Err(rivals(sealed.order.id, order.id)),
-            None => line.sealed = Some(Sealed { order, last }),
-        }
-        self.lines.insert(files, line);
-        Ok(last)
-    }
-
-    fn take_over(&mut self, id: ReplicaIdentity, group: GroupId, order: Order) -> Result<(), Barred> {
-        let replica = id.replica;
-        if let Some((_, line)) = self.former(id) {
-            if line.order != order || line.group != group {
-                return Err(Barred::Rivals { replica, ours: line.order.id, theirs: order.id });
-            }
-            // It went on once. What has ended it since counts: this may be an old request.
-            return if planted("late-take-over") { Ok(()) } else { line.may_run(replica) };
-        }
-        let files = self.files_of(id);
-        let not_sealed = Barred::NotSealed { replica, by: order.id };
-        let line = self.lines.get_mut(&files).ok_or(not_sealed)?;
-        let sealed = line.sealed.ok_or(not_sealed)?;
-        if sealed.order != order {
-            return Err(Barred::Rivals { replica, ours: sealed.order.id, theirs: order.id });
-        }
-        *line = Line { before: line.group, order, fork: sealed.last, ..Line::of(group) };
-        Ok(())
-    }
 }
 
 impl Copied for Memory {
@@ -282,7 +108,7 @@ impl Copied for Memory {
             cluster: ClusterId::decode(&mut input)?,
             store: StoreId::decode(&mut input)?,
             generation: input.u64()?,
-            lines: BTreeMap::new(),
+            lines: Lines::default(),
         };
         for _ in 0..input.count("lines", LINES_MAX)? {
             let (group, replica) = (GroupId::decode(&mut input)?, ReplicaId::decode(&mut input)?);
@@ -294,7 +120,7 @@ impl Copied for Memory {
             };
             let rival = RecoveryId::decode(&mut input)?;
             let line = Line { group: runs_as, before, order, fork, sealed, rival };
-            out.lines.insert(ReplicaIdentity { group, replica }, line);
+            out.lines.0.insert(ReplicaIdentity { group, replica }, line);
         }
         input.end()?;
         Ok(out)
@@ -366,40 +192,38 @@ impl RecoveryFile {
         if self.is_unreadable.get() {
             return Err(Barred::Unreadable);
         }
-        let memory = self.memory.borrow();
-        let replica = files.replica;
-        let Some(line) = memory.lines.get(&files) else { return Ok(files) };
-        line.may_run(replica)?;
-        Ok(ReplicaIdentity { group: line.group, replica })
+        self.memory.borrow().lines.may_run(files)
     }
 
     /// As what a replica is known that stands in files of this identity, whether or not it may run.
     pub fn known_as(&self, files: ReplicaIdentity) -> ReplicaIdentity {
-        let group = self.memory.borrow().lines.get(&files).map_or(files.group, |line| line.group);
-        ReplicaIdentity { group, ..files }
+        self.memory.borrow().lines.known_as(files)
     }
 
     /// Whether a recovery has been at a replica that is, or was, known as `id`.
     pub fn knows(&self, id: ReplicaIdentity) -> bool {
-        let memory = self.memory.borrow();
-        let runs_as = memory.lines.contains_key(&memory.files_of(id));
-        runs_as || memory.former(id).is_some()
+        self.memory.borrow().lines.knows(id)
+    }
+
+    /// Whether a replica runs no more as `id`: it was sealed, or goes on as another.
+    pub fn is_over(&self, id: ReplicaIdentity) -> bool {
+        self.memory.borrow().lines.is_over(id)
     }
 
     /// The identity of the files of a replica that runs, or ran last, as `id`.
     pub fn files_of(&self, id: ReplicaIdentity) -> ReplicaIdentity {
-        self.memory.borrow().files_of(id)
+        self.memory.borrow().lines.files_of(id)
     }
 
     /// The last entry of a replica's log that is of a group before the one as which it runs.
     pub fn fork_of(&self, id: ReplicaIdentity) -> LogIndex {
         let memory = self.memory.borrow();
-        memory.lines.get(&memory.files_of(id)).map_or(LogIndex::ZERO, |line| line.fork.index)
+        memory.lines.0.get(&memory.lines.files_of(id)).map_or(LogIndex::ZERO, |line| line.fork.index)
     }
 
     /// Which recovery has replaced a group, as far as this store knows.
     pub fn superseded(&self, group: GroupId) -> Option<Order> {
-        self.memory.borrow().superseded(group)
+        self.memory.borrow().lines.superseded(group)
     }
 
     /// Whether a replica of this name may be made here: nothing of a group that was replaced, and not over the files of
@@ -418,7 +242,7 @@ impl RecoveryFile {
 
     /// Whether the files of a replica may go when it is destroyed under this name: not while it goes on under another.
     pub fn may_destroy(&self, id: ReplicaIdentity) -> Result<(), Barred> {
-        match self.memory.borrow().former(id) {
+        match self.memory.borrow().lines.former(id) {
             Some((_, line)) => {
                 Err(Barred::Superseded { replica: id.replica, number: line.order.number, by: line.order.id })
             }
@@ -428,11 +252,7 @@ impl RecoveryFile {
 
     /// Every replica with a line: as what it is known, and the line.
     pub fn lines(&self) -> Vec<(ReplicaIdentity, Line)> {
-        let memory = self.memory.borrow();
-        let known = |(files, line): (&ReplicaIdentity, &Line)| {
-            (ReplicaIdentity { group: line.group, replica: files.replica }, *line)
-        };
-        memory.lines.iter().map(known).collect()
+        self.memory.borrow().lines.known()
     }
 
     /// INV-RECOVER: notes, durably, that a replica whose log ends with `last` runs as what it is no more; the end of its
@@ -443,7 +263,7 @@ impl RecoveryFile {
         order: Order,
         last: EntryId,
     ) -> Result<EntryId, RecoveryError> {
-        self.change(|memory| memory.seal(id, order, last)).await
+        self.change(|memory| memory.lines.seal(id, order, last)).await
     }
 
     /// Notes, durably, that a replica that was sealed for a recovery runs as another group from here on. Again for the
@@ -454,16 +274,16 @@ impl RecoveryFile {
         group: GroupId,
         order: Order,
     ) -> Result<(), RecoveryError> {
-        self.change(|memory| memory.take_over(id, group, order)).await
+        self.change(|memory| memory.lines.take_over(id, group, order)).await
     }
 
     /// A replica whose files are gone needs no line any more.
     pub async fn forget(&self, files: ReplicaIdentity) -> Result<(), RecoveryError> {
-        if !self.memory.borrow().lines.contains_key(&files) {
+        if !self.memory.borrow().lines.0.contains_key(&files) {
             return Ok(());
         }
         self.change(|memory| {
-            memory.lines.remove(&files);
+            memory.lines.0.remove(&files);
             Ok(())
         })
         .await
@@ -480,7 +300,7 @@ impl RecoveryFile {
         let _one_at_a_time = self.writing.lock().await;
         let mut next = self.memory.borrow().clone();
         let outcome = change(&mut next);
-        if next.lines.len() > LINES_MAX {
+        if next.lines.0.len() > LINES_MAX {
             let why = "more replicas were recovered on this store than it can remember: delete volumes that are not \
                        needed, or move replicas away";
             return Err(StoreError::Failed(why.into()).into());

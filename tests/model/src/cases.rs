@@ -3,6 +3,8 @@
 use crate::check::{Outcome, check};
 use crate::fence::{Broken as FenceBroken, Fence, Scope as FenceScope};
 use crate::membership::{Broken as MembershipBroken, Membership};
+use crate::reach::everywhere;
+use crate::recovery::{Broken as RecoveryBroken, Recovery};
 use crate::silence::{Broken as SilenceBroken, Silence};
 use crate::witness::{Broken as WitnessBroken, Witness};
 
@@ -76,6 +78,65 @@ fn witness(numbers: [u8; 4], budget: bool) -> Outcome {
 fn broken_witness(numbers: [u8; 4], budget: bool, broken: WitnessBroken, until: &str) -> Outcome {
     let [campaigns, crashes, lost, writes] = numbers;
     check(Witness { campaigns, crashes, lost, writes, budget, broken: Some(broken) }, Some(until))
+}
+
+/// One survivor of three, so that the others are a majority.
+const ONE_OF_THREE: Recovery = Recovery {
+    replicas: 3,
+    survivors: &[0b001],
+    unsettled: false,
+    partitions: false,
+    catalogs: 1,
+    recoveries: 1,
+    elections: 1,
+    writes: 1,
+    crashes: 1,
+    lost: 0,
+    broken: None,
+};
+
+/// Two survivors of four, so that the others are none.
+const TWO_OF_FOUR: Recovery =
+    Recovery { replicas: 4, survivors: &[0b0011], elections: 0, writes: 1, crashes: 0, ..ONE_OF_THREE };
+
+/// Two survivors of three, who take a change of the voters to be under way and so do not know that they are a majority.
+const TWO_OF_THREE: Recovery =
+    Recovery { survivors: &[0b011], unsettled: true, writes: 0, crashes: 1, ..ONE_OF_THREE };
+
+/// Two catalogs, one of them put back, which name the same survivor or different ones.
+const TWO_CATALOGS: Recovery = Recovery {
+    survivors: &[0b001, 0b010],
+    catalogs: 2,
+    recoveries: 2,
+    elections: 0,
+    writes: 0,
+    crashes: 0,
+    ..ONE_OF_THREE
+};
+
+const STUCK: &str = "INV-RECOVER: from everywhere a volume can be served again";
+
+const RIVALS: &str = "INV-RECOVER: two that both go on can be halted";
+
+fn recovery(model: Recovery) -> Outcome {
+    check(model, None)
+}
+
+fn recovery_ends(model: Recovery) -> Outcome {
+    everywhere(&model, STUCK, |world| model.is_settled(world))
+}
+
+fn rivals_halt(model: Recovery) -> Outcome {
+    everywhere(&model, RIVALS, |world| !model.two_go_on(world))
+}
+
+fn broken_recovery(model: Recovery, broken: RecoveryBroken, until: &str) -> Outcome {
+    let model = Recovery { broken: Some(broken), ..model };
+    match until {
+        _ if STUCK.starts_with(until) => recovery_ends(model),
+        _ if RIVALS.starts_with(until) => rivals_halt(model),
+        _ => check(model, Some(until)),
+    }
 }
 
 /// All of them.
@@ -320,6 +381,198 @@ pub const CASES: &[Case] = &[
                 what: "a witness that has purged forgets where its log ended, and votes as if it were empty",
                 breaks: "INV-WITNESS: no leader",
                 run: |until| broken_witness([1, 0, 0, 1], true, WitnessBroken::EndForgotten, until),
+            },
+        ],
+    },
+    Case {
+        name: "recovery",
+        what: "forced recovery, over crashes, partitions, late requests and two operators",
+        small: &[
+            || recovery(Recovery { elections: 0, ..ONE_OF_THREE }),
+            || recovery(Recovery { writes: 0, crashes: 0, ..ONE_OF_THREE }),
+            || recovery_ends(Recovery { elections: 0, ..ONE_OF_THREE }),
+            || recovery(TWO_OF_FOUR),
+            || recovery_ends(TWO_OF_FOUR),
+            || recovery(Recovery { partitions: true, ..TWO_OF_FOUR }),
+            || recovery(Recovery { recoveries: 2, writes: 0, ..TWO_OF_FOUR }),
+            || recovery(TWO_CATALOGS),
+            || rivals_halt(Recovery { partitions: true, ..TWO_CATALOGS }),
+        ],
+        deep: &[
+            || recovery(ONE_OF_THREE),
+            || recovery_ends(ONE_OF_THREE),
+            || recovery(Recovery { crashes: 0, partitions: true, ..ONE_OF_THREE }),
+            || recovery(Recovery { crashes: 1, ..TWO_OF_FOUR }),
+            || recovery_ends(Recovery { crashes: 1, ..TWO_OF_FOUR }),
+            || recovery(Recovery { elections: 1, writes: 0, ..TWO_OF_FOUR }),
+            || recovery_ends(Recovery { recoveries: 2, ..TWO_OF_FOUR }),
+            || recovery(TWO_OF_THREE),
+            || recovery(Recovery { crashes: 1, ..TWO_CATALOGS }),
+            || rivals_halt(Recovery { crashes: 1, ..TWO_CATALOGS }),
+        ],
+        broken: &[
+            Variant {
+                name: "recover-while-answered",
+                what: "a volume is recovered while a replica that is not named answers (planted)",
+                breaks: "INV-RECOVER: nobody is sealed",
+                run: |until| {
+                    let planted = RecoveryBroken::Planted("recover-while-answered");
+                    broken_recovery(Recovery { crashes: 0, ..ONE_OF_THREE }, planted, until)
+                },
+            },
+            Variant {
+                name: "recover-from-the-shorter",
+                what: "it goes on from the survivor whose log ends first (planted)",
+                breaks: "INV-RECOVER: nothing that",
+                run: |until| {
+                    broken_recovery(TWO_OF_FOUR, RecoveryBroken::Planted("recover-from-the-shorter"), until)
+                },
+            },
+            Variant {
+                name: "seal-forgotten",
+                what: "a store does not know after a restart whom it has sealed (the store's forget-recovery)",
+                breaks: "INV-RECOVER: who was sealed",
+                run: |until| {
+                    let model = Recovery { crashes: 1, ..TWO_OF_FOUR };
+                    broken_recovery(model, RecoveryBroken::SealForgotten, until)
+                },
+            },
+            Variant {
+                name: "sealed-answers",
+                what: "a replica that was sealed answers on",
+                breaks: "INV-RECOVER: nothing that",
+                run: |until| broken_recovery(TWO_OF_THREE, RecoveryBroken::SealedAnswers, until),
+            },
+            Variant {
+                name: "ends-before-seal",
+                what: "the reconciler looks at which log ends last before it seals",
+                breaks: "INV-RECOVER: nothing that",
+                run: |until| broken_recovery(TWO_OF_THREE, RecoveryBroken::EndsBeforeSeal, until),
+            },
+            Variant {
+                name: "one-sealed",
+                what: "the reconciler does not wait until every survivor is sealed",
+                breaks: "INV-RECOVER: nothing that",
+                run: |until| broken_recovery(TWO_OF_THREE, RecoveryBroken::OneSealed, until),
+            },
+            Variant {
+                name: "committed-only",
+                what: "what goes on has what it knows to be committed, not all that its log holds",
+                breaks: "INV-RECOVER: nothing that",
+                run: |until| {
+                    broken_recovery(
+                        Recovery { crashes: 0, ..ONE_OF_THREE },
+                        RecoveryBroken::CommittedOnly,
+                        until,
+                    )
+                },
+            },
+            Variant {
+                name: "superseded-not-told",
+                what: "a store does not say that a group was replaced (the product's fault of that name)",
+                breaks: "INV-RECOVER: what comes back",
+                run: |until| {
+                    broken_recovery(
+                        Recovery { crashes: 0, ..ONE_OF_THREE },
+                        RecoveryBroken::SupersededUntold,
+                        until,
+                    )
+                },
+            },
+            Variant {
+                name: "recover-without-incarnation",
+                what: "what goes on is the same group with other members (the product's fault of that name)",
+                breaks: "INV-RECOVER: what comes back",
+                run: |until| {
+                    broken_recovery(Recovery { crashes: 0, ..ONE_OF_THREE }, RecoveryBroken::SameGroup, until)
+                },
+            },
+            Variant {
+                name: "rival-obeyed",
+                what: "of two recoveries a store obeys the later",
+                breaks: "INV-RECOVER: one replica",
+                run: |until| broken_recovery(TWO_CATALOGS, RecoveryBroken::RivalObeyed, until),
+            },
+            Variant {
+                name: "called-off-unsaid",
+                what: "a recovery is called off, and the survivors do not hear of it first",
+                breaks: "INV-RECOVER: a recovery that",
+                run: |until| {
+                    broken_recovery(
+                        Recovery { crashes: 0, ..ONE_OF_THREE },
+                        RecoveryBroken::CalledOffUnsaid,
+                        until,
+                    )
+                },
+            },
+            Variant {
+                name: "sealed-is-kept",
+                what: "one that was sealed is kept all the same (the product's fault of that name)",
+                breaks: "INV-RECOVER: a recovery that",
+                run: |until| {
+                    broken_recovery(
+                        Recovery { crashes: 0, ..ONE_OF_THREE },
+                        RecoveryBroken::SealedKept,
+                        until,
+                    )
+                },
+            },
+            Variant {
+                name: "sealed-on-an-old-revision",
+                what: "once one is sealed the others are sealed as was decided when none was",
+                breaks: "INV-RECOVER: from everywhere",
+                run: |until| broken_recovery(TWO_OF_FOUR, RecoveryBroken::SealedOnOldRevision, until),
+            },
+            Variant {
+                name: "replaced-unheard",
+                what: "a catalog does not hear that a replica goes on for a recovery of another catalog",
+                breaks: "INV-RECOVER: two groups",
+                run: |until| broken_recovery(TWO_CATALOGS, RecoveryBroken::ReplacedUnheard, until),
+            },
+            Variant {
+                name: "rivals-not-compared",
+                what: "a catalog does not compare its recovery with what went on for another",
+                breaks: "INV-RECOVER: two that",
+                run: |until| {
+                    let model = Recovery { partitions: true, ..TWO_CATALOGS };
+                    broken_recovery(model, RecoveryBroken::NotCompared, until)
+                },
+            },
+            Variant {
+                name: "known: a majority comes back",
+                what: "not promised: those that are not named are a majority, and reach no survivor",
+                breaks: "INV-RECOVER: two groups",
+                run: |until| {
+                    let model = Recovery { crashes: 0, writes: 0, ..ONE_OF_THREE };
+                    broken_recovery(model, RecoveryBroken::Known, until)
+                },
+            },
+            Variant {
+                name: "known: two catalogs",
+                what: "not promised: two catalogs recover a volume from different survivors",
+                breaks: "INV-RECOVER: two groups",
+                run: |until| {
+                    let model = Recovery { partitions: true, ..TWO_CATALOGS };
+                    broken_recovery(model, RecoveryBroken::Known, until)
+                },
+            },
+            Variant {
+                name: "known: two catalogs are stuck",
+                what: "not promised: each of two catalogs has sealed a survivor that the other needs",
+                breaks: "INV-RECOVER: from everywhere",
+                run: |until| {
+                    let model = Recovery { catalogs: 2, recoveries: 2, writes: 0, ..TWO_OF_FOUR };
+                    broken_recovery(model, RecoveryBroken::Known, until)
+                },
+            },
+            Variant {
+                name: "known: a survivor is lost",
+                what: "not promised: a survivor is lost after the recovery was to be carried out",
+                breaks: "INV-RECOVER: from everywhere",
+                run: |until| {
+                    let model = Recovery { lost: 1, crashes: 0, elections: 0, writes: 0, ..ONE_OF_THREE };
+                    broken_recovery(model, RecoveryBroken::Known, until)
+                },
             },
         ],
     },

@@ -5,6 +5,8 @@ pub mod check;
 pub mod fence;
 pub mod membership;
 pub mod raft;
+pub mod reach;
+pub mod recovery;
 pub mod silence;
 #[cfg(test)]
 mod tests;

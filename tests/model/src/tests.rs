@@ -61,3 +61,13 @@ fn the_model_of_a_witness_holds() {
 fn every_broken_variant_of_a_witness_is_found() {
     every_variant_is_found("witness");
 }
+
+#[test]
+fn the_model_of_forced_recovery_holds() {
+    holds("recovery");
+}
+
+#[test]
+fn every_broken_variant_of_forced_recovery_is_found() {
+    every_variant_is_found("recovery");
+}

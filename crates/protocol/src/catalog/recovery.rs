@@ -135,7 +135,8 @@ pub fn may_recover(
         return Err(refused(ErrorCode::Refused, message)
             .hint("name it as a survivor, too; or stop its node for good if it is not to go on"));
     }
-    check_minority(name, survivors, of(survivors[0]))
+    // One that does not run knows no voters: whichever does counts.
+    survivors.iter().try_for_each(|id| check_minority(name, survivors, of(*id)))
 }
 
 fn check_survivors(record: &VolumeRecord, survivors: &[ReplicaId]) -> Result<(), UserError> {
@@ -165,6 +166,12 @@ fn check_minority(name: &str, survivors: &[ReplicaId], one: &Heard) -> Result<()
             .hint("wait; if they do not, `holdfast status` says what is wrong with them"));
     }
     Ok(())
+}
+
+/// On which revision of the volume survivors are told that they are sealed. Once one of them is, nothing calls the recovery
+/// off: then also those are sealed that were told of being kept before, by whoever had not heard of it yet.
+pub fn revision_of_seals(record: &VolumeRecord, is_any_sealed: bool) -> u64 {
+    record.revision + u64::from(is_any_sealed)
 }
 
 /// INV-RECOVER: of the survivors that hold data, with the ends of their logs, the one that has everything of which any of

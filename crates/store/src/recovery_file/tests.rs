@@ -245,11 +245,13 @@ fn a_copy_of_this_format_is_read() {
         cluster: CLUSTER,
         store: STORE,
         generation: 4,
-        lines: [
-            (of(OLD, 1), Line { rival: RecoveryId(8), ..adopted }),
-            (of(GroupId(8), 4), Line { sealed, ..Line::of(GroupId(8)) }),
-        ]
-        .into(),
+        lines: Lines(
+            [
+                (of(OLD, 1), Line { rival: RecoveryId(8), ..adopted }),
+                (of(GroupId(8), 4), Line { sealed, ..Line::of(GroupId(8)) }),
+            ]
+            .into(),
+        ),
     };
     let bytes = expected.encode();
     let end = bytes.as_slice().iter().rposition(|byte| *byte != 0).expect("is not empty") + 1;

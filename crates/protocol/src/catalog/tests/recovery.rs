@@ -3,7 +3,7 @@
 use holdfast_types::{LogIndex, RecoveryId, ReplicaId, Term};
 
 use super::*;
-use crate::catalog::recovery::{Heard, may_recover, recover, source_of};
+use crate::catalog::recovery::{Heard, may_recover, recover, revision_of_seals, source_of};
 use crate::planted;
 
 const ID: RecoveryId = RecoveryId(0x5);
@@ -44,6 +44,12 @@ fn a_volume_is_recovered_only_where_nobody_else_can_go_on() {
     assert!(why(may_recover(&record, &ids(&[1]), &heard(&[1, 3]))).contains("replica 3"));
     assert!(why(may_recover(&record, &ids(&[1]), &heard(&[]))).contains("survivor 1 does not answer"));
     assert!(why(may_recover(&record, &ids(&[1, 2]), &heard(&[1, 2]))).contains("majority"));
+    // Whichever of them runs and knows the voters, also if the first that is named does not.
+    for waiting in [1, 2] {
+        let mut one_waits = heard(&[1, 2]);
+        one_waits.insert(ReplicaId(waiting), Heard { lives: true, ..Heard::default() });
+        assert!(why(may_recover(&record, &ids(&[1, 2]), &one_waits)).contains("majority"), "{waiting}");
+    }
     assert!(why(may_recover(&record, &ids(&[9]), &heard(&[1]))).contains("no replica 9"));
     assert!(why(may_recover(&record, &[], &heard(&[1]))).contains("no survivor"));
     let mut led = heard(&[1, 2]);
@@ -112,6 +118,9 @@ fn a_recovered_volume_is_another_group_of_one_and_keeps_what_is_left() {
     let early = CatalogCommand::VolumeRecovered { id, revision: begun.revision, source };
     assert!(state.apply(&early).is_err(), "nobody was sealed yet");
     let sealing = volume(state.apply(&CatalogCommand::RecoverySealing { id, revision: begun.revision }));
+    // A survivor that was told of being kept when none was sealed yet has noted the next revision.
+    let seals = [false, true].map(|is_any_sealed| revision_of_seals(&sealing, is_any_sealed));
+    assert!(seals[0] < sealing.revision + 1 && seals[1] > sealing.revision, "{seals:?}");
     let late = CatalogCommand::RecoveryAbandoned { id, revision: sealing.revision, kept: false };
     assert!(state.apply(&late).is_err(), "it is not called off any more");
     let mut other = state.clone();
