@@ -48,10 +48,13 @@ impl VolumeData {
         for (at, count) in runs {
             let end = BlockIndex(at.0 + count - 1).chunk();
             for chunk in (at.chunk().0..=end.0).map(ChunkIndex) {
-                let is_new = !files.table.chunk(chunk).await?.has_data();
+                // Where the page is lost nobody knows: such a chunk gets room, and is never given back.
+                let line = files.table.chunk_if_there(chunk).await?;
+                let has_data = line.as_ref().is_some_and(|line| line.has_data());
+                let is_new = line.is_some() && !has_data;
                 let (offset, length) = match room {
                     // It was taken whole when it was new.
-                    Room::Whole if !is_new || last == Some(chunk) => continue,
+                    Room::Whole if has_data || last == Some(chunk) => continue,
                     Room::Whole => (chunk.first_block().byte_offset(), CHUNK_BYTES),
                     Room::Tight => part_in(chunk, at, count),
                 };

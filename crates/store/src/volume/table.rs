@@ -506,9 +506,13 @@ impl Table {
         self.file.flush().await.map_err(|error| StoreError::flush(&self.name, &error))
     }
 
-    /// Whether the page of a chunk was never written.
+    /// Whether a chunk's page was never written; of one that is lost something was.
     pub(super) async fn is_new_page(&self, chunk: ChunkIndex) -> Result<bool, StoreError> {
-        Ok(self.page(place_of(chunk).0).await?.generation == 0)
+        match self.page(place_of(chunk).0).await {
+            Ok(page) => Ok(page.generation == 0),
+            Err(StoreError::Damaged { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes room for both copies of a chunk's page.

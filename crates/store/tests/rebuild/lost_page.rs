@@ -70,6 +70,7 @@ async fn collect(data: &VolumeData, source: &VolumeData) -> StagingLayer {
             }
         }
     }
+    staging.take_room().await.expect("there is room");
     staging
 }
 
